@@ -1,0 +1,1 @@
+"""Incremental checkpoints for PyTorch, stored content-addressed at a URL."""

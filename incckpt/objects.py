@@ -1,0 +1,110 @@
+"""Content-addressed objects: names, existence, and the puts and gets of their bytes.
+
+An object's key begins with the identity of the raw bytes it stands for and ends with the nonce of the save that put it,
+so two saves never put one key, and a delete that arrives late never hits a newer object of the same content.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from incckpt.backends.base import Backend, ReadableBuffer
+from incckpt.errors import CorruptionError, KeyNotFoundError, MissingObjectError
+
+__all__ = ["DELTAS", "OBJECTS", "ObjectKey", "Objects"]
+
+OBJECTS = "objects/"
+DELTAS = "deltas/"
+
+_KEY = re.compile(
+    r"(?P<space>objects|deltas)/(?P<head>[0-9a-f]{2})/(?P<tail>[0-9a-f]{62})(\.(?P<base>[0-9a-f]{64}))?\.(?P<nonce>[0-9a-f]{16})"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectKey:
+    """The name of an object.
+
+    Attributes
+    ----------
+    identity
+        Identity of the chunk's raw bytes, 64 hexadecimal digits.
+    nonce
+        Of the save that put it, 16 hexadecimal digits.
+    base
+        Identity of the full object that this one is a delta against, or ``None`` for a full object.
+    """
+
+    identity: str
+    nonce: str
+    base: str | None = None
+
+    def __str__(self) -> str:
+        head, tail = self.identity[:2], self.identity[2:]
+        if self.base is None:
+            return f"{OBJECTS}{head}/{tail}.{self.nonce}"
+        return f"{DELTAS}{head}/{tail}.{self.base}.{self.nonce}"
+
+    @classmethod
+    def parse(cls, key: str) -> ObjectKey:
+        """Return the parts of `key`.
+
+        Raises
+        ------
+        CorruptionError
+            If it is not the key of an object.
+        """
+        match = _KEY.fullmatch(key)
+        if match is None or (match["space"] == "deltas") != (match["base"] is not None):
+            raise CorruptionError(f"not the key of an object: {key!r}")
+        return cls(match["head"] + match["tail"], match["nonce"], match["base"])
+
+
+class Objects:
+    """The objects of a store."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def put(self, key: ObjectKey, data: ReadableBuffer) -> None:
+        """Store `data`, durable on return. A repeat puts the same bytes: nobody else ever uses this key."""
+        self.backend.put(str(key), data)
+
+    def get(self, key: ObjectKey, size: int | None = None) -> bytes:
+        """Return the object's bytes.
+
+        Parameters
+        ----------
+        size
+            What the manifest says its size is, in bytes.
+
+        Raises
+        ------
+        MissingObjectError
+            If it is not in the store.
+        CorruptionError
+            If its size is another one.
+        """
+        try:
+            data = self.backend.get(str(key), 0, None if size is None else size + 1)
+        except KeyNotFoundError as error:
+            raise MissingObjectError(f"object {key} is missing from {self.backend.url}") from error
+        if size is not None and len(data) != size:
+            found = "longer" if len(data) > size else f"{len(data)} bytes"
+            raise CorruptionError(f"object {key} is damaged: {size} bytes were written, it is {found}")
+        return data
+
+    def exists(self, key: ObjectKey) -> bool:
+        """Return whether the object is there now (one request)."""
+        try:
+            self.backend.head(str(key))
+        except KeyNotFoundError:
+            return False
+        return True
+
+    def find(self, identity: str) -> Iterator[tuple[ObjectKey, int]]:
+        """Yield key and size in bytes of every full object of that content there is now (one listing)."""
+        for entry in self.backend.list(f"{OBJECTS}{identity[:2]}/{identity[2:]}."):
+            yield ObjectKey.parse(entry.key), entry.size

@@ -1,0 +1,258 @@
+"""Attempts and lineage, pins and commits: the protocol that lets many processes use one store without a lock.
+
+``docs/safety.md`` says what it promises and why it holds. Every function is synchronous, one request after the other,
+and takes its clock from outside, so that a simulation can interleave and stop it between any two requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from incckpt.backends.base import Backend
+from incckpt.errors import CorruptionError, KeyNotFoundError, SupersededError
+from incckpt.manifest import FORMAT, Fields, check_format, dump_json, parse_json
+from incckpt.refs import Ref, RefName, Tombstone, create_once, list_pins, list_refs, new_nonce, validate_run
+
+__all__ = ["Lineage", "Run"]
+
+log = logging.getLogger(__name__)
+
+_ATTEMPT = re.compile(r"([0-9]{6})(\.from)?")
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The checkpoints of a run, as of one look at it.
+
+    Attributes
+    ----------
+    attempt
+        The highest attempt there is; 0 if nobody ever wrote.
+    sealed
+        The highest attempt that has chosen what it continues; its lineage is the run's.
+    live
+        The lineage's checkpoints, by step.
+    abandoned
+        Checkpoints that a later attempt went back behind, by step.
+    known
+        Contents of those refs that the lineage lists (the others have to be read).
+    """
+
+    attempt: int
+    sealed: int
+    live: tuple[RefName, ...]
+    abandoned: tuple[RefName, ...]
+    known: Mapping[RefName, Ref] = field(repr=False)
+
+    @property
+    def latest(self) -> RefName | None:
+        """The checkpoint with the highest step."""
+        return self.live[-1] if self.live else None
+
+    def at(self, step: int) -> RefName | None:
+        """The checkpoint at `step`."""
+        return next((name for name in self.live if name.step == step), None)
+
+
+class Run:
+    """The attempts, lineage, pins and refs of one run.
+
+    Parameters
+    ----------
+    backend
+        Of the store.
+    name
+        Of the run.
+    clock
+        Seconds since the epoch; only ever written down, never compared.
+    """
+
+    def __init__(self, backend: Backend, name: str, *, clock: Callable[[], float]) -> None:
+        self.backend = backend
+        self.name = validate_run(name)
+        self._clock = clock
+        self._answered: set[RefName] = set()
+
+    # -- looking
+
+    def ref_key(self, name: RefName) -> str:
+        """Where the ref stands."""
+        return f"refs/{self.name}/{name}"
+
+    def attempts(self) -> tuple[int, int]:
+        """Return the highest attempt, and the highest that has chosen what it continues (0 where there is none)."""
+        highest = sealed = 0
+        for entry in self.backend.list(f"runs/{self.name}/attempts/"):
+            match = _ATTEMPT.fullmatch(entry.key.rpartition("/")[2])
+            if match is None:
+                raise CorruptionError(f"not an attempt: {entry.key} (written by a later version of incckpt?)")
+            highest = max(highest, int(match[1]))
+            if match[2]:
+                sealed = max(sealed, int(match[1]))
+        return highest, sealed
+
+    def lineage(self) -> Lineage:
+        """Return the checkpoints of the run: two listings and one read, however long its history."""
+        attempt, sealed = self.attempts()
+        inherited: dict[RefName, Ref] = {}
+        left: dict[RefName, Ref] = {}
+        if sealed:
+            inherited, left = self._read_seal(sealed)
+        live: list[RefName] = []
+        abandoned: list[RefName] = []
+        for _, name, key, tombstone in list_refs(self.backend, self.name):
+            if name is None:
+                log.warning("%s is not a ref that this version of incckpt knows; it is ignored", key)
+            elif tombstone:
+                continue
+            elif name.attempt == sealed or name in inherited:
+                live.append(name)
+            elif name in left:
+                abandoned.append(name)
+        by_step = sorted(live, key=lambda name: (name.step, name.attempt))
+        return Lineage(
+            attempt, sealed, tuple(by_step), tuple(sorted(abandoned, key=lambda n: n.step)), {**inherited, **left}
+        )
+
+    def _read_seal(self, attempt: int) -> tuple[dict[RefName, Ref], dict[RefName, Ref]]:
+        key = self._attempt_key(attempt) + ".from"
+        document = parse_json(self.backend.get(key), key)
+        check_format(document, "lineage", key)
+        fields = Fields(document, key)
+        inherited, abandoned = (
+            {ref.name: ref for ref in (Ref.from_item(item, key) for item in fields.list(part))}
+            for part in ("refs", "abandoned")
+        )
+        return inherited, abandoned
+
+    def read(self, name: RefName) -> Ref | Tombstone | None:
+        """Return what stands at a ref now.
+
+        Raises
+        ------
+        CorruptionError, FormatError
+            If it is unreadable.
+        """
+        key = self.ref_key(name)
+        try:
+            data = self.backend.get(key)
+        except KeyNotFoundError:
+            return None
+        for tombstone in Tombstone:
+            if data == tombstone.value:
+                return tombstone
+        return Ref.from_json(data, key)
+
+    # -- an attempt
+
+    def _attempt_key(self, attempt: int) -> str:
+        return f"runs/{self.name}/attempts/{attempt:06d}"
+
+    def start_attempt(self) -> int:
+        """Become the run's writer: create the next attempt, then abort whatever lower attempts have in flight.
+
+        The caller chooses what to continue from a `lineage` read afterwards, and says so with `seal`.
+        """
+        me = {"time": self._clock(), "host": socket.gethostname(), "pid": os.getpid(), "nonce": new_nonce()}
+        document = dump_json({"format": FORMAT, "kind": "attempt", **me})
+        attempt = self.attempts()[0] + 1
+        while create_once(self.backend, self._attempt_key(attempt), document).found is not None:
+            attempt += 1
+        for pin in list_pins(self.backend, self.name):
+            if pin.name.attempt < attempt:
+                self.abort(pin.name)
+        return attempt
+
+    def seal(self, attempt: int, inherited: Iterable[Ref], abandoned: Iterable[Ref]) -> None:
+        """Write down what `attempt` continues; from here on this is the run's lineage."""
+        document = {
+            "format": FORMAT,
+            "kind": "lineage",
+            "attempt": attempt,
+            "refs": [ref.to_item() for ref in inherited],
+            "abandoned": [ref.to_item() for ref in abandoned],
+        }
+        self.backend.put(self._attempt_key(attempt) + ".from", dump_json(document))
+
+    def check_not_superseded(self, attempt: int) -> None:
+        """Look for a higher attempt.
+
+        Raises
+        ------
+        SupersededError
+            If there is one.
+        """
+        highest = self.attempts()[0]
+        if highest > attempt:
+            raise SupersededError(
+                f"run {self.name!r} at {self.backend.url} was taken over by attempt {highest} (this is attempt "
+                f"{attempt}): another process restored it or saved to it. Stop this one, or restore() again to take "
+                "the run back"
+            )
+
+    # -- a save
+
+    def pin(self, name: RefName) -> None:
+        """Announce the ref that a save will commit; putting it again is the heartbeat."""
+        body = {"time": self._clock(), "host": socket.gethostname(), "pid": os.getpid()}
+        self.backend.put(f"pins/{self.name}/{name}", dump_json({"format": FORMAT, "kind": "pin", **body}))
+
+    def unpin(self, names: Sequence[RefName]) -> None:
+        """Remove pins."""
+        self.backend.delete([f"pins/{self.name}/{name}" for name in names])
+
+    def commit(self, ref: Ref) -> Tombstone | None:
+        """Create the ref: the checkpoint exists when, and only when, this has happened.
+
+        Returns
+        -------
+        Tombstone or None
+            ``None`` if the checkpoint is committed; ``EXPIRED`` if it was, and has been pruned since; ``ABORTED`` if it
+            was aborted before, and cannot be committed under this name any more.
+
+        Raises
+        ------
+        BackendError
+            If it could not be found out; it may still be committed by a request under way.
+        """
+        key = self.ref_key(ref.name)
+        created = create_once(self.backend, key, ref.to_json())
+        if created.answered:
+            self._answered.add(ref.name)
+        if created.found is None:
+            return None
+        for tombstone in Tombstone:
+            if created.found == tombstone.value:
+                return tombstone
+        raise CorruptionError(f"{key} holds what no save has put there: {created.found[:80]!r}")
+
+    def abort(self, name: RefName) -> bool:
+        """Make sure that a ref that is not committed yet never will be.
+
+        Returns
+        -------
+        bool
+            Whether it is aborted; ``False`` if it was committed before.
+        """
+        return create_once(self.backend, self.ref_key(name), Tombstone.ABORTED.value).found is None
+
+    def expire(self, names: Iterable[RefName]) -> None:
+        """Prune checkpoints.
+
+        A ref that this object created, with an answer, is deleted. Of any other a create may still be under way, which
+        would bring the checkpoint back without its objects: it is overwritten with ``EXPIRED``.
+        """
+        deletable: list[RefName] = []
+        for name in names:
+            if name in self._answered:
+                deletable.append(name)
+            else:
+                self.backend.put(self.ref_key(name), Tombstone.EXPIRED.value)
+        if deletable:
+            self.backend.delete([self.ref_key(name) for name in deletable])
+            self._answered.difference_update(deletable)

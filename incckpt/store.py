@@ -1,0 +1,139 @@
+"""A store: the marker at its root, its objects and its runs, behind one URL."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from incckpt.backends.base import Backend
+from incckpt.backends.registry import open_backend
+from incckpt.errors import KeyNotFoundError, OptionError, ReadOnlyError, StoreNotFoundError
+from incckpt.manifest import FORMAT, check_format, dump_json, parse_json
+from incckpt.objects import Objects
+from incckpt.refs import create_once, validate_run
+from incckpt.runs import Run
+
+__all__ = ["DEFAULT_RUN", "Location", "Store", "parse_location"]
+
+MARKER = "incckpt.json"
+DEFAULT_RUN = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A URL taken apart: ``store#run@step``.
+
+    Attributes
+    ----------
+    store
+        URL or path of the store.
+    run
+        The run named in the fragment, or ``None``.
+    step
+        A step, ``"latest"``, ``"best"`` or ``None``.
+    """
+
+    store: str
+    run: str | None = None
+    step: int | str | None = None
+
+
+def parse_location(url: str) -> Location:
+    """Take a URL with an optional fragment ``#run``, ``#run@step`` or ``#@step`` apart.
+
+    Raises
+    ------
+    OptionError
+        Naming the URL and what is wrong with it.
+    """
+    store, mark, fragment = url.partition("#")
+    if not store:
+        raise OptionError(f"not a store: {url!r}; give a path or a URL such as s3://bucket/prefix")
+    run, at, step = fragment.partition("@")
+    if mark and not fragment:
+        raise OptionError(f"{url!r} ends in an empty fragment; a run is named as in {store}#my-run@500")
+    if not at:
+        return Location(store, validate_run(run) if run else None)
+    if re.fullmatch(r"[0-9]{1,12}", step):
+        chosen: int | str = int(step)
+    elif step in ("latest", "best"):
+        chosen = step
+    else:
+        raise OptionError(f"{url!r}: after '@' comes a step, 'latest' or 'best', not {step!r}")
+    return Location(store, validate_run(run) if run else None, chosen)
+
+
+class Store:
+    """An opened store.
+
+    Parameters
+    ----------
+    backend
+        Bytes by key.
+    clock
+        Seconds since the epoch; only ever written down.
+    """
+
+    def __init__(self, backend: Backend, *, clock: Callable[[], float] = time.time) -> None:
+        self.backend = backend
+        self.objects = Objects(backend)
+        self._clock = clock
+        self._checked = False
+
+    @classmethod
+    def open(cls, url: str, storage_options: Mapping[str, Any] | None = None) -> Store:
+        """Open the store at `url` (without a fragment); nothing is read or written yet."""
+        return cls(open_backend(url, storage_options))
+
+    def run(self, name: str) -> Run:
+        """Return a run, whether it exists or not."""
+        return Run(self.backend, name, clock=self._clock)
+
+    def check(self) -> None:
+        """Check that there is a store of a format that this version reads.
+
+        Raises
+        ------
+        StoreNotFoundError, FormatError, CorruptionError
+        """
+        if not self._checked:
+            try:
+                self._check_marker(self.backend.get(MARKER))
+            except KeyNotFoundError as error:
+                raise StoreNotFoundError(
+                    f"there is no incckpt store at {self.backend.url} (no {MARKER}); is the URL right?"
+                ) from error
+
+    def create(self) -> None:
+        """Check the store as `check` does, after making it if it is not there.
+
+        Raises
+        ------
+        ReadOnlyError
+            If the backend cannot be written.
+        """
+        if not self.backend.writable:
+            raise ReadOnlyError(f"{self.backend.url} can only be read")
+        if self._checked:
+            return
+        try:
+            found: bytes | None = self.backend.get(MARKER)
+        except KeyNotFoundError:
+            marker = dump_json({"format": FORMAT, "kind": "store", "id": secrets.token_hex(16)})
+            found = create_once(self.backend, MARKER, marker).found
+        if found is not None:
+            self._check_marker(found)
+        self._checked = True
+
+    def _check_marker(self, data: bytes) -> None:
+        where = f"{self.backend.url}/{MARKER}"
+        check_format(parse_json(data, where), "store", where)
+        self._checked = True
+
+    def close(self) -> None:
+        """Close the backend."""
+        self.backend.close()
