@@ -6,20 +6,24 @@ Everything above this layer relies on what the docstrings here promise and on no
 
 from __future__ import annotations
 
+import logging
 import re
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeAlias
 
-from incckpt.errors import OptionError
+from incckpt.errors import BackendError, KeyExistsError, OptionError, UnsupportedOperationError
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Backend", "Entry", "Leftover", "ReadableBuffer", "validate_key", "validate_prefix"]
 
 ReadableBuffer: TypeAlias = bytes | bytearray | memoryview
 
-_SEGMENT = re.compile(r"[A-Za-z0-9_=@+-][A-Za-z0-9._=@+-]*")
+_SEGMENT = re.compile(r"[A-Za-z0-9_=@+-][A-Za-z0-9._=@+-]{0,254}")  # 255 bytes is the longest name of most file systems
 _MAX_KEY = 900  # S3 allows 1,024 bytes, of which the root's own prefix takes a part
 
 
@@ -44,14 +48,17 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """Something a killed process left that no listing of keys shows: a temporary file, an open multipart upload."""
+    """Something a killed process left that no listing of keys shows: a temporary file, an open multipart upload.
+
+    One that is young may belong to a put that is under way: only `modified`, by the server's clock, tells.
+    """
 
     name: str
     modified: float | None
 
 
 def validate_key(key: str) -> str:
-    """Return `key` if it is safe to join to any root: relative, ASCII, no empty, hidden or ``..`` segment.
+    """Return `key` if it is safe to join to any root: relative, ASCII, no empty, hidden, ``..`` or overlong segment.
 
     Raises
     ------
@@ -60,7 +67,10 @@ def validate_key(key: str) -> str:
     """
     if len(key) <= _MAX_KEY and all(_SEGMENT.fullmatch(part) for part in key.split("/")):
         return key
-    raise OptionError(f"not a valid key: {key!r} (relative, ASCII, no empty, hidden or '..' segment, <= {_MAX_KEY} chars)")
+    raise OptionError(
+        f"not a valid key: {key!r} (relative, ASCII, no empty, hidden or '..' segment, "
+        f"segments of at most 255 characters, {_MAX_KEY} in all)"
+    )
 
 
 def validate_prefix(prefix: str) -> str:
@@ -77,15 +87,20 @@ class Backend(ABC):
     that made the backend. A request that fails raises a :class:`~incckpt.errors.BackendError` naming the key, whose
     ``transient`` says whether repeating may help; nothing else escapes but programming errors.
 
-    Consistency: a successful `put`, `create` or `delete` is seen by every later `get`, `head` and `list`, from anywhere.
+    Consistency: a successful `put`, `create` or `delete` is seen by every later `get`, `head` and `list`, from
+    anywhere.
+
+    Keys are checked by every method (:func:`validate_key`; `OptionError`). No key may also be the folder of another
+    (``a`` beside ``a/b``): object stores would take both, file systems cannot.
 
     Attributes
     ----------
     url
         The root, without credentials; for messages.
     exclusive
-        Whether `create` has exactly one winner among any number of processes. Where it is ``False`` the store may be
-        written by one process only.
+        Whether `create` has exactly one winner among any number of processes, as far as is known: a server may take
+        a condition and ignore it, which `probe_exclusive` finds out. Where it is ``False`` the store may be written
+        by one process only.
     writable
         Whether anything can be put.
     remote
@@ -101,8 +116,8 @@ class Backend(ABC):
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """Return bytes ``[start, end)`` of the value, clipped at its end; all of it by default.
 
-        ``0 <= start``; ``end`` is at least ``start``. A value is seen either whole or not at all: never a part of a put that is
-        under way. A transfer that ends early is an error (transient), never a short result.
+        ``0 <= start``; ``end`` is at least ``start``. A value is seen either whole or not at all: never a part of a
+        put that is under way. A transfer that ends early is an error (transient), never a short result.
 
         Raises
         ------
@@ -121,18 +136,24 @@ class Backend(ABC):
     def create(self, key: str, data: ReadableBuffer) -> None:
         """Store `data` at `key` if the key does not exist, in one atomic request; durable when it returns.
 
-        Of any number of concurrent calls exactly one succeeds. After an error other than `KeyExistsError` the outcome is
-        unknown: read back. A repeat of an own request whose reply was lost raises `KeyExistsError` too.
+        Of any number of concurrent calls exactly one succeeds. After an error other than `KeyExistsError` the outcome
+        is unknown: read back. A repeat of an own request whose reply was lost raises `KeyExistsError` too.
 
         Raises
         ------
         KeyExistsError
             If the key exists; its value is untouched.
+        UnsupportedOperationError
+            If the store cannot do this exclusively and `exclusive` is still true. Once `probe_exclusive` has set it
+            to false, `create` looks first and then puts, which is no protection against a second writer.
         """
 
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete the keys; a missing key is no error. If it raises, any subset may be gone; repeating is safe."""
+        """Delete the keys; a missing key is no error. Durable when it returns.
+
+        If it raises, any subset may be gone; repeating is safe.
+        """
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[Entry]:
@@ -152,6 +173,36 @@ class Backend(ABC):
             If the key does not exist.
         """
 
+    def probe_exclusive(self) -> bool:
+        """Find out whether `create` really is exclusive, by creating one random key below ``probe/`` twice.
+
+        To be called once per store by whoever is going to write to it. Costs two puts and a delete; nothing where
+        `exclusive` is false already.
+
+        Returns
+        -------
+        bool
+            The new value of `exclusive`.
+        """
+        if not self.exclusive:
+            return False
+        key = f"probe/{secrets.token_hex(16)}"
+        try:
+            self.create(key, b"first")
+            self.create(key, b"second")
+        except KeyExistsError:
+            pass
+        except UnsupportedOperationError:
+            self.exclusive = False
+        else:
+            self.exclusive = False
+        finally:
+            try:
+                self.delete([key])
+            except BackendError as exc:
+                logger.warning("%s: the key %s of a probe stays behind: %s", self.url, key, exc)
+        return self.exclusive
+
     def leftovers(self) -> Iterator[Leftover]:
         """Yield what killed processes left behind that is not a key (of this root only). None by default."""
         return iter(())
@@ -160,7 +211,7 @@ class Backend(ABC):
         """Remove one of `leftovers`; no error if it is gone."""
         raise OptionError(f"{self.url} has no leftovers to remove: {leftover.name!r}")
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most backends have nothing to let go of
         """Let go of connections and threads. The backend is not used afterwards; closing twice is no error."""
 
     def __enter__(self) -> Self:

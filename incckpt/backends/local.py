@@ -1,0 +1,374 @@
+"""A store in a local folder, durable against a power cut.
+
+A put writes a temporary file in the target's own folder, fsyncs it, gives it the key's name, and fsyncs the folder:
+in that order, so that a name never stands for bytes that a power cut can take. A create gives the name with
+``link``, which fails if the name is taken and is atomic on every file system that has it, NFS included; where there
+are no hard links, with the rename that refuses to replace.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterable, Iterator
+
+from incckpt.backends.base import Backend, Entry, Leftover, ReadableBuffer, validate_key, validate_prefix
+from incckpt.backends.system import SystemCalls
+from incckpt.errors import (
+    BackendError,
+    BackendPermissionError,
+    KeyExistsError,
+    KeyNotFoundError,
+    OptionError,
+    UnsupportedOperationError,
+)
+
+__all__ = ["LocalBackend"]
+
+logger = logging.getLogger(__name__)
+
+_TEMPORARY = ".incckpt-tmp-"  # no key has a segment that begins with a dot
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR})
+_NO_SUCH_CALL = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+_NO_HARD_LINKS = _NO_SUCH_CALL | {errno.EPERM}
+_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_MAY_PASS = frozenset(
+    {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
+)
+_ADVICE = {
+    errno.ENOSPC: "the file system is full: free space, or prune checkpoints",
+    errno.EDQUOT: "the disk quota is used up: free space, or prune checkpoints",
+    errno.EROFS: "the file system is mounted read-only",
+    errno.EIO: "the device failed: look at the system's log before trusting it again",
+    errno.EACCES: "the process may not use this path",
+    errno.EPERM: "the process may not use this path",
+    errno.EISDIR: "a folder is in the way",
+    errno.ENOTDIR: "a file is in the way of a folder",
+    errno.ENOENT: "the folder was removed meanwhile",
+}
+_LIST_PASSES = 4
+
+
+class LocalBackend(Backend):
+    """Keys are files below a folder, which is made by the first put.
+
+    Parameters
+    ----------
+    root
+        The folder; made absolute at once. A missing one lists as empty.
+    calls
+        The system calls to use; tests put failing ones in.
+    """
+
+    remote = False
+
+    def __init__(self, root: str | os.PathLike[str], *, calls: SystemCalls | None = None) -> None:
+        self._root = os.path.abspath(os.fspath(root))
+        self._calls = calls if calls is not None else SystemCalls()
+        self._durable: set[str] = set()  # folders whose own names are known to be on the disk
+        self._place_new: Callable[[str, str], None] = self._link
+        self._folder_sync_refused = False
+        self.url = f"file://{self._root}"
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        path = self._path(key)
+        try:
+            fd = self._calls.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                size = self._size(fd, key, path)
+                stop = size if end is None else min(end, size)
+                return self._read(fd, start, stop, key)
+            finally:
+                self._calls.close(fd)
+        except BackendError:
+            raise
+        except OSError as exc:
+            raise self._error(exc, "get", key, path) from exc
+
+    def put(self, key: str, data: ReadableBuffer) -> None:
+        path = self._path(key)
+        try:
+            self._write(path, data, self._calls.replace)
+        except OSError as exc:
+            raise self._error(exc, "put", key, path, missing_is_key=False) from exc
+
+    def create(self, key: str, data: ReadableBuffer) -> None:
+        path = self._path(key)
+        try:
+            self._write(path, data, self._name_new)
+        except BackendError:
+            raise
+        except FileExistsError as exc:
+            raise KeyExistsError(errno.EEXIST, f"{self.url}: key {key!r} exists", path) from exc
+        except OSError as exc:
+            raise self._error(exc, "create", key, path, missing_is_key=False) from exc
+
+    def delete(self, keys: Iterable[str]) -> None:
+        paths = {key: self._path(key) for key in keys}
+        folders: dict[str, str] = {}
+        for key, path in paths.items():
+            try:
+                self._calls.unlink(path)
+            except OSError as exc:
+                if exc.errno not in _GONE and not self._is_folder(path):
+                    raise self._error(exc, "delete", key, path) from exc
+            else:
+                folders[os.path.dirname(path)] = key
+        for folder, key in folders.items():
+            try:
+                self._sync_folder(folder)
+            except OSError as exc:
+                if exc.errno not in _GONE:
+                    raise self._error(exc, "delete", key, folder) from exc
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        folder, _, begin = validate_prefix(prefix).rpartition("/")
+        for path, name in self._walk(folder, begin):
+            if not name.startswith("."):
+                try:
+                    found = self._calls.stat(path)
+                except OSError as exc:
+                    if exc.errno in _GONE:
+                        continue
+                    raise self._error(exc, "list", prefix, path) from exc
+                if stat.S_ISREG(found.st_mode):
+                    yield Entry(self._key(path), found.st_size, found.st_mtime)
+
+    def head(self, key: str) -> Entry:
+        path = self._path(key)
+        try:
+            found = self._calls.stat(path)
+        except OSError as exc:
+            raise self._error(exc, "head", key, path) from exc
+        if not stat.S_ISREG(found.st_mode):
+            raise self._missing(key, path)
+        return Entry(key, found.st_size, found.st_mtime)
+
+    def leftovers(self) -> Iterator[Leftover]:
+        for path, name in self._walk("", ""):
+            if name.startswith(_TEMPORARY):
+                try:
+                    yield Leftover(self._key(path), self._calls.stat(path).st_mtime)
+                except OSError as exc:
+                    if exc.errno not in _GONE:
+                        raise self._error(exc, "list", self._key(path), path) from exc
+
+    def remove_leftover(self, leftover: Leftover) -> None:
+        folder, _, name = leftover.name.rpartition("/")
+        if not name.startswith(_TEMPORARY) or "\0" in name:
+            raise OptionError(f"not a temporary file of {self.url}: {leftover.name!r}")
+        path = os.path.join(self._root, validate_prefix(folder), name)
+        try:
+            self._calls.unlink(path)
+        except OSError as exc:
+            if exc.errno not in _GONE:
+                raise self._error(exc, "remove", leftover.name, path) from exc
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _read(self, fd: int, start: int, stop: int, key: str) -> bytes:
+        parts: list[bytes] = []
+        while start < stop:  # one read may return less than was asked for (at most 2 GiB on Linux)
+            part = self._calls.pread(fd, stop - start, start)
+            if not part:
+                message = f"{self.url}: key {key!r} ends early, at byte {start} of {stop}"
+                raise BackendError(errno.EIO, message, transient=True)
+            parts.append(part)
+            start += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _size(self, fd: int, key: str, path: str) -> int:
+        found = self._calls.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise self._missing(key, path)
+        return found.st_size
+
+    def _walk(self, folder: str, begin: str) -> Iterator[tuple[str, str]]:
+        """Yield path and name of what is not a folder below `folder`, where its first level begins with `begin`."""
+        top = os.path.join(self._root, folder) if folder else self._root
+        pending = [(top, begin)]
+        while pending:
+            current, begin = pending.pop()
+            for name, is_folder in self._entries(current).items():
+                if name.startswith(begin):
+                    path = os.path.join(current, name)
+                    if not is_folder:
+                        yield path, name
+                    elif not name.startswith("."):
+                        pending.append((path, ""))
+
+    def _entries(self, folder: str) -> dict[str, bool]:
+        """Return the names in a folder, each with whether it is a folder; read again while it changes.
+
+        A name that is renamed over while a folder is being read may be shown twice or, on some file systems, not at
+        all; the second reading has it.
+        """
+        found: dict[str, bool] = {}
+        try:
+            before = self._calls.stat(folder).st_mtime_ns
+            for _ in range(_LIST_PASSES):
+                found.update((entry.name, entry.is_dir()) for entry in self._calls.scandir(folder))
+                after = self._calls.stat(folder).st_mtime_ns
+                if after == before:
+                    break
+                before = after
+        except OSError as exc:
+            if exc.errno not in _GONE:
+                raise self._error(exc, "list", "", folder) from exc
+        return found
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def _write(self, path: str, data: ReadableBuffer, name: Callable[[str, str], None]) -> None:
+        """Write a temporary file, make it durable, call ``name(temporary, path)``, make the name durable."""
+        view = memoryview(data).cast("B")
+        folder = os.path.dirname(path)
+        self._make_folder(folder)
+        temporary = os.path.join(folder, _TEMPORARY + secrets.token_hex(8))
+        try:
+            fd = self._open_new(temporary)
+            try:
+                written = 0
+                while written < len(view):
+                    written += self._calls.write(fd, view[written:])
+                self._calls.fsync(fd)
+            finally:
+                self._calls.close(fd)
+            name(temporary, path)
+        except BaseException:
+            self._discard(temporary)
+            raise
+        self._sync_folder(folder)
+
+    def _open_new(self, path: str) -> int:
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+        try:
+            return self._calls.open(path, flags)
+        except FileNotFoundError:  # someone removed the folder since it was made: make it again
+            self._durable.clear()
+            self._make_folder(os.path.dirname(path))
+            return self._calls.open(path, flags)
+
+    def _discard(self, temporary: str) -> None:
+        try:
+            self._calls.unlink(temporary)
+        except FileNotFoundError:
+            pass
+        except OSError as exc:
+            logger.warning("%s: the temporary file %s stays behind: %s", self.url, temporary, exc)
+
+    def _name_new(self, temporary: str, path: str) -> None:
+        if not self.exclusive:
+            if self._exists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+            self._calls.replace(temporary, path)
+            return
+        try:
+            self._place_new(temporary, path)
+        except OSError as exc:
+            if self._place_new != self._link or exc.errno not in _NO_HARD_LINKS:
+                raise
+            self._rename_new(temporary, path)
+            self._place_new = self._rename_new
+
+    def _link(self, temporary: str, path: str) -> None:
+        self._calls.link(temporary, path)
+        self._discard(temporary)
+
+    def _rename_new(self, temporary: str, path: str) -> None:
+        try:
+            self._calls.rename_new(temporary, path)
+        except OSError as exc:
+            if exc.errno not in _NO_SUCH_CALL:
+                raise
+            raise UnsupportedOperationError(
+                exc.errno,
+                f"{self.url}: this file system has neither hard links nor a rename that refuses to replace, so two "
+                "writers cannot be kept apart; use another file system, or one writer only",
+                path,
+            ) from exc
+
+    def _make_folder(self, folder: str) -> None:
+        """Make a folder and those above it, and make their names durable.
+
+        One that is there already may be another process's, not yet durable: its parent is synced too, once.
+        """
+        if folder in self._durable:
+            return
+        inside = len(folder) > len(self._root)
+        parent = os.path.dirname(folder)
+        if inside:
+            self._make_folder(parent)
+        made = False
+        if not self._is_folder(folder):
+            try:
+                self._calls.mkdir(folder)
+            except FileNotFoundError:
+                self._make_folder(parent)
+                self._calls.mkdir(folder)
+            except FileExistsError:
+                if not self._is_folder(folder):
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder) from None
+            made = True
+        try:
+            self._sync_folder(parent)
+        except PermissionError:
+            if made or inside:
+                raise  # above a root that was there before, folders need not be ours to read
+        self._durable.add(folder)
+
+    def _sync_folder(self, folder: str) -> None:
+        fd = self._calls.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._calls.fsync(fd)
+        except OSError as exc:
+            if exc.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+            if not self._folder_sync_refused:
+                self._folder_sync_refused = True
+                logger.warning(
+                    "%s: this file system cannot sync a folder (%s); a power cut may undo the last seconds of writes",
+                    self.url,
+                    exc.strerror,
+                )
+        finally:
+            self._calls.close(fd)
+
+    # -- paths and errors ---------------------------------------------------------------------------------------------
+
+    def _path(self, key: str) -> str:
+        return os.path.join(self._root, validate_key(key))
+
+    def _key(self, path: str) -> str:
+        return os.path.relpath(path, self._root)
+
+    def _exists(self, path: str) -> bool:
+        try:
+            self._calls.stat(path)
+        except OSError as exc:
+            if exc.errno in _GONE:
+                return False
+            raise
+        return True
+
+    def _is_folder(self, path: str) -> bool:
+        try:
+            return stat.S_ISDIR(self._calls.stat(path).st_mode)
+        except OSError:
+            return False  # the call that follows fails with the reason
+
+    def _missing(self, key: str, path: str) -> KeyNotFoundError:
+        return KeyNotFoundError(errno.ENOENT, f"{self.url}: no key {key!r}", path)
+
+    def _error(self, exc: OSError, verb: str, key: str, path: str, *, missing_is_key: bool = True) -> BackendError:
+        code = exc.errno if exc.errno is not None else errno.EIO
+        if code in _GONE and missing_is_key:
+            return self._missing(key, path)
+        advice = f" ({_ADVICE[code]})" if code in _ADVICE else ""
+        message = f"{self.url}: cannot {verb} {key!r}: {os.strerror(code)}{advice}"
+        if code in _REFUSED:
+            return BackendPermissionError(code, message, path)
+        return BackendError(code, message, path, transient=code in _MAY_PASS)

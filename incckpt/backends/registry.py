@@ -1,0 +1,120 @@
+"""From a URL to a backend."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, TypeAlias
+
+from incckpt.backends.base import Backend
+from incckpt.errors import MissingExtraError, OptionError
+
+__all__ = ["BackendFactory", "open_backend", "redact"]
+
+BackendFactory: TypeAlias = Callable[[str, Mapping[str, Any]], Backend]
+
+ENTRY_POINT_GROUP = "incckpt.backends"
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+# scheme -> module below this package, the packages it needs, the extra that brings them (s3fs is always there)
+_REMOTE = {
+    "s3": ("s3", ("s3fs",), ""),
+    "s3a": ("s3", ("s3fs",), ""),
+    "gs": ("gcs", ("gcsfs",), "gcs"),
+    "gcs": ("gcs", ("gcsfs",), "gcs"),
+    "az": ("azure", ("adlfs",), "azure"),
+    "abfs": ("azure", ("adlfs",), "azure"),
+    "abfss": ("azure", ("adlfs",), "azure"),
+    "http": ("http", ("aiohttp",), "http"),
+    "https": ("http", ("aiohttp",), "http"),
+}
+
+
+def open_backend(url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Backend:
+    """Return the backend for `url`; nothing is requested or created yet.
+
+    Parameters
+    ----------
+    url
+        A path; ``file://``, ``memory://``, ``s3://``, ``gs://``, ``gcs://``, ``az://``, ``abfs://``, ``abfss://``,
+        ``http://``, ``https://``; a scheme that an installed package registers in the entry-point group
+        ``incckpt.backends`` (a callable taking the URL and the options, named after the scheme); or any other
+        protocol that fsspec knows, which can be written by one process only.
+    storage_options
+        Passed to the file system (fsspec's names: ``key``, ``secret``, ``endpoint_url``, ``token`` …).
+
+    Raises
+    ------
+    OptionError
+        If the URL is not one that can be opened; names it.
+    MissingExtraError
+        If the scheme needs a package that is not installed; names the extra.
+    """
+    text = os.fspath(url)
+    options = dict(storage_options or {})
+    match = _SCHEME.match(text)
+    if match is None:
+        return _open_local(text, options)
+    scheme = match[1].lower()
+    rest = text[match.end() :]
+    if scheme == "file":
+        if not rest.startswith("/"):
+            raise OptionError(f"a file URL needs an absolute path, as file:///data/run: {redact(text)}")
+        return _open_local(rest, options)
+    if scheme == "memory":
+        from incckpt.backends.memory import MemoryBackend
+
+        _refuse_options(text, options)
+        return MemoryBackend(rest)
+    if scheme in _REMOTE:
+        module, packages, extra = _REMOTE[scheme]
+        return _factory(module, packages, extra)(text, options)
+    for point in entry_points(group=ENTRY_POINT_GROUP, name=scheme):
+        backend = point.load()(text, options)
+        if not isinstance(backend, Backend):
+            raise OptionError(f"the entry point {point.value} for {scheme}:// returned {type(backend)}, not a Backend")
+        return backend
+    from incckpt.backends.generic import GenericBackend
+
+    return GenericBackend(text, options)
+
+
+def redact(url: str) -> str:
+    """Return `url` without what may be secret: the user and password before the host, the query, the fragment."""
+    head, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    rest = re.split(r"[?#]", rest, maxsplit=1)[0]
+    authority, slash, path = rest.partition("/")
+    return f"{head}://{authority.rpartition('@')[2]}{slash}{path}".rstrip("/")
+
+
+def _open_local(path: str, options: dict[str, Any]) -> Backend:
+    from incckpt.backends.local import LocalBackend
+
+    if not path or "\0" in path:
+        raise OptionError(f"not a path: {path!r}")
+    _refuse_options(path, options)
+    return LocalBackend(os.path.expanduser(path))
+
+
+def _refuse_options(url: str, options: dict[str, Any]) -> None:
+    if options:
+        raise OptionError(f"{redact(url)} takes no storage_options; given: {', '.join(sorted(options))}")
+
+
+def _factory(module: str, packages: tuple[str, ...], extra: str) -> BackendFactory:
+    try:
+        opener: BackendFactory = import_module(f"incckpt.backends.{module}").open_url
+    except ModuleNotFoundError as exc:
+        missing = (exc.name or "").partition(".")[0]
+        if missing not in packages:
+            raise
+        wanted = f'"incckpt[{extra}]"' if extra else missing
+        message = f"{module} stores need the package {missing}: pip install {wanted}"
+        raise MissingExtraError(message, name=missing) from exc
+    return opener

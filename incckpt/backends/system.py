@@ -1,0 +1,111 @@
+"""The system calls that a local store is made of, as one object, so that a test can stand between.
+
+:mod:`incckpt.testing.faults` has stand-ins that fail or kill the process at the n-th call, and one that models what
+survives a power cut.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+
+__all__ = ["SystemCalls"]
+
+_AT_FDCWD = -100
+_LINUX_NOREPLACE = 1
+_MACOS_EXCL = 4
+
+
+@cache
+def _exclusive_rename() -> Callable[[bytes, bytes], int] | None:
+    """Return the C library's rename that refuses to replace, called with two paths; ``None`` where it has none."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if sys.platform == "darwin":
+        renamex = getattr(libc, "renamex_np", None)
+        if renamex is None:
+            return None
+        renamex.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint]
+        return lambda source, target: int(renamex(source, target, _MACOS_EXCL))
+    renameat2 = getattr(libc, "renameat2", None)
+    if renameat2 is None:
+        return None
+    renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    return lambda source, target: int(renameat2(_AT_FDCWD, source, _AT_FDCWD, target, _LINUX_NOREPLACE))
+
+
+class SystemCalls:
+    """Each method is one system call, raising `OSError` as :mod:`os` does."""
+
+    def open(self, path: str, flags: int, mode: int = 0o666) -> int:
+        """Open a file or folder; `mode` is narrowed by the umask."""
+        return os.open(path, flags, mode)
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor."""
+        os.close(fd)
+
+    def write(self, fd: int, data: memoryview) -> int:
+        """Write at the descriptor's position; returns how many bytes went out, perhaps fewer than given."""
+        return os.write(fd, data)
+
+    def pread(self, fd: int, nbytes: int, offset: int) -> bytes:
+        """Read at `offset`; perhaps fewer bytes than asked for, none at the end."""
+        return os.pread(fd, nbytes, offset)
+
+    def fstat(self, fd: int) -> os.stat_result:
+        """Describe an open file."""
+        return os.fstat(fd)
+
+    def stat(self, path: str) -> os.stat_result:
+        """Describe what a path leads to."""
+        return os.stat(path)
+
+    def fsync(self, fd: int) -> None:
+        """Make an open file's content, or an open folder's entries, durable.
+
+        macOS's own fsync leaves the data in the drive's cache; F_FULLFSYNC does not.
+        """
+        if sys.platform == "darwin":
+            import fcntl
+
+            try:
+                fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+                return
+            except OSError as exc:
+                if exc.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):
+                    raise
+        os.fsync(fd)
+
+    def link(self, source: str, target: str) -> None:
+        """Give a file a second name; EEXIST if the name is taken."""
+        os.link(source, target)
+
+    def rename_new(self, source: str, target: str) -> None:
+        """Rename a file unless the new name is taken (EEXIST); ENOTSUP where the system cannot."""
+        rename = _exclusive_rename()
+        if rename is None:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), target)
+        if rename(os.fsencode(source), os.fsencode(target)):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), target)
+
+    def replace(self, source: str, target: str) -> None:
+        """Rename a file over whatever has the new name."""
+        os.replace(source, target)
+
+    def unlink(self, path: str) -> None:
+        """Remove a file's name."""
+        os.unlink(path)
+
+    def mkdir(self, path: str) -> None:
+        """Make a folder."""
+        os.mkdir(path)
+
+    def scandir(self, path: str) -> list[os.DirEntry[str]]:
+        """Read a folder's entries."""
+        with os.scandir(path) as entries:
+            return list(entries)

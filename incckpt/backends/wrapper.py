@@ -1,0 +1,64 @@
+"""A backend around another: everything is passed on until a subclass says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from incckpt.backends.base import Backend, Entry, Leftover, ReadableBuffer
+
+__all__ = ["WrapperBackend"]
+
+
+class WrapperBackend(Backend):
+    """Passes every operation on to `inner`; its attributes are the inner one's.
+
+    Attributes
+    ----------
+    inner
+        The backend around which this one is.
+    """
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+        self.url = inner.url
+        self.writable = inner.writable
+        self.remote = inner.remote
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether the inner backend's `create` is exclusive."""
+        return self.inner.exclusive
+
+    @exclusive.setter
+    def exclusive(self, value: bool) -> None:
+        self.inner.exclusive = value
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        return self.inner.get(key, start, end)
+
+    def put(self, key: str, data: ReadableBuffer) -> None:
+        self.inner.put(key, data)
+
+    def create(self, key: str, data: ReadableBuffer) -> None:
+        self.inner.create(key, data)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        self.inner.delete(keys)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        return self.inner.list(prefix)
+
+    def head(self, key: str) -> Entry:
+        return self.inner.head(key)
+
+    def leftovers(self) -> Iterator[Leftover]:
+        return self.inner.leftovers()
+
+    def remove_leftover(self, leftover: Leftover) -> None:
+        self.inner.remove_leftover(leftover)
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.inner!r})"

@@ -1,0 +1,264 @@
+"""The conformance suite over the backends that need no server, the registry, and the backend contract's own helpers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from incckpt.backends import Backend, open_backend, validate_key, validate_prefix
+from incckpt.backends import registry as registry_module
+from incckpt.backends.generic import GenericBackend
+from incckpt.backends.local import LocalBackend
+from incckpt.backends.memory import MemoryBackend
+from incckpt.backends.registry import redact
+from incckpt.backends.wrapper import WrapperBackend
+from incckpt.errors import KeyExistsError, KeyNotFoundError, MissingExtraError, OptionError, UnsupportedOperationError
+from incckpt.testing.conformance import BackendConformance
+from incckpt.testing.faults import CountingBackend
+
+
+class TestLocalConformance(BackendConformance):
+    @pytest.fixture
+    def backend(self, tmp_path: Path) -> Iterator[Backend]:
+        with LocalBackend(tmp_path / "store") as backend:
+            yield backend
+
+
+class TestMemoryConformance(BackendConformance):
+    @pytest.fixture
+    def backend(self) -> Iterator[Backend]:
+        with open_backend(f"memory://{uuid.uuid4()}/deep") as backend:
+            yield backend
+            backend.delete([entry.key for entry in backend.list()])
+
+
+class TestWrapperConformance(BackendConformance):
+    @pytest.fixture
+    def backend(self) -> Backend:
+        return WrapperBackend(CountingBackend(MemoryBackend(str(uuid.uuid4()))))
+
+
+class TestGenericConformance(BackendConformance):
+    """Over fsspec's local file system, which stands for any protocol without a backend of its own."""
+
+    large_value = 4 << 20
+
+    @pytest.fixture
+    def backend(self, tmp_path: Path) -> Iterator[Backend]:
+        root = tmp_path / "store"
+        root.mkdir()
+        with GenericBackend(f"local://{root}", {}) as backend:
+            yield backend
+
+    def test_put_is_atomic_under_readers(self, backend: Backend) -> None:
+        pytest.skip("a generic file system does not promise this, and the backend says so")
+
+
+# -- keys -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.text())
+def test_a_valid_key_stays_below_any_root(key: str) -> None:
+    try:
+        validate_key(key)
+    except OptionError:
+        return
+    root = "/some/root"
+    path = os.path.normpath(os.path.join(root, key))
+    assert path == f"{root}/{key}"
+    assert key.isascii()
+
+
+def test_every_beginning_of_a_key_that_names_something_is_a_prefix() -> None:
+    key = "deltas/ab/cdef.0123-4567.n"
+    for end in range(len(key) + 1):
+        assert validate_prefix(key[:end]) == key[:end]
+
+
+# -- urls -------------------------------------------------------------------------------------------------------------
+
+
+def test_paths_and_file_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    cases: list[tuple[str | Path, Path]] = [
+        (tmp_path / "a", tmp_path / "a"),
+        (str(tmp_path / "a"), tmp_path / "a"),
+        ("b/c", tmp_path / "b/c"),
+        ("~/d", tmp_path / "home/d"),
+        (f"file://{tmp_path}/e/", tmp_path / "e"),
+    ]
+    for url, path in cases:
+        backend = open_backend(url)
+        backend.put("k", b"v")
+        assert (path / "k").read_bytes() == b"v"
+        assert backend.url == f"file://{path}"
+
+
+@pytest.mark.parametrize("url", ["", "file://relative", "nosuchprotocol://x", "a\0b"])
+def test_urls_that_cannot_be_opened(url: str) -> None:
+    with pytest.raises(OptionError):
+        open_backend(url)
+
+
+def test_options_where_there_are_none_to_take(tmp_path: Path) -> None:
+    for url in (str(tmp_path), "memory://x"):
+        with pytest.raises(OptionError, match="endpoint_url"):
+            open_backend(url, {"endpoint_url": "http://localhost"})
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("s3://bucket/run", "s3://bucket/run"),
+        ("https://user:secret@host:8080/a/b?sig=secret#secret", "https://host:8080/a/b"),
+        ("sftp://user:p@ss@host/a@b", "sftp://host/a@b"),
+        ("http://host?sig=secret", "http://host"),
+        ("/plain/path@x", "/plain/path@x"),
+    ],
+)
+def test_credentials_are_not_shown(url: str, shown: str) -> None:
+    assert redact(url) == shown
+
+
+def test_no_cloud_library_is_loaded_until_it_is_used() -> None:
+    code = (
+        "import sys\n"
+        "from incckpt.backends import open_backend\n"
+        "open_backend('memory://x'); open_backend('x')\n"
+        "print([m for m in ('s3fs', 'gcsfs', 'adlfs', 'aiohttp', 'botocore', 'google', 'azure', 'torch', 'numpy') "
+        "if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'gcsfs'", name="gcsfs")
+
+    monkeypatch.setattr(registry_module, "import_module", fail)
+    with pytest.raises(MissingExtraError, match=r'pip install "incckpt\[gcs\]"'):
+        open_backend("gs://bucket/x")
+
+
+class _Point:
+    """An entry point as an installed package would declare one."""
+
+    value = "third.party:open"
+
+    def __init__(self, result: object) -> None:
+        self.result = result
+        self.seen: list[tuple[str, Mapping[str, Any]]] = []
+
+    def load(self) -> Any:
+        def opener(url: str, options: Mapping[str, Any]) -> object:
+            self.seen.append((url, options))
+            return self.result
+
+        return opener
+
+
+def test_a_third_party_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = MemoryBackend("third-party")
+    point = _Point(mine)
+    monkeypatch.setattr(
+        registry_module,
+        "entry_points",
+        lambda group, name: [point] if (group, name) == ("incckpt.backends", "mine") else [],
+    )
+    assert open_backend("mine://a/b", {"token": "t"}) is mine
+    assert point.seen == [("mine://a/b", {"token": "t"})]
+    point.result = "not a backend"
+    with pytest.raises(OptionError, match=r"third\.party:open"):
+        open_backend("mine://a/b")
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_shared_by_name() -> None:
+    name = str(uuid.uuid4())
+    open_backend(f"memory://{name}").put("k", b"v")
+    assert open_backend(f"memory://{name}/").get("k") == b"v"
+    assert list(open_backend(f"memory://{name}x").list()) == []
+    with pytest.raises(KeyNotFoundError):
+        open_backend(f"memory://{name}/k").get("k")
+
+
+def test_memory_survives_a_fork_while_it_is_locked() -> None:
+    """A child forked while another thread is in the middle of a put must not wait for that thread for ever."""
+    from incckpt.backends import memory
+
+    backend = MemoryBackend(str(uuid.uuid4()))
+    backend.put("k", b"v")
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with memory._lock:
+            held.set()
+            release.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if backend.get("k") == b"v" else 1)
+    release.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+# -- exclusive creation -----------------------------------------------------------------------------------------------
+
+
+class _Overwriting(WrapperBackend):
+    """A look-alike that takes the condition and ignores it."""
+
+    def create(self, key: str, data: Any) -> None:
+        self.inner.put(key, data)
+
+
+class _Refusing(WrapperBackend):
+    """A server that answers 501 to a condition."""
+
+    def create(self, key: str, data: Any) -> None:
+        raise UnsupportedOperationError(f"no conditions: {key}")
+
+
+@pytest.mark.parametrize("kind", [_Overwriting, _Refusing])
+def test_a_store_that_ignores_conditions_is_found_out(kind: type[WrapperBackend]) -> None:
+    backend = kind(MemoryBackend(str(uuid.uuid4())))
+    assert backend.exclusive
+    assert not backend.probe_exclusive()
+    assert not backend.exclusive
+    assert not backend.probe_exclusive()
+    assert list(backend.list()) == []
+
+
+def test_probing_what_does_not_claim_to_be_exclusive_asks_nothing() -> None:
+    backend = CountingBackend(MemoryBackend(str(uuid.uuid4())))
+    backend.exclusive = False
+    assert not backend.probe_exclusive()
+    assert backend.operations == []
+
+
+def test_generic_says_what_it_cannot_promise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    backend = open_backend(f"local://{tmp_path}")
+    assert isinstance(backend, GenericBackend)
+    assert not backend.exclusive
+    assert "one process may write" in caplog.text
+    backend.create("k", b"1")
+    with pytest.raises(KeyExistsError):
+        backend.create("k", b"2")
