@@ -196,6 +196,7 @@ def test_memory_is_shared_by_name() -> None:
         open_backend(f"memory://{name}/k").get("k")
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_memory_survives_a_fork_while_it_is_locked() -> None:
     """A child forked while another thread is in the middle of a put must not wait for that thread for ever."""
     from incckpt.backends import memory

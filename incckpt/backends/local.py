@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,7 @@ __all__ = ["LocalBackend"]
 logger = logging.getLogger(__name__)
 
 _TEMPORARY = ".incckpt-tmp-"  # no key has a segment that begins with a dot
+_TEMPORARY_NAME = re.compile(rf"(?:(.+)/)?({re.escape(_TEMPORARY)}[0-9a-f]+)")
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR})
 _NO_SUCH_CALL = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 _NO_HARD_LINKS = _NO_SUCH_CALL | {errno.EPERM}
@@ -157,10 +159,10 @@ class LocalBackend(Backend):
                         raise self._error(exc, "list", self._key(path), path) from exc
 
     def remove_leftover(self, leftover: Leftover) -> None:
-        folder, _, name = leftover.name.rpartition("/")
-        if not name.startswith(_TEMPORARY) or "\0" in name:
+        match = _TEMPORARY_NAME.fullmatch(leftover.name)
+        if match is None:
             raise OptionError(f"not a temporary file of {self.url}: {leftover.name!r}")
-        path = os.path.join(self._root, validate_prefix(folder), name)
+        path = os.path.join(self._root, validate_prefix(match[1] or ""), match[2])
         try:
             self._calls.unlink(path)
         except OSError as exc:
@@ -217,7 +219,8 @@ class LocalBackend(Backend):
                 before = after
         except OSError as exc:
             if exc.errno not in _GONE:
-                raise self._error(exc, "list", "", folder) from exc
+                path = exc.filename if isinstance(exc.filename, str) else folder
+                raise self._error(exc, "list", f"{self._key(folder)}/", path) from exc
         return found
 
     # -- writing ------------------------------------------------------------------------------------------------------

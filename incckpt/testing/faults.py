@@ -400,14 +400,20 @@ class UnsyncedDisk(_WatchedCalls):
     ----------
     root
         An existing folder. The store may lie in a folder of it that does not exist yet.
-    ignore
-        ``"file"`` or ``"folder"`` make the fsyncs of that kind do nothing: mutations that a test must notice.
+    skip_fsync
+        The n-th fsync, from 1, is answered but does nothing: a mutation that a test must notice.
+
+    Attributes
+    ----------
+    fsyncs
+        How many fsyncs were asked for.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, ignore: str | None = None) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, skip_fsync: int = 0) -> None:
         super().__init__()
         self._root = os.path.abspath(os.fspath(root))
-        self._ignore = ignore
+        self._skip_fsync = skip_fsync
+        self.fsyncs = 0
         self._lock = threading.RLock()
         self._next = 0
         self._ids: dict[tuple[int, int], int] = {}  # (device, inode) -> our number; inodes are used again, ours are not
@@ -464,10 +470,12 @@ class UnsyncedDisk(_WatchedCalls):
             return result
 
     def _synced(self, path: str) -> None:
+        self.fsyncs += 1
+        if self.fsyncs == self._skip_fsync:
+            return
         if os.path.isdir(path):
-            if self._ignore != "folder":
-                self._entries[path] = self._now(path)
-        elif self._ignore != "file":
+            self._entries[path] = self._now(path)
+        else:
             with open(path, "rb") as file:
                 self._content[self._number(os.stat(path))] = file.read()
 

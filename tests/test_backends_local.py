@@ -1,0 +1,553 @@
+"""The local backend below its interface: what survives kills and power cuts, and what each system error becomes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from incckpt.backends import Backend, Leftover
+from incckpt.backends.local import LocalBackend
+from incckpt.backends.system import SystemCalls
+from incckpt.errors import (
+    BackendError,
+    BackendPermissionError,
+    KeyExistsError,
+    KeyNotFoundError,
+    OptionError,
+    UnsupportedOperationError,
+)
+from incckpt.testing.conformance import BackendConformance
+from incckpt.testing.faults import PowerCut, StopAt, UnsyncedDisk, kill_process
+
+OLD, NEW = b"old" * 1_000, b"new value" * 2_000
+
+
+class NoLinks(SystemCalls):
+    """A file system such as FAT."""
+
+    def link(self, source: str, target: str) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), source)
+
+
+class NoLinksNoRename(NoLinks):
+    """One that has no exclusive rename either."""
+
+    def rename_new(self, source: str, target: str) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), target)
+
+
+class Trickling(SystemCalls):
+    """Moves at most a thousand bytes a call, as the kernel may."""
+
+    def write(self, fd: int, data: memoryview) -> int:
+        return super().write(fd, data[:1_000])
+
+    def pread(self, fd: int, nbytes: int, offset: int) -> bytes:
+        return super().pread(fd, min(nbytes, 1_000), offset)
+
+
+class TestWithoutLinks(BackendConformance):
+    large_value = 1 << 20
+
+    @pytest.fixture
+    def backend(self, tmp_path: Path) -> Iterator[Backend]:
+        with LocalBackend(tmp_path, calls=NoLinks()) as backend:
+            yield backend
+
+
+class TestTrickling(BackendConformance):
+    large_value = 1 << 20
+    many_keys = 20
+
+    @pytest.fixture
+    def backend(self, tmp_path: Path) -> Iterator[Backend]:
+        with LocalBackend(tmp_path, calls=Trickling()) as backend:
+            yield backend
+
+
+def files(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+# -- exclusive creation -----------------------------------------------------------------------------------------------
+
+
+def test_create_has_one_winner_among_processes(tmp_path: Path) -> None:
+    """Eight processes meet at a pipe and create the same twenty keys; each key has exactly one winner."""
+    code = (
+        "import sys\n"
+        "from incckpt.backends.local import LocalBackend\n"
+        "from incckpt.errors import KeyExistsError\n"
+        "backend, me = LocalBackend(sys.argv[1]), sys.argv[2]\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "for number in range(20):\n"
+        "    try:\n"
+        "        backend.create(f'race/{number}', me.encode()); print(number)\n"
+        "    except KeyExistsError:\n"
+        "        pass\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "store")]
+    racers = [
+        subprocess.Popen([*command, str(me)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for me in range(8)
+    ]
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("\n")
+        racer.stdin.flush()
+    won = [racer.communicate()[0].split() for racer in racers]
+    assert all(racer.returncode == 0 for racer in racers)
+    assert sorted(int(number) for numbers in won for number in numbers) == list(range(20))
+    backend = LocalBackend(tmp_path / "store")
+    for me, numbers in enumerate(won):
+        for number in numbers:
+            assert backend.get(f"race/{number}") == str(me).encode()
+
+
+def test_without_links_or_exclusive_rename_create_is_refused_until_asked_for(tmp_path: Path) -> None:
+    backend = LocalBackend(tmp_path, calls=NoLinksNoRename())
+    with pytest.raises(UnsupportedOperationError, match="two writers"):
+        backend.create("k", b"1")
+    assert files(tmp_path) == []
+    assert not backend.probe_exclusive()
+    backend.create("k", b"1")
+    with pytest.raises(KeyExistsError):
+        backend.create("k", b"2")
+    assert backend.get("k") == b"1"
+    assert files(tmp_path) == ["k"]
+
+
+# -- kills and power cuts ---------------------------------------------------------------------------------------------
+
+
+def _create(backend: Backend) -> None:
+    backend.create("runs/default/attempts/000001", NEW)
+
+
+def _replace(backend: Backend) -> None:
+    backend.put("pins/default", NEW)
+
+
+def _put_beside(backend: Backend) -> None:
+    backend.put("pins/other", NEW)
+
+
+_WRITES: dict[Callable[[Backend], None], tuple[str, bytes | None]] = {
+    _create: ("runs/default/attempts/000001", None),
+    _replace: ("pins/default", OLD),
+    _put_beside: ("pins/other", None),
+}
+
+
+def _value(backend: Backend, key: str) -> bytes | None:
+    try:
+        return backend.get(key)
+    except KeyNotFoundError:
+        return None
+
+
+def _system_calls(write: Callable[[Backend], None], root: Path) -> int:
+    LocalBackend(root).put("pins/default", OLD)
+    calls = StopAt(0)
+    write(LocalBackend(root, calls=calls))
+    return calls.count
+
+
+@pytest.mark.parametrize("keep_entries", [False, True])
+@pytest.mark.parametrize("write", _WRITES)
+def test_power_cut_at_every_system_call(tmp_path: Path, write: Callable[[Backend], None], keep_entries: bool) -> None:
+    """The old value or the new one survives, whole; what was answered survives; nothing else is disturbed."""
+    key, before = _WRITES[write]
+    calls = _system_calls(write, tmp_path / "dry")
+    outcomes = set()
+    for nth in range(1, calls + 2):
+        root = tmp_path / str(nth)
+        root.mkdir()
+        LocalBackend(root / "store").put("pins/default", OLD)
+        disk = UnsyncedDisk(root)
+        answered = True
+        try:
+            write(LocalBackend(root / "store", calls=StopAt(nth, inner=disk)))
+        except PowerCut:
+            answered = False
+        disk.crash(keep_entries=keep_entries)
+        after = LocalBackend(root / "store")
+        value = _value(after, key)
+        outcomes.add(value)
+        assert value == NEW if answered else value in (before, NEW), f"cut before system call {nth} of {calls}"
+        assert answered == (nth > calls)
+        if key != "pins/default":
+            assert after.get("pins/default") == OLD
+        for leftover in after.leftovers():
+            after.remove_leftover(leftover)
+        assert files(root / "store") == sorted(entry.key for entry in after.list())
+        after.put(key, NEW)
+        assert after.get(key) == NEW
+    assert outcomes == {before, NEW}
+
+
+@pytest.mark.parametrize("write", [_create, _put_beside])
+def test_every_fsync_is_needed(tmp_path: Path, write: Callable[[Backend], None]) -> None:
+    """Leave out any one fsync of a write and a power cut after it can lose what was answered, or tear it."""
+
+    def survives(root: Path, skip: int) -> tuple[int, bool]:
+        root.mkdir()
+        disk = UnsyncedDisk(root, skip_fsync=skip)
+        write(LocalBackend(root / "new" / "store", calls=disk))
+        disk.crash()
+        return disk.fsyncs, _value(LocalBackend(root / "new" / "store"), _WRITES[write][0]) == NEW
+
+    fsyncs, kept = survives(tmp_path / "all", 0)
+    assert kept
+    assert fsyncs >= 5  # new, store and pins in their parents; the file; its name
+    for skip in range(1, fsyncs + 1):
+        assert survives(tmp_path / str(skip), skip) == (fsyncs, False), f"fsync {skip} of {fsyncs} is not needed"
+
+
+def test_a_name_never_stands_for_unsynced_bytes(tmp_path: Path) -> None:
+    """With names that reach the disk early, as they may, leaving out the file's fsync tears the value."""
+    LocalBackend(tmp_path / "store").put("k", OLD)
+    disk = UnsyncedDisk(tmp_path, skip_fsync=2)  # the first is that of the root's own name
+    calls = StopAt(0, inner=disk)
+    LocalBackend(tmp_path / "store", calls=calls).put("k", NEW)
+    assert [name for name in calls.names if name in ("fsync", "replace", "write")] == [
+        "fsync",
+        "write",
+        "fsync",
+        "replace",
+        "fsync",
+    ]
+    disk.crash(keep_entries=True)
+    assert LocalBackend(tmp_path / "store").get("k") == b""
+
+
+def test_folders_of_another_process_are_made_durable_too(tmp_path: Path) -> None:
+    disk = UnsyncedDisk(tmp_path)
+    for folder in ("store", "store/objects", "store/objects/ab"):  # made by someone who has not synced them yet
+        disk.mkdir(str(tmp_path / folder))
+    LocalBackend(tmp_path / "store", calls=disk).put("objects/ab/cd", NEW)
+    disk.crash()
+    assert LocalBackend(tmp_path / "store").get("objects/ab/cd") == NEW
+
+
+def test_deletes_are_durable(tmp_path: Path) -> None:
+    keys = ["a/1", "a/2", "b/1", "c"]
+    backend = LocalBackend(tmp_path)
+    for key in keys:
+        backend.put(key, OLD)
+    disk = UnsyncedDisk(tmp_path)
+    LocalBackend(tmp_path, calls=disk).delete([*keys, "a/missing", "missing/1"])
+    assert disk.fsyncs == 3  # one for each folder
+    disk.crash()
+    assert list(backend.list()) == []
+
+
+@pytest.mark.parametrize("write", [_create, _replace])
+def test_kill_at_every_system_call(tmp_path: Path, write: Callable[[Backend], None]) -> None:
+    """As above with a real SIGKILL; a killed process leaves at most one temporary file, which is found and removed."""
+    key, before = _WRITES[write]
+    calls = _system_calls(write, tmp_path / "dry")
+    left = 0
+    for nth in range(1, calls + 1):
+        root = tmp_path / str(nth)
+        LocalBackend(root).put("pins/default", OLD)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                write(LocalBackend(root, calls=StopAt(nth, kill_process)))
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
+        after = LocalBackend(root)
+        assert _value(after, key) in (before, NEW)
+        leftovers = list(after.leftovers())
+        left += len(leftovers)
+        assert len(leftovers) <= 1
+        for leftover in leftovers:
+            assert leftover.modified is not None
+            assert abs(leftover.modified - time.time()) < 600
+            after.remove_leftover(leftover)
+            after.remove_leftover(leftover)
+        assert files(root) == sorted(entry.key for entry in after.list())
+    assert left > 2
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def _raise(code: int) -> Callable[[str], None]:
+    def fail(name: str) -> None:
+        raise OSError(code, f"{os.strerror(code)} in {name}")
+
+    return fail
+
+
+_OPERATIONS: dict[str, tuple[Callable[[Backend], object], list[str]]] = {
+    "put": (lambda backend: backend.put("d/k", NEW), ["stat", "open", "write", "fsync", "close", "replace"]),
+    "create": (lambda backend: backend.create("d/new", NEW), ["stat", "open", "write", "fsync", "close", "link"]),
+    "get": (lambda backend: backend.get("d/k"), ["open", "fstat", "pread"]),
+    "head": (lambda backend: backend.head("d/k"), ["stat"]),
+    "delete": (lambda backend: backend.delete(["d/k"]), ["unlink", "open", "fsync"]),
+    "list": (lambda backend: list(backend.list("d/")), ["stat", "scandir"]),
+}
+_ERRNOS = {
+    errno.ENOSPC: (BackendError, False),
+    errno.EDQUOT: (BackendError, False),
+    errno.EIO: (BackendError, False),
+    errno.EROFS: (BackendPermissionError, False),
+    errno.EACCES: (BackendPermissionError, False),
+    errno.ESTALE: (BackendError, True),
+    errno.EMFILE: (BackendError, True),
+}
+
+
+@pytest.mark.parametrize("code", _ERRNOS, ids=errno.errorcode.__getitem__)
+@pytest.mark.parametrize(("verb", "call"), [(verb, call) for verb, (_, calls) in _OPERATIONS.items() for call in calls])
+def test_system_errors(tmp_path: Path, verb: str, call: str, code: int) -> None:
+    """Each error at each occurrence of each system call names key and path, keeps its errno, and leaves no rubbish."""
+    operation, _ = _OPERATIONS[verb]
+    expected, transient = _ERRNOS[code]
+    raised = 0
+    for nth in range(1, 10):
+        root = tmp_path / str(nth)
+        LocalBackend(root).put("d/k", OLD)
+        calls = StopAt(nth, _raise(code), only=call)
+        error = None
+        try:
+            operation(LocalBackend(root, calls=calls))
+        except BackendError as exc:
+            error = exc
+        if calls.count < nth:
+            assert error is None
+            break
+        if error is not None:
+            assert type(error) is expected
+            assert error.errno == code
+            assert error.transient is transient
+            assert f"file://{root}" in str(error)
+            assert verb in str(error)
+            assert "d/" in str(error)
+            assert str(error.filename).startswith(str(root)) or error.filename == str(tmp_path)
+            assert isinstance(error.__cause__, OSError)
+            raised += 1
+        assert list(LocalBackend(root).leftovers()) == []
+        if verb != "delete":
+            assert LocalBackend(root).get("d/k") in (OLD, NEW)
+    assert raised or call == "stat"  # a stat before a mkdir only asks whether the mkdir is needed
+
+
+def test_full_disk_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="free space") as caught:
+        LocalBackend(tmp_path, calls=StopAt(1, _raise(errno.ENOSPC), only="write")).put("objects/ab/cd", NEW)
+    assert caught.value.errno == errno.ENOSPC
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("exception", [KeyboardInterrupt, MemoryError])
+def test_an_interrupt_leaves_no_temporary_file(tmp_path: Path, exception: type[BaseException]) -> None:
+    def interrupt(name: str) -> None:
+        raise exception(name)
+
+    with pytest.raises(exception):
+        LocalBackend(tmp_path, calls=StopAt(1, interrupt, only="fsync")).create("k", NEW)
+    with pytest.raises(exception):
+        LocalBackend(tmp_path, calls=StopAt(2, interrupt, only="fsync")).create("k", NEW)
+    assert files(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_synced_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class NoFolderSync(SystemCalls):
+        def fsync(self, fd: int) -> None:
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            super().fsync(fd)
+
+    backend = LocalBackend(tmp_path / "store", calls=NoFolderSync())
+    backend.put("a/k", NEW)
+    backend.create("b/k", NEW)
+    assert backend.get("a/k") == backend.get("b/k") == NEW
+    assert caplog.text.count("a power cut may undo") == 1
+
+
+def test_a_value_cut_short_while_it_is_read(tmp_path: Path) -> None:
+    class Shrinking(SystemCalls):
+        def pread(self, fd: int, nbytes: int, offset: int) -> bytes:
+            return super().pread(fd, 10, offset) if offset == 0 else b""
+
+    LocalBackend(tmp_path).put("k", NEW)
+    with pytest.raises(BackendError, match="ends early, at byte 10") as caught:
+        LocalBackend(tmp_path, calls=Shrinking()).get("k")
+    assert caught.value.transient
+
+
+def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
+    backend = LocalBackend(tmp_path)
+    backend.put("a", OLD)
+    for write in (backend.put, backend.create):
+        with pytest.raises(BackendError, match="a/b") as caught:
+            write("a/b", NEW)
+        assert caught.value.errno == errno.ENOTDIR
+    backend.put("d/k", OLD)
+    with pytest.raises(BackendError, match="a folder is in the way"):
+        backend.put("d", NEW)
+    assert files(tmp_path) == ["a", "d/k"]
+
+
+def test_a_loop_of_links_is_an_error_that_names_the_path(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(BackendError, match="loop") as caught:
+        list(LocalBackend(tmp_path).list())
+    assert caught.value.errno == errno.ELOOP
+
+
+# -- files and folders ------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_made_before_the_first_put(tmp_path: Path) -> None:
+    root = tmp_path / "not" / "yet"
+    backend = LocalBackend(root)
+    assert list(backend.list()) == []
+    assert list(backend.leftovers()) == []
+    backend.delete(["k"])
+    with pytest.raises(KeyNotFoundError):
+        backend.get("k")
+    assert os.listdir(tmp_path) == []
+    backend.put("a/b/k", NEW)
+    assert files(tmp_path) == ["not/yet/a/b/k"]
+
+
+def test_a_root_that_is_removed_meanwhile_is_made_again(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    disk = UnsyncedDisk(tmp_path)
+    backend = LocalBackend(root, calls=disk)
+    backend.put("a/b/1", OLD)
+    shutil.rmtree(root)
+    assert list(backend.list()) == []
+    backend.put("a/b/2", NEW)
+    disk.crash()
+    assert LocalBackend(root).get("a/b/2") == NEW
+
+
+def test_the_path_is_fixed_when_the_backend_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    backend = LocalBackend("here")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    backend.put("k", NEW)
+    assert files(tmp_path) == ["here/k"]
+
+
+def test_the_umask_is_respected(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        LocalBackend(tmp_path / "store").put("d/put", NEW)
+        LocalBackend(tmp_path / "store").create("d/created", NEW)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "store").rglob("*")}
+    assert modes == {"d": 0o750, "put": 0o640, "created": 0o640}
+
+
+def test_buffers_are_written_without_a_copy(tmp_path: Path) -> None:
+    buffer = bytearray(NEW)
+    seen: list[Any] = []
+
+    class Watching(SystemCalls):
+        def write(self, fd: int, data: memoryview) -> int:
+            seen.append(data.obj)
+            return super().write(fd, data)
+
+    LocalBackend(tmp_path, calls=Watching()).put("k", memoryview(buffer)[3:])
+    assert [obj is buffer for obj in seen] == [True]
+    assert LocalBackend(tmp_path).get("k") == NEW[3:]
+
+
+def test_a_root_behind_a_symbolic_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    backend = LocalBackend(tmp_path / "link")
+    backend.put("a/k", NEW)
+    assert [entry.key for entry in backend.list()] == ["a/k"]
+    assert files(tmp_path / "real") == ["a/k"]
+
+
+def test_a_root_whose_parent_may_not_be_read(tmp_path: Path) -> None:
+    """A home directory's parent often is only searchable; a root that is there already needs no sync up there."""
+
+    class Searchable(SystemCalls):
+        def open(self, path: str, flags: int, mode: int = 0o666) -> int:
+            if path == str(tmp_path):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+            return super().open(path, flags, mode)
+
+    (tmp_path / "store").mkdir()
+    LocalBackend(tmp_path / "store", calls=Searchable()).put("a/k", NEW)
+    with pytest.raises(BackendPermissionError):
+        LocalBackend(tmp_path / "new", calls=Searchable()).put("a/k", NEW)
+
+
+def test_a_name_hidden_by_a_rename_during_the_listing_is_found(tmp_path: Path) -> None:
+    """Some file systems show a name that is renamed over during the reading of its folder not at all."""
+    backend = LocalBackend(tmp_path)
+    for number in range(5):
+        backend.put(f"pins/{number}", OLD)
+
+    class Racing(SystemCalls):
+        passes = 0
+
+        def scandir(self, path: str) -> list[os.DirEntry[str]]:
+            found = super().scandir(path)
+            if path.endswith("pins"):
+                self.passes += 1
+                if self.passes == 1:
+                    LocalBackend(tmp_path).put("pins/3", NEW)
+                    stamp = os.stat(path).st_mtime_ns + 1
+                    os.utime(path, ns=(stamp, stamp))  # however coarse the clock
+                    return [entry for entry in found if entry.name != "3"]
+            return found
+
+    calls = Racing()
+    entries = list(LocalBackend(tmp_path, calls=calls).list("pins/"))
+    assert sorted(entry.key for entry in entries) == [f"pins/{number}" for number in range(5)]
+    assert calls.passes == 2
+
+
+def test_keys_that_vanish_during_a_listing_are_passed_over(tmp_path: Path) -> None:
+    backend = LocalBackend(tmp_path)
+    for number in range(10):
+        backend.put(f"{number % 2}/{number}", OLD)
+    listing = backend.list()
+    first = next(listing)
+    backend.delete([f"{number % 2}/{number}" for number in range(10)])
+    (tmp_path / "0").rmdir()
+    assert list(listing) == []
+    assert first.size == len(OLD)
+
+
+def test_leftovers_are_ours_only(tmp_path: Path) -> None:
+    backend = LocalBackend(tmp_path)
+    backend.put("a/k", OLD)
+    for name in (".DS_Store", "a/.nfs0001", "a/.incckpt-tmp-0123456789abcdef", ".incckpt-tmp-0"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [entry.key for entry in backend.list()] == ["a/k"]
+    leftovers = {leftover.name: leftover for leftover in backend.leftovers()}
+    assert set(leftovers) == {"a/.incckpt-tmp-0123456789abcdef", ".incckpt-tmp-0"}
+    for leftover in leftovers.values():
+        backend.remove_leftover(leftover)
+    assert files(tmp_path) == [".DS_Store", "a/.nfs0001", "a/k"]
+    for name in ("a/k", ".DS_Store", "../.incckpt-tmp-0", "/.incckpt-tmp-0", ".incckpt-tmp-0/../k", ".incckpt-tmp-\0"):
+        with pytest.raises(OptionError):
+            backend.remove_leftover(Leftover(name, None))
