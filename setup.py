@@ -67,7 +67,7 @@ def extension(name: str, *headers: str) -> Extension:
     )
 
 
-EXTENSIONS = [extension("_delta", "_detect.h")]
+EXTENSIONS = [extension("_delta", "_detect.h", "_sums.h")]
 if Path("incckpt/_planes.pyx").exists():
     EXTENSIONS.append(extension("_planes", "_planes.h"))
 
