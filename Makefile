@@ -1,0 +1,52 @@
+# One place for every recipe; continuous integration runs the same ones (.ci/run).
+#
+# On a fresh machine `make demo` or `make test` is all it takes: Python 3.11 or later with its headers, a C compiler, make.
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := dev,gcs,azure,http
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.PHONY: help demo test lint types bench clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/built ## Train, kill in the middle of a save, resume, compare (two minutes)
+	$(BIN)/python examples/demo.py
+
+test: lint types ## Build, lint, check types, run all tests
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(VENV)/built ## Style, formatting, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/built ## mypy, strict
+	$(BIN)/mypy
+
+bench: $(VENV)/built ## All benchmarks, each at its small size
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean: ## Remove what was built or downloaded, the environment included
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .ruff_cache .import_linter_cache .bench .demo
+	rm -f incckpt/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment. The build tools come first, so that the build uses the pinned ones.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("incckpt needs Python 3.11 or later, this is %s: make PYTHON=python3.12, say" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@echo "Installing what constraints.txt pins into $(VENV) (PyTorch is large; a few minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools cython
+	$(PIP) --no-build-isolation --editable ".[$(EXTRAS)]"
+	touch $@
+
+# The kernels, built in place: an editable install does not notice that their sources changed.
+$(VENV)/built: $(VENV)/installed setup.py $(wildcard incckpt/*.pyx incckpt/*.h)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
