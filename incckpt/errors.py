@@ -15,6 +15,7 @@ __all__ = [
     "CodecError",
     "CollectionError",
     "CorruptionError",
+    "DistributedError",
     "FormatError",
     "IncckptError",
     "KernelError",
@@ -143,3 +144,7 @@ class ReadOnlyError(IncckptError, PermissionError):
 
 class CollectionError(IncckptError, RuntimeError):
     """Collection stopped before deleting anything because it could not know what is needed."""
+
+
+class DistributedError(IncckptError, NotImplementedError):
+    """What was asked for does not work yet in a ``torch.distributed`` job."""

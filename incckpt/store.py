@@ -7,20 +7,30 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
+from incckpt import codec
 from incckpt.backends.base import Backend
 from incckpt.backends.registry import open_backend
-from incckpt.errors import KeyNotFoundError, OptionError, ReadOnlyError, StoreNotFoundError
-from incckpt.manifest import FORMAT, check_format, dump_json, parse_json
-from incckpt.objects import Objects
-from incckpt.refs import create_once, validate_run
+from incckpt.errors import (
+    CorruptionError,
+    KeyNotFoundError,
+    MissingObjectError,
+    OptionError,
+    ReadOnlyError,
+    StoreNotFoundError,
+)
+from incckpt.manifest import FORMAT, Manifest, check_format, dump_json, parse_json
+from incckpt.objects import ObjectKey, Objects
+from incckpt.refs import Ref, create_once, validate_run
 from incckpt.runs import Run
 
 __all__ = ["DEFAULT_RUN", "Location", "Store", "parse_location"]
 
 MARKER = "incckpt.json"
 DEFAULT_RUN = "default"
+MAX_MANIFEST = 1 << 30  # bytes; a million tensors take about a quarter of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +103,24 @@ class Store:
         """Return a run, whether it exists or not."""
         return Run(self.backend, name, clock=self._clock)
 
+    def manifest(self, ref: Ref) -> Manifest:
+        """Read the manifest of a checkpoint (one request).
+
+        Raises
+        ------
+        MissingObjectError, CorruptionError, FormatError
+            Naming the step.
+        """
+        key = ObjectKey.parse(ref.manifest)
+        try:
+            data = self.objects.get(key, ref.manifest_size)
+            document = codec.decode_document(data, max_bytes=MAX_MANIFEST, identity=bytes.fromhex(key.identity))
+            return Manifest.from_json(document, ref.manifest)
+        except MissingObjectError as error:
+            raise MissingObjectError(f"the manifest of step {ref.step} is missing: {error}") from error
+        except CorruptionError as error:
+            raise CorruptionError(f"the manifest of step {ref.step} ({key}) is damaged: {error}") from error
+
     def check(self) -> None:
         """Check that there is a store of a format that this version reads.
 
@@ -137,3 +165,11 @@ class Store:
     def close(self) -> None:
         """Close the backend."""
         self.backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

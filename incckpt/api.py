@@ -1,0 +1,206 @@
+"""`save` and `load`: the drop-ins for ``torch.save`` and ``torch.load``."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from incckpt.attempt import Attempt
+from incckpt.checkpoint import Checkpoint, Which, choose, read_refs
+from incckpt.chunking import DEFAULT_CHUNK_BYTES
+from incckpt.detect import default_threads
+from incckpt.errors import CheckpointNotFoundError, OptionError, SupersededError
+from incckpt.manager import checked_metrics, refuse_other_ranks
+from incckpt.restore import MapLocation, Reader, load_state
+from incckpt.retention import Mode
+from incckpt.save import SaveReport, Snapshot
+from incckpt.staging import HostPool, Layout, contents_of
+from incckpt.state import flatten
+from incckpt.store import DEFAULT_RUN, Store, parse_location
+
+__all__ = ["load", "save"]
+
+
+class _Session:
+    """This process's attempt at a run, kept from one `save` to the next."""
+
+    def __init__(self, store_url: str, run: str, storage_options: Mapping[str, Any] | None) -> None:
+        self.pid = os.getpid()
+        self.store = Store.open(store_url, storage_options)
+        self.attempt = Attempt(self.store, run, threads=default_threads())
+        self.attempt.continue_from(self.attempt.lineage.latest)
+
+    def save(self, state: Any, step: int | None, metrics: Mapping[str, float], allow_pickle: bool) -> Checkpoint:
+        last = self.attempt.last_step
+        if step is None:
+            step = 0 if last is None else last + 1
+        self.attempt.check_step(step, last)
+        report = SaveReport(step=step)
+        flat = flatten(state, allow_pickle=allow_pickle)
+        layout = Layout.of([(item.nbytes, item.itemsize) for item in flat.ranges], DEFAULT_CHUNK_BYTES)
+        contents = contents_of(flat, layout, HostPool())
+        snapshot = Snapshot.of(step, metrics, time.time(), flat.structure, flat.tensors, layout, contents)
+        return Checkpoint.of(self.attempt.run, self.attempt.write(snapshot, report))
+
+    def close(self) -> None:
+        self.attempt.close()
+        self.store.close()
+
+
+_sessions: dict[tuple[str, str], _Session] = {}
+_saving = threading.Lock()
+
+
+def save(
+    state: Any,
+    url: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    run: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    allow_pickle: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Save `state` as a new checkpoint at `url`, and return when it is durable. Only what is new there is written.
+
+    Nothing is pickled, and no copy of the state is kept: what changed is found by hashing. Training loops are better off
+    with a `CheckpointManager`, which does not make them wait.
+
+    Parameters
+    ----------
+    state
+        Any nesting of dicts, lists and tuples of tensors, numpy arrays, plain values, and objects with ``state_dict()``.
+    url
+        Of the store; a path is a local directory. A fragment names the run and the step, as in
+        ``s3://bucket/sweep#lr3e-4@500``.
+    step
+        Beyond the run's last; by default the one after it, or 0.
+    run
+        Name of the run, in place of the fragment.
+    metrics
+        Numbers to go with it.
+    allow_pickle
+        Whether to pickle what cannot be represented otherwise; has to be repeated at load.
+    storage_options
+        For fsspec.
+
+    Raises
+    ------
+    StateError
+        If the state holds what cannot be saved; names its path.
+    OptionError
+        If an argument is not usable.
+    SupersededError
+        If another process has taken over the run since this one's last save.
+    BackendError
+        If the store failed; nothing is lost, and saving again goes on where it stopped.
+
+    Examples
+    --------
+    >>> import incckpt, tempfile, torch
+    >>> store = tempfile.mkdtemp()
+    >>> incckpt.save({"w": torch.zeros(3), "epoch": 1}, store).step
+    0
+    >>> incckpt.load(store)
+    {'w': tensor([0., 0., 0.]), 'epoch': 1}
+    """
+    location = parse_location(os.fspath(url))
+    if isinstance(location.step, str):
+        raise OptionError(f"{os.fspath(url)!r}: a save needs a number after '@', not {location.step!r}")
+    step = _agreed("step", location.step, step)
+    name = _agreed("run", location.run, run) or DEFAULT_RUN
+    refuse_other_ranks()
+    numbers = checked_metrics(metrics)
+    with _saving:
+        key = (location.store, name)
+        session = _sessions.get(key)
+        if session is None or session.pid != os.getpid():
+            session = _sessions[key] = _Session(location.store, name, storage_options)
+        try:
+            return session.save(state, step, numbers, allow_pickle)
+        except SupersededError:
+            del _sessions[key]  # so that a save that is meant to takes the run back
+            session.close()
+            raise
+
+
+def load(
+    url: str | os.PathLike[str],
+    *,
+    step: Which | None = None,
+    run: str | None = None,
+    keys: str | Sequence[str] | None = None,
+    map_location: MapLocation = None,
+    verify: bool = True,
+    metric: str | None = None,
+    mode: Mode = "min",
+    allow_pickle: bool = False,
+    threads: int | None = None,
+    progress: bool | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Return the state of a checkpoint, from any machine that reaches the store. Its writer is not disturbed.
+
+    Parameters
+    ----------
+    url
+        Of the store, with run and step as a fragment where wanted: ``s3://bucket/sweep#lr3e-4@500``, ``…@latest``,
+        ``…@best``.
+    step, run
+        In place of the fragment. By default the latest checkpoint of the run ``"default"``.
+    keys
+        Globs of dotted names, as ``"model.*"``: only what matches is fetched and returned.
+    map_location
+        As for ``torch.load``.
+    verify
+        Whether to check the digests of all that is read.
+    metric, mode
+        What ``"best"`` goes by, and whether the lowest (``"min"``) or highest (``"max"``) is best; the name can be left
+        out if there is only one metric.
+    allow_pickle
+        Whether to unpickle what was pickled at save. Only for stores that you trust.
+    threads
+        For decoding; all cores this process may use where not given.
+    progress
+        Whether to show a progress bar; by default if a terminal watches.
+    storage_options
+        For fsspec.
+
+    Raises
+    ------
+    StoreNotFoundError, CheckpointNotFoundError
+        If there is no such store, run or step.
+    CorruptionError
+        If the checkpoint is damaged; names the object and the tensors.
+    StateMismatchError
+        If `keys` match nothing.
+    """
+    location = parse_location(os.fspath(url))
+    which = _agreed("step", location.step, step)
+    name = _agreed("run", location.run, run) or DEFAULT_RUN
+    with Store.open(location.store, storage_options) as store:
+        store.check()
+        owner = store.run(name)
+        lineage = owner.lineage()
+        chosen = choose(owner, lineage, which, metric, mode)
+        refs = read_refs(owner, lineage, [chosen])
+        if not refs:
+            raise CheckpointNotFoundError(f"step {chosen.step} of run {name!r} was pruned while it was being opened")
+        with Reader(store, threads=threads or default_threads(), verify=verify) as reader:
+            return load_state(
+                reader,
+                store.manifest(refs[0]),
+                keys=keys,
+                map_location=map_location,
+                allow_pickle=allow_pickle,
+                progress=progress,
+            )
+
+
+def _agreed(option: str, in_url: Any, given: Any) -> Any:
+    if in_url is not None and given is not None and in_url != given:
+        raise OptionError(f"the {option} is {in_url!r} in the URL and {given!r} in {option}=; give one of them")
+    return in_url if given is None else given

@@ -1,0 +1,191 @@
+"""One process's tenure as the writer of a run: what it continues, what it commits, prunes and collects. Synchronous."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from incckpt.checkpoint import read_refs, to_record
+from incckpt.errors import BackendError, CollectionError, OptionError
+from incckpt.gc import Collector
+from incckpt.manifest import Manifest
+from incckpt.pipeline import Pipeline
+from incckpt.refs import Ref, RefName, condemned_lists, list_pins
+from incckpt.retention import KeepAll, Policy
+from incckpt.runs import Lineage
+from incckpt.save import SaveReport, Snapshot, Writer, manifest_keys
+from incckpt.staging import Content
+from incckpt.store import Store
+
+__all__ = ["Attempt"]
+
+log = logging.getLogger(__name__)
+
+
+class Attempt:
+    """A new attempt at a run; starting it takes the run over from whoever wrote it before.
+
+    After construction `number` is the attempt's, and `lineage` shows what there is to continue; `continue_from` decides, and only then can `write` be
+    called.
+
+    Parameters
+    ----------
+    store, run
+        Which run; the store is made if it is not there.
+    policy
+        Which checkpoints to keep.
+    threads
+        For hashing and encoding.
+    settle, base_of, pipeline
+        See `Writer`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        run: str,
+        *,
+        policy: Policy | None = None,
+        threads: int = 1,
+        settle: Callable[[int, Content], None] = lambda index, content: None,
+        base_of: Callable[[int], Content | None] = lambda index: None,
+        pipeline: Pipeline | None = None,
+    ) -> None:
+        store.create()
+        self.run = run
+        self._store = store
+        self._run = store.run(run)
+        self._policy: Policy = policy or KeepAll()
+        # Killed predecessors leave pins, and collectors lists: then one full sweep after the first commit.
+        self._sweep = bool(list_pins(store.backend, run) or condemned_lists(store.backend))
+        self.number = self._run.start_attempt()
+        self.lineage: Lineage = self._run.lineage()
+        self._history: dict[RefName, Ref] = {}
+        self._abandoned: dict[RefName, Ref] = {}
+        self._unreadable: set[RefName] = set()
+        self._sealed = False
+        self._collector = Collector(store)
+        self._writer = Writer(
+            store, self._run, self.number, threads=threads, settle=settle, base_of=base_of, pipeline=pipeline
+        )
+
+    @property
+    def last_step(self) -> int | None:
+        """The step of the lineage's latest checkpoint; the next save's has to be beyond it."""
+        return max((ref.step for ref in self._history.values()), default=None)
+
+    def continue_from(self, name: RefName | None, manifest: Manifest | None = None) -> None:
+        """Decide what this attempt continues: the lineage up to checkpoint `name`, or nothing.
+
+        Parameters
+        ----------
+        manifest
+            Of that checkpoint, where it was read: what it holds need not be put again.
+        """
+        refs = read_refs(self._run, self.lineage, self.lineage.live, self._skip)
+        earlier = {ref.name: ref for ref in refs if name is not None and ref.step <= name.step}
+        later = {ref.name: ref for ref in refs if ref.name not in earlier}
+        abandoned = read_refs(self._run, self.lineage, self.lineage.abandoned, self._skip)
+        self._history = earlier
+        self._abandoned = {ref.name: ref for ref in abandoned} | later
+        self._run.seal(self.number, self._history.values(), self._abandoned.values())
+        if name is not None:
+            if manifest is None and name in self._history:
+                manifest = self._manifest_if_readable(self._history[name])
+            if manifest is not None:
+                self._writer.continue_from(name, manifest)
+        self._sealed = True
+
+    def _skip(self, name: RefName, error: Exception) -> None:
+        self._unreadable.add(name)
+        log.error("the ref of step %d is unreadable; delete that step to be rid of it: %s", name.step, error)
+
+    def _manifest_if_readable(self, ref: Ref) -> Manifest | None:
+        try:
+            return self._store.manifest(ref)
+        except ValueError as error:
+            log.warning("the next save stores everything, since step %d cannot be continued: %s", ref.step, error)
+            return None
+
+    def check_step(self, step: int, last: int | None) -> None:
+        """Check that a checkpoint of `step` can follow one of step `last`.
+
+        Raises
+        ------
+        OptionError
+        """
+        RefName.new(self.number, step)
+        if last is not None and step <= last:
+            raise OptionError(
+                f"run {self._run.name!r} at {self._store.backend.url} is at step {last} already; step {step} is not "
+                "beyond it. Restore an earlier step to go on from there, or save to another run"
+            )
+
+    def write(self, snapshot: Snapshot, report: SaveReport) -> Ref:
+        """Write and commit a checkpoint, then prune and collect.
+
+        Raises
+        ------
+        SupersededError, BackendError
+            If the checkpoint was not committed. Trouble with pruning or collecting is logged; the next save goes on.
+        """
+        assert self._sealed
+        self.check_step(snapshot.step, self.last_step)
+        ref, manifest = self._writer.write(snapshot, report)
+        self._history[ref.name] = ref
+        self._collector.note(self._run.ref_key(ref.name), manifest_keys(manifest) | {ref.manifest})
+        self._tidy(ref.step)
+        return ref
+
+    def _tidy(self, step: int) -> None:
+        try:
+            self._prune(step)
+            self._collect()
+        except (BackendError, CollectionError) as error:
+            log.warning("pruning or collecting after step %d failed; nothing needed was touched: %s", step, error)
+
+    def _prune(self, step: int) -> None:
+        """Expire what the policy does not keep, and what was abandoned and is passed by now."""
+        kept = set(self._policy([to_record(ref) for ref in self._history.values()])) | {step}
+        doomed = [ref.name for ref in self._history.values() if ref.step not in kept]
+        doomed += [ref.name for ref in self._abandoned.values() if ref.step <= step]
+        self._expire(doomed)
+
+    def _expire(self, doomed: Sequence[RefName]) -> None:
+        if not doomed:
+            return
+        self._run.check_not_superseded(self.number)
+        try:
+            # Before they are expired: killed in between, the list tells the next attempt that there is garbage.
+            self._collector.condemn([self._run.ref_key(name) for name in doomed])
+        except CollectionError as error:
+            self._sweep = True
+            log.warning("pruning without collecting for now: %s", error)
+        self._run.expire(doomed)
+        for name in doomed:
+            self._history.pop(name, None)
+            self._abandoned.pop(name, None)
+        self._unreadable.difference_update(doomed)
+
+    def _collect(self) -> None:
+        collected = self._collector.sweep() if self._sweep else self._collector.finish()
+        self._sweep = False
+        self._writer.forget(collected.deleted)
+
+    def delete(self, step: int) -> bool:
+        """Delete the checkpoints of `step`, readable or not, abandoned ones included; return whether there were any.
+
+        Raises
+        ------
+        BackendError, CollectionError
+            If not everything could be deleted; a later save collects the rest.
+        """
+        names = {name for name in (*self._history, *self._abandoned) if name.step == step}
+        names |= {name for name in self._unreadable if name.step == step}
+        self._expire(sorted(names))
+        self._collect()
+        return bool(names)
+
+    def close(self) -> None:
+        """Let go of threads."""
+        self._writer.close()

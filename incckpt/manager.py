@@ -1,0 +1,554 @@
+"""`CheckpointManager`: the checkpoints of one run, saved in the background, restored in place, pruned by policy."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from incckpt.attempt import Attempt
+from incckpt.checkpoint import Checkpoint, Which, choose, read_refs
+from incckpt.detect import default_threads
+from incckpt.errors import (
+    BacklogFullError,
+    CheckpointNotFoundError,
+    CorruptionError,
+    DistributedError,
+    IncckptError,
+    ManagerClosedError,
+    OptionError,
+    ReadOnlyError,
+    SaveError,
+    StoreNotFoundError,
+)
+from incckpt.manifest import Manifest
+from incckpt.refs import Ref, RefName
+from incckpt.restore import Reader, restore_into
+from incckpt.retention import KeepBest, KeepLast, Mode, Policy
+from incckpt.runs import Lineage, Run
+from incckpt.save import SaveReport, Snapshot
+from incckpt.staging import Base
+from incckpt.state import flatten
+from incckpt.store import DEFAULT_RUN, Store, parse_location
+
+__all__ = ["CheckpointManager", "checked_metrics", "refuse_other_ranks", "retention_policy"]
+
+log = logging.getLogger(__name__)
+
+_HISTORY = 1000
+
+
+@dataclass
+class _Pending:
+    """A save that was accepted."""
+
+    make_snapshot: Callable[[], Snapshot]
+    report: SaveReport
+    future: Future[Checkpoint]
+
+
+class CheckpointManager:
+    """The checkpoints of one run.
+
+    >>> with incckpt.CheckpointManager("s3://bucket/exp7", keep_last_n=5) as manager:   # doctest: +SKIP
+    ...     app = {"model": model, "optimizer": optimizer}
+    ...     start = manager.restore(app)
+    ...     for step in range((start or 0) + 1, steps + 1):
+    ...         loss = train_step()
+    ...         if step % 100 == 0:
+    ...             manager.save(step, app, metrics={"loss": loss})
+
+    Parameters
+    ----------
+    url
+        Of the store; a path is a local directory. A fragment names the run, as in ``s3://bucket/sweep#lr3e-4``.
+    run
+        Name of the run, in place of the fragment; ``"default"`` where neither is given.
+    keep_last_n, keep_best_n, metric, mode
+        Which checkpoints to keep: the last `keep_last_n`, and the `keep_best_n` with the lowest (``mode="min"``) or highest
+        (``"max"``) value of `metric`. All of them where neither is given.
+    retention
+        A policy in place of those four, see :mod:`incckpt.retention`.
+    max_pending
+        Saves that may wait in the background; the next one blocks.
+    on_backlog
+        ``"wait"``, or ``"skip"``: the save is not made, and its future raises `BacklogFullError`.
+    threads
+        For comparing, copying, hashing and coding; all cores this process may use where not given.
+    chunk_bytes
+        Size of the chunks that large tensors are cut into, a multiple of 1 MiB.
+    base
+        Whether to keep a copy of the state in host memory to compare with. Without it every save copies the whole state.
+    allow_pickle
+        Whether to pickle what cannot be represented otherwise; has to be repeated at restore.
+    read_only
+        For evaluators: `restore` and `list` work, and do not take the run over from its writer.
+    verify
+        Whether to check the digests of all that is read.
+    storage_options
+        For fsspec.
+
+    Raises
+    ------
+    OptionError
+        If an argument is not usable.
+    DistributedError
+        On ranks other than 0 of a ``torch.distributed`` job, unless `read_only`.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        run: str | None = None,
+        keep_last_n: int | None = None,
+        keep_best_n: int | None = None,
+        metric: str | None = None,
+        mode: Mode = "min",
+        retention: Policy | None = None,
+        max_pending: int = 2,
+        on_backlog: Literal["wait", "skip"] = "wait",
+        threads: int | None = None,
+        chunk_bytes: int = 16 << 20,
+        base: bool = True,
+        allow_pickle: bool = False,
+        read_only: bool = False,
+        verify: bool = True,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        location = parse_location(os.fspath(url))
+        if location.step is not None:
+            raise OptionError(f"{os.fspath(url)!r}: a manager writes a whole run; give the step to restore()")
+        if run is not None and location.run not in (None, run):
+            raise OptionError(f"the run is {location.run!r} in the URL and {run!r} in run=; give one of them")
+        if max_pending < 1:
+            raise OptionError(f"max_pending must be at least 1, not {max_pending}")
+        if on_backlog not in ("wait", "skip"):
+            raise OptionError(f"on_backlog must be 'wait' or 'skip', not {on_backlog!r}")
+        if threads is not None and threads < 1:
+            raise OptionError(f"threads must be at least 1, not {threads}")
+        if not read_only:
+            refuse_other_ranks()
+        self.read_only = read_only
+        self._policy = retention_policy(keep_last_n, keep_best_n, metric, mode, retention)
+        self._metric, self._mode = metric, mode
+        self._threads = threads or default_threads()
+        self._allow_pickle = allow_pickle
+        self._max_pending = max_pending
+        self._skip_backlog = on_backlog == "skip"
+        self._base = Base(chunk_bytes, keep=base and not read_only, threads=self._threads)
+        self._store = Store.open(location.store, storage_options)
+        self._run_name = run or location.run or DEFAULT_RUN
+        self._run = self._store.run(self._run_name)
+        self._reader: Reader | None = None
+        self._verify = verify
+        self._attempt: Attempt | None = None
+        self._last_step: int | None = None
+        self._in_use = threading.RLock()  # one save or restore at a time
+        self._queue: deque[_Pending] = deque()
+        self._unfinished = 0
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._pid = os.getpid()
+        self._reports: deque[SaveReport] = deque(maxlen=_HISTORY)
+        _managers.add(self)
+
+    # -- restoring
+
+    def restore(self, app: Any, step: Which | None = None) -> int | None:
+        """Restore a checkpoint into `app`, in place, and go on from it.
+
+        Unless the manager is read-only, this takes the run over: another process that was writing it gets
+        `SupersededError` at its next save. Checkpoints beyond a restored earlier step are abandoned: listed as such, and
+        pruned when the run has passed their steps.
+
+        Parameters
+        ----------
+        app
+            A dict (or list) of modules, optimizers, other objects with ``load_state_dict``, tensors and plain values.
+        step
+            A step, ``"latest"`` (the default) or ``"best"``.
+
+        Returns
+        -------
+        int or None
+            The step restored; ``None`` if the run has no checkpoint yet and no step was asked for.
+
+        Raises
+        ------
+        CheckpointNotFoundError
+            If there is no such step.
+        CorruptionError
+            If the checkpoint is damaged. Only for the latest, where `step` was not given, is the one before it tried.
+        StateMismatchError
+            If the checkpoint does not fit `app`.
+        """
+        with self._in_use:
+            self._check_usable()
+            self.wait()
+            if self.read_only:
+                return self._restore(self._readable_lineage(), app, step, None)
+            attempt = self._new_attempt()
+            try:
+                restored = self._restore(attempt.lineage, app, step, attempt)
+            except BaseException:
+                attempt.close()  # it has chosen nothing to continue, so it may not write
+                raise
+            self._attempt, self._last_step = attempt, attempt.last_step
+            return restored
+
+    def _restore(self, lineage: Lineage | None, app: Any, step: Which | None, attempt: Attempt | None) -> int | None:
+        if lineage is None or (lineage.latest is None and step is None):
+            if lineage is None and step is not None:
+                raise CheckpointNotFoundError(f"there is no store at {self._store.backend.url}")
+            if attempt is not None:
+                attempt.continue_from(None)
+            return None
+        name = choose(self._run, lineage, step, self._metric, self._mode)
+        candidates = [name]
+        if step is None:
+            candidates = [other for other in reversed(lineage.live) if other.step <= name.step]
+        for candidate in candidates:
+            try:
+                manifest = self._restore_one(lineage, candidate, app)
+            except CorruptionError as error:
+                if candidate == candidates[-1]:
+                    raise
+                log.error("step %d cannot be restored, falling back to the one before it: %s", candidate.step, error)
+                continue
+            if manifest is None:
+                continue  # pruned since it was listed
+            if attempt is not None:
+                attempt.continue_from(candidate, manifest)
+            return candidate.step
+        raise CheckpointNotFoundError(
+            f"step {name.step} of run {self._run_name!r} at {self._store.backend.url} was pruned while it was being restored"
+        )
+
+    def _restore_one(self, lineage: Lineage, name: RefName, app: Any) -> Manifest | None:
+        refs = read_refs(self._run, lineage, [name])
+        if not refs:
+            return None
+        manifest = self._store.manifest(refs[0])
+        if self._reader is None:
+            self._reader = Reader(self._store, threads=self._threads, verify=self._verify)
+        restore_into(self._reader, manifest, app, base=self._base, allow_pickle=self._allow_pickle)
+        return manifest
+
+    # -- saving
+
+    def save(self, step: int, app: Any, metrics: Mapping[str, float] | None = None) -> Future[Checkpoint]:
+        """Save a checkpoint; return when the state may change again.
+
+        Parameters
+        ----------
+        step
+            Beyond that of the run's latest checkpoint.
+        app
+            Any state, see :mod:`incckpt.state`.
+        metrics
+            Numbers to go with it; retention and ``"best"`` go by them.
+
+        Returns
+        -------
+        Future[Checkpoint]
+            Resolves when the checkpoint is durable and committed; raises what went wrong.
+
+        Raises
+        ------
+        SaveError
+            If an earlier save failed in the background (once; the state given now is saved by calling again).
+        StateError
+            If the state holds what cannot be saved.
+        OptionError
+            If the step is not beyond the last, or a metric is not a number.
+        SupersededError
+            If another process has taken over the run.
+        """
+        if self.read_only:
+            raise ReadOnlyError("this manager is read-only; saving needs one without read_only=True")
+        with self._in_use:
+            self._check_usable()
+            self._raise_error()
+            numbers = checked_metrics(metrics)
+            attempt = self._attempt or self._continue_latest()
+            attempt.check_step(step, self._last_step)
+            report = SaveReport(step=step)
+            future: Future[Checkpoint] = Future()
+            if not self._wait_for_room(report):
+                future.set_exception(
+                    BacklogFullError(f"step {step} was not saved: {self._max_pending} saves are being written still")
+                )
+                log.warning("step %d was skipped, %d saves are being written still", step, self._max_pending)
+                return future
+            make_snapshot = self._stage(step, app, numbers, report)
+            self._last_step = step
+            self._enqueue(_Pending(make_snapshot, report, future))
+            return future
+
+    def _stage(self, step: int, app: Any, metrics: Mapping[str, float], report: SaveReport) -> Callable[[], Snapshot]:
+        started = time.perf_counter()
+        flat = flatten(app, allow_pickle=self._allow_pickle)
+        flattened = time.perf_counter()
+        layout, contents, staged = self._base.stage(flat)
+        report.spent("flatten", flattened - started)
+        report.spent("stage", time.perf_counter() - flattened)
+        report.chunks, report.changed_chunks = staged.chunks, staged.changed
+        report.nbytes, report.changed_bytes = staged.nbytes, staged.changed_bytes
+        structure, tensors, now = flat.structure, flat.tensors, time.time()
+        return lambda: Snapshot.of(step, metrics, now, structure, tensors, layout, contents)
+
+    def _continue_latest(self) -> Attempt:
+        """Start an attempt for a save without a restore: it continues the run where it is."""
+        attempt = self._new_attempt()
+        attempt.continue_from(attempt.lineage.latest)
+        self._last_step = attempt.last_step
+        self._attempt = attempt
+        return attempt
+
+    def _new_attempt(self) -> Attempt:
+        if self._attempt is not None:
+            self._attempt.close()
+            self._attempt = None
+        return Attempt(
+            self._store,
+            self._run_name,
+            policy=self._policy,
+            threads=self._threads,
+            settle=self._base.settle,
+            base_of=self._base.full,
+        )
+
+    # -- the background
+
+    def _wait_for_room(self, report: SaveReport) -> bool:
+        started = time.perf_counter()
+        with self._changed:
+            if self._skip_backlog and self._unfinished >= self._max_pending:
+                return False
+            self._changed.wait_for(lambda: self._unfinished < self._max_pending)
+        report.spent("wait", time.perf_counter() - started)
+        return True
+
+    def _enqueue(self, pending: _Pending) -> None:
+        with self._changed:
+            self._unfinished += 1
+            self._queue.append(pending)
+            self._changed.notify_all()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=f"incckpt-save-{self._run_name}", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if not self._queue:
+                    return
+                pending = self._queue.popleft()
+            self._write(pending)
+            del pending  # its buffers go back to the pool before the next one is waited for
+            with self._changed:
+                self._unfinished -= 1
+                self._changed.notify_all()
+
+    def _write(self, pending: _Pending) -> None:
+        attempt = self._attempt
+        assert attempt is not None
+        try:
+            ref = attempt.write(pending.make_snapshot(), pending.report)
+        except BaseException as error:  # noqa: BLE001 -- goes to the trainer: by the future, and by the next call
+            log.error("saving step %d failed: %s", pending.report.step, error)
+            with self._changed:
+                self._error = error
+            pending.future.set_exception(error)
+        else:
+            self._reports.append(pending.report)
+            self._base.trim(pending.report.changed_bytes)
+            pending.future.set_result(Checkpoint.of(self._run_name, ref))
+
+    def _raise_error(self) -> None:
+        with self._changed:
+            error, self._error = self._error, None
+        if isinstance(error, IncckptError) and not isinstance(error, OSError):
+            raise error
+        if error is not None:
+            raise SaveError(f"an earlier save to {self._store.backend.url} failed: {error}") from error
+
+    def wait(self) -> None:
+        """Wait until no save is pending; failures show at the next `save` or `close`."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._unfinished)
+
+    # -- looking
+
+    def list(self, *, abandoned: bool = False) -> list[Checkpoint]:
+        """Return the run's committed checkpoints by step; with `abandoned`, those too that a restart went back behind."""
+        lineage = self._readable_lineage()
+        if lineage is None:
+            return []
+        found = [
+            Checkpoint.of(self._run_name, ref) for ref in read_refs(self._run, lineage, lineage.live, _log_unreadable)
+        ]
+        if abandoned:
+            refs = read_refs(self._run, lineage, lineage.abandoned, _log_unreadable)
+            found += [Checkpoint.of(self._run_name, ref, abandoned=True) for ref in refs]
+        return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.attempt))
+
+    def _readable_lineage(self) -> Lineage | None:
+        try:
+            self._store.check()
+        except StoreNotFoundError:
+            return None
+        return self._run.lineage()
+
+    @property
+    def history(self) -> list[SaveReport]:
+        """What the last saves of this manager did, oldest first."""
+        return list(self._reports)
+
+    @property
+    def host_bytes(self) -> tuple[int, int]:
+        """Host memory held: bytes in use (the base, and what is in flight), and bytes kept for recycling."""
+        return self._base.host_bytes
+
+    # -- the end
+
+    def close(self) -> None:
+        """Finish pending saves, and let go of threads and connections. Closing twice is no error.
+
+        Raises
+        ------
+        SaveError, SupersededError
+            If a save failed that nobody has heard of yet.
+        """
+        if self._closed:
+            return
+        if os.getpid() == self._pid:
+            self.wait()
+            with self._changed:
+                self._closed = True
+                self._changed.notify_all()
+            if self._thread is not None:
+                self._thread.join()
+            if self._attempt is not None:
+                self._attempt.close()
+            if self._reader is not None:
+                self._reader.close()
+            self._store.close()
+        self._closed = True
+        _managers.discard(self)
+        self._raise_error()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except IncckptError as error:
+            if exc is None:
+                raise
+            log.error("while leaving after %r: %s", exc, error)  # the exception under way is the one to see
+
+    def __repr__(self) -> str:
+        return f"CheckpointManager({self._store.backend.url!r}, run={self._run_name!r})"
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ManagerClosedError("this manager is closed")
+        if os.getpid() != self._pid:
+            raise ManagerClosedError("this manager belongs to the process that this one was forked from; make one here")
+
+
+def retention_policy(
+    keep_last_n: int | None, keep_best_n: int | None, metric: str | None, mode: Mode, retention: Policy | None
+) -> Policy | None:
+    """Return the policy that the keyword shorthands stand for; ``None`` keeps everything.
+
+    Raises
+    ------
+    OptionError
+        If they do not go together.
+    """
+    if mode not in ("min", "max"):
+        raise OptionError(f"mode must be 'min' or 'max', not {mode!r}")
+    if retention is not None:
+        if keep_last_n is not None or keep_best_n is not None:
+            raise OptionError("give either retention= or keep_last_n= and keep_best_n=")
+        return retention
+    if keep_best_n is not None:
+        if metric is None:
+            raise OptionError("keep_best_n needs metric=, the name of a metric given to save()")
+        return KeepLast(1 if keep_last_n is None else keep_last_n) | KeepBest(keep_best_n, metric, mode)
+    return None if keep_last_n is None else KeepLast(keep_last_n)
+
+
+def refuse_other_ranks() -> None:
+    """Refuse to write from several processes of one job.
+
+    Raises
+    ------
+    DistributedError
+        On ranks other than 0 of a ``torch.distributed`` job.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        raise DistributedError(
+            f"rank {dist.get_rank()} of a torch.distributed job: for now incckpt saves and restores on rank 0 alone, whose "
+            "state has to be whole. Support for sharded state through torch.distributed.checkpoint is to come"
+        )
+
+
+def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    """Return the metrics as floats.
+
+    Raises
+    ------
+    OptionError
+        Naming what is not a number.
+    """
+    checked: dict[str, float] = {}
+    for name, value in (metrics or {}).items():
+        if not isinstance(name, str):
+            raise OptionError(f"metrics: the name {name!r} is not a string")
+        try:
+            checked[name] = float(value)  # a 0-dim tensor, too
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise OptionError(f"metric {name!r} is not a number: {value!r:.80}") from error
+    return checked
+
+
+def _log_unreadable(name: RefName, error: Exception) -> None:
+    log.error("the ref of step %d is unreadable: %s", name.step, error)
+
+
+_managers: weakref.WeakSet[CheckpointManager] = weakref.WeakSet()
+
+
+def _finish_all() -> None:
+    """Finish pending saves when the interpreter exits."""
+    for manager in list(_managers):
+        if manager._pid == os.getpid():
+            try:
+                manager.close()
+            except IncckptError as error:
+                log.error("%r: %s", manager, error)
+
+
+# atexit comes too late: by then no thread can be started, and name look-ups fail. Registered after concurrent.futures has
+# registered its own (which stops the pools), this one runs before it.
+threading._register_atexit(_finish_all)  # type: ignore[attr-defined]

@@ -1,0 +1,89 @@
+"""Work on many chunks at once, bounded in requests, computing threads and bytes in flight."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+__all__ = ["Pipeline"]
+
+_T = TypeVar("_T")
+
+_REMOTE_REQUESTS = 32
+_LOCAL_REQUESTS = 4
+
+
+class Pipeline:
+    """A pool of workers, each of which takes an item through all its steps.
+
+    Parameters
+    ----------
+    remote
+        Whether requests cross a network, so that many should be under way at once.
+    threads
+        How many workers may compute at one time: they hold `cpu` while they do.
+    bytes_in_flight
+        Bound on the weight of the items being worked on; a heavier one goes alone.
+    name
+        Of the threads.
+    """
+
+    def __init__(self, *, remote: bool, threads: int, bytes_in_flight: int, name: str) -> None:
+        requests = _REMOTE_REQUESTS if remote else _LOCAL_REQUESTS
+        self._workers = ThreadPoolExecutor(max(requests, threads), name)
+        self.cpu = threading.BoundedSemaphore(threads)
+        self._limit = bytes_in_flight
+        self._used = 0
+        self._freed = threading.Condition()
+
+    def each(self, items: Iterable[_T], weight: Callable[[_T], int], work: Callable[[_T], None]) -> None:
+        """Call `work` with every item; return when all are done.
+
+        Parameters
+        ----------
+        weight
+            Bytes that an item takes while it is worked on.
+
+        Raises
+        ------
+        BaseException
+            The first that `work` raised; items not begun by then are left out, and none is under way any more.
+        """
+        errors: list[BaseException] = []
+
+        def guarded(item: _T, nbytes: int) -> None:
+            try:
+                if not errors:
+                    work(item)
+            except BaseException as error:  # noqa: BLE001 -- raised again in the caller's thread
+                errors.append(error)
+            finally:
+                self._release(nbytes)
+
+        under_way: list[Future[None]] = []
+        for item in items:
+            nbytes = weight(item)
+            self._acquire(nbytes)
+            if errors:
+                self._release(nbytes)
+                break
+            under_way.append(self._workers.submit(guarded, item, nbytes))
+        wait(under_way)
+        if errors:
+            raise errors[0]
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._workers.shutdown()
+
+    def _acquire(self, nbytes: int) -> None:
+        with self._freed:
+            self._freed.wait_for(lambda: self._used == 0 or self._used + nbytes <= self._limit)
+            self._used += nbytes
+
+    def _release(self, nbytes: int) -> None:
+        with self._freed:
+            self._used -= nbytes
+            self._freed.notify_all()

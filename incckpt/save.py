@@ -1,0 +1,446 @@
+"""The background part of a save: hash, find what is stored already, encode, put, commit."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+
+from incckpt import codec
+from incckpt.codec import Encoded, WayBytes
+from incckpt.entries import TensorEntry, entry_to_json
+from incckpt.errors import BackendError, SupersededError
+from incckpt.manifest import Chunk, Json, Manifest, Range, Stored
+from incckpt.objects import ObjectKey
+from incckpt.pipeline import Pipeline
+from incckpt.refs import Ref, RefName, Tombstone, condemned_lists
+from incckpt.runs import Run
+from incckpt.staging import Content, Layout
+from incckpt.store import Store
+
+__all__ = ["SaveReport", "Snapshot", "Writer", "chunk_keys", "manifest_keys"]
+
+log = logging.getLogger(__name__)
+
+_ABORTED_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state as staged: all that the background needs to write it.
+
+    Attributes
+    ----------
+    ranges
+        As in the manifest.
+    contents
+        One per chunk.
+    """
+
+    step: int
+    metrics: Mapping[str, float]
+    time: float
+    structure: Json
+    tensors: tuple[Mapping[str, Json], ...]
+    ranges: tuple[Range, ...]
+    contents: Sequence[Content]
+    chunk_bytes: int
+    norms: Mapping[str, tuple[float, float]] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        step: int,
+        metrics: Mapping[str, float],
+        time: float,
+        structure: Json,
+        tensors: Sequence[TensorEntry],
+        layout: Layout,
+        contents: Sequence[Content],
+    ) -> Snapshot:
+        """Put a snapshot together from what flattening and staging gave."""
+        entries = tuple(entry_to_json(entry) for entry in tensors)
+        return cls(step, metrics, time, structure, entries, layout.ranges, contents, layout.chunk_bytes)
+
+
+@dataclass
+class SaveReport:
+    """What a save did.
+
+    Attributes
+    ----------
+    chunks, changed_chunks
+        Chunks of the state, and those that differed from the base.
+    nbytes, changed_bytes
+        Their raw bytes.
+    put_objects, put_bytes
+        Objects put, the manifest not counted, and their stored bytes.
+    manifest_bytes
+        Stored size of the manifest.
+    by_way
+        Raw and stored bytes of the put objects' frames, by the way they are coded.
+    seconds
+        By phase. ``flatten``, ``stage`` and ``wait`` (for the backlog) block the caller. ``hash``, ``encode`` and
+        ``put`` are summed over threads; ``store`` is the time they took together; ``commit`` is the protocol's part.
+    """
+
+    step: int = 0
+    chunks: int = 0
+    changed_chunks: int = 0
+    nbytes: int = 0
+    changed_bytes: int = 0
+    put_objects: int = 0
+    put_bytes: int = 0
+    manifest_bytes: int = 0
+    by_way: dict[str, WayBytes] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def restart(self) -> None:
+        """Forget what was put: the save starts again under another name."""
+        with self._lock:
+            self.put_objects = self.put_bytes = 0
+            self.by_way = {}
+
+    def spent(self, phase: str, seconds: float) -> None:
+        """Add to the time of a phase."""
+        with self._lock:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def put(self, encoded: Encoded) -> None:
+        """Count an object."""
+        with self._lock:
+            self.put_objects += 1
+            self.put_bytes += len(encoded.data)
+            for way, one in encoded.ways.items():
+                total = self.by_way.get(way, WayBytes(0, 0))
+                self.by_way[way] = WayBytes(total.raw + one.raw, total.stored + one.stored)
+
+    @property
+    def blocked_seconds(self) -> float:
+        """How long the caller waited."""
+        return sum(self.seconds.get(phase, 0.0) for phase in ("wait", "flatten", "stage"))
+
+
+def chunk_keys(chunk: Chunk) -> tuple[ObjectKey, ...]:
+    """Return the keys of every object needed to rebuild `chunk`: its own, and that of its base."""
+    if chunk.base is None:
+        return (ObjectKey(chunk.identity, chunk.nonce),)
+    return (
+        ObjectKey(chunk.identity, chunk.nonce, chunk.base.identity),
+        ObjectKey(chunk.base.identity, chunk.base.nonce),
+    )
+
+
+def manifest_keys(manifest: Manifest) -> frozenset[str]:
+    """Return the keys of every object that a manifest lists (its own not among them)."""
+    return frozenset(str(key) for chunk in manifest.chunks for key in chunk_keys(chunk))
+
+
+class _Heartbeat:
+    """Puts a pin again every minute while a save is written, so that nobody takes the writer for dead."""
+
+    def __init__(self, run: Run, name: RefName, seconds: float) -> None:
+        self._run = run
+        self._name = name
+        self._seconds = seconds
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="incckpt-heartbeat", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # Joined before the pin is removed: a beat that lands later would leave a pin behind.
+        self._done.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._done.wait(self._seconds):
+            try:
+                self._run.pin(self._name)
+            except BackendError as error:
+                log.warning("could not renew the pin of step %d: %s", self._name.step, error)
+
+
+@dataclass
+class _Known:
+    """What this save may reuse.
+
+    `vouched` are keys that a ref needs which was read, alive, after this save's pin was put; others need a look.
+    """
+
+    condemned: frozenset[str]
+    vouched: frozenset[str]
+
+
+class Writer:
+    """Writes the checkpoints of one attempt, one after the other.
+
+    Parameters
+    ----------
+    store, run, attempt
+        Where to, and as whom.
+    threads
+        For hashing and encoding.
+    settle
+        Called with chunk index and content when the content is stored.
+    base_of
+        Returns the content of the last full object of a chunk, or ``None``; deltas are made against it.
+    pipeline
+        What takes chunks through hashing, encoding and putting; a new one, with 256 MiB in flight, if none is given.
+    heartbeat_seconds
+        How often the pin of a save in flight is put again.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        run: Run,
+        attempt: int,
+        *,
+        threads: int,
+        settle: Callable[[int, Content], None] = lambda index, content: None,
+        base_of: Callable[[int], Content | None] = lambda index: None,
+        pipeline: Pipeline | None = None,
+        heartbeat_seconds: float = 60.0,
+    ) -> None:
+        self._store = store
+        self._run = run
+        self.attempt = attempt
+        self._settle = settle
+        self._base_of = base_of
+        self._pipeline = pipeline or Pipeline(
+            remote=store.backend.remote, threads=threads, bytes_in_flight=256 << 20, name="incckpt-write"
+        )
+        self._heartbeat_seconds = heartbeat_seconds
+        self._by_identity: dict[str, Chunk] = {}
+        self._previous: tuple[RefName, frozenset[str]] | None = None
+        self._look_up = True
+        self._stray_pins: list[RefName] = []
+
+    def continue_from(self, name: RefName, manifest: Manifest) -> None:
+        """Take a checkpoint of the lineage as the previous one: what it holds need not be put again."""
+        self._previous = (name, manifest_keys(manifest))
+        self._by_identity.update((chunk.identity, chunk) for chunk in manifest.chunks)
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Forget objects that were collected."""
+        gone = frozenset(keys)
+        self._by_identity = {
+            identity: chunk
+            for identity, chunk in self._by_identity.items()
+            if not any(str(key) in gone for key in chunk_keys(chunk))
+        }
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._pipeline.close()
+
+    def write(self, snapshot: Snapshot, report: SaveReport) -> tuple[Ref, Manifest]:
+        """Write a checkpoint and commit it.
+
+        Returns
+        -------
+        ref, manifest
+            The checkpoint, durable.
+
+        Raises
+        ------
+        SupersededError
+            If another process has taken over the run.
+        BackendError
+            If the store failed; the next save uploads what is missing.
+        """
+        for _ in range(_ABORTED_TRIES):
+            name = RefName.new(self.attempt, snapshot.step)
+            written = self._write_as(name, snapshot, report)
+            if written is not None:
+                return written
+            # A collector took this save for dead, after an outage say. If nobody took the run over, save again.
+            self._run.check_not_superseded(self.attempt)
+            log.warning("the save of step %d was aborted as stale; saving again", snapshot.step)
+        raise SupersededError(f"run {self._run.name!r}: the save of step {snapshot.step} was aborted again and again")
+
+    def _write_as(self, name: RefName, snapshot: Snapshot, report: SaveReport) -> tuple[Ref, Manifest] | None:
+        started = time.perf_counter()
+        report.restart()
+        self._run.pin(name)
+        with _Heartbeat(self._run, name, self._heartbeat_seconds):
+            try:
+                self._run.check_not_superseded(self.attempt)
+                known = _Known(frozenset().union(*condemned_lists(self._store.backend).values()), self._vouched())
+                storing = time.perf_counter()
+                chunks = self._store_all(snapshot.contents, name.nonce, known, report)
+                report.spent("store", time.perf_counter() - storing)
+                manifest = self._manifest(name, snapshot, chunks)
+                ref = self._put_manifest(name, manifest, report)
+            except BaseException:
+                self._stray_pins.append(name)  # nothing was committed: the next save removes the pin with its own
+                raise
+            # If the outcome of the commit stays unknown, the pin has to stand: a late commit needs its objects.
+            outcome = self._commit(ref)
+        self._unpin(name)
+        report.spent("commit", time.perf_counter() - started - report.seconds["store"])
+        if outcome is Tombstone.ABORTED:
+            return None
+        self._previous = (name, manifest_keys(manifest))
+        self._by_identity.update((chunk.identity, chunk) for chunk in chunks)
+        self._look_up = False
+        for index, content in enumerate(snapshot.contents):
+            self._settle(index, content)
+        return ref, manifest
+
+    def _commit(self, ref: Ref) -> Tombstone | None:
+        try:
+            return self._run.commit(ref)
+        except BackendError as error:
+            # Commit and abort race for one key, so aborting finds out.
+            log.warning("the commit of step %d got no clear answer (%s); settling it", ref.step, error)
+            if self._run.abort(ref.name):
+                self._stray_pins.append(ref.name)
+                raise
+            return None
+
+    def _unpin(self, name: RefName) -> None:
+        try:
+            self._run.unpin([*self._stray_pins, name])
+            self._stray_pins.clear()
+        except BackendError as error:
+            log.warning("could not remove the pin of step %d, trying again with the next save: %s", name.step, error)
+            self._stray_pins.append(name)
+
+    def _vouched(self) -> frozenset[str]:
+        """Return the keys that the previous checkpoint needs, if its ref lives now."""
+        if self._previous is None:
+            return frozenset()
+        name, keys = self._previous
+        return keys if isinstance(self._run.read(name), Ref) else frozenset()
+
+    # -- chunks
+
+    def _store_all(self, contents: Sequence[Content], nonce: str, known: _Known, report: SaveReport) -> list[Chunk]:
+        """Make sure that every content is stored, each identity once; return where, by chunk."""
+        claims: dict[str, int] = {}
+        claiming = threading.Lock()
+
+        def store(index: int) -> None:
+            content = contents[index]
+            identity = self._identity(content, report)
+            with claiming:
+                if claims.setdefault(identity, index) != index:
+                    return
+            content.stored = self._reusable(content, identity, known) or self._put(
+                index, content, identity, nonce, known, report
+            )
+
+        unsure = [
+            index
+            for index, content in enumerate(contents)
+            if content.stored is None or not self._usable(content.stored, known, look=False)
+        ]
+        self._pipeline.each(unsure, lambda index: contents[index].nbytes, store)
+        chunks: list[Chunk] = []
+        for content in contents:
+            if content.digest is not None:
+                twin = contents[claims.get(content.digest.identity.hex(), len(chunks))].stored
+                if twin is not None:
+                    content.stored = replace(twin, itemsize=content.itemsize)
+            assert content.stored is not None
+            chunks.append(content.stored)
+        return chunks
+
+    def _identity(self, content: Content, report: SaveReport) -> str:
+        if content.digest is None:
+            assert content.raw is not None
+            with self._pipeline.cpu:
+                started = time.perf_counter()
+                content.digest = codec.digest(content.raw)
+                report.spent("hash", time.perf_counter() - started)
+        return content.digest.identity.hex()
+
+    def _usable(self, chunk: Chunk, known: _Known, *, look: bool = True) -> bool:
+        """Whether the objects of `chunk` may be relied on: none condemned, each needed by a living ref or seen now."""
+        for key in chunk_keys(chunk):
+            if str(key) in known.condemned:
+                return False
+            if str(key) not in known.vouched and not (look and self._store.objects.exists(key)):
+                return False
+        return True
+
+    def _reusable(self, content: Content, identity: str, known: _Known) -> Chunk | None:
+        """Return where the content is stored already, if it is."""
+        candidates = [content.stored, self._by_identity.get(identity)]
+        for chunk in candidates:
+            if chunk is not None and self._usable(chunk, known):
+                return chunk
+        if self._look_up:
+            for key, size in self._store.objects.find(identity):
+                if str(key) not in known.condemned:
+                    return Chunk(identity, content.nbytes, content.itemsize, key.nonce, size)
+        return None
+
+    def _put(self, index: int, content: Content, identity: str, nonce: str, known: _Known, report: SaveReport) -> Chunk:
+        assert content.raw is not None
+        assert content.digest is not None
+        full = self._base_of(index)
+        base = None
+        if full is not None and full is not content and full.raw is not None and full.digest is not None:
+            stored = full.stored
+            if stored is not None and stored.base is None and self._usable(stored, known):
+                base = codec.Base(full.digest.identity, full.raw)
+        with self._pipeline.cpu:
+            started = time.perf_counter()
+            encoded = codec.encode(content.raw, content.itemsize, digest=content.digest, base=base)
+            report.spent("encode", time.perf_counter() - started)
+        started = time.perf_counter()
+        base_stored = None
+        if encoded.base is not None:
+            assert full is not None
+            assert full.stored is not None
+            base_stored = Stored(full.stored.identity, full.stored.nonce, full.stored.size)
+        chunk = Chunk(identity, content.nbytes, content.itemsize, nonce, len(encoded.data), base_stored)
+        self._store.objects.put(chunk_keys(chunk)[0], encoded.data)
+        report.spent("put", time.perf_counter() - started)
+        report.put(encoded)
+        return chunk
+
+    # -- manifest
+
+    def _manifest(self, name: RefName, snapshot: Snapshot, chunks: Sequence[Chunk]) -> Manifest:
+        return Manifest(
+            run=self._run.name,
+            attempt=name.attempt,
+            step=name.step,
+            nonce=name.nonce,
+            time=snapshot.time,
+            metrics=snapshot.metrics,
+            chunk_bytes=snapshot.chunk_bytes,
+            structure=snapshot.structure,
+            tensors=snapshot.tensors,
+            ranges=snapshot.ranges,
+            chunks=tuple(chunks),
+            norms=snapshot.norms,
+        )
+
+    def _put_manifest(self, name: RefName, manifest: Manifest, report: SaveReport) -> Ref:
+        document = manifest.to_json()
+        digest = codec.digest(document)
+        data = codec.encode_document(document, digest=digest)
+        key = ObjectKey(digest.identity.hex(), name.nonce)
+        self._store.objects.put(key, data)
+        report.manifest_bytes = len(data)
+        return Ref(
+            name=name,
+            time=manifest.time,
+            metrics=manifest.metrics,
+            manifest=str(key),
+            manifest_size=len(data),
+            nbytes=manifest.nbytes,
+            written=report.put_bytes + len(data),
+        )

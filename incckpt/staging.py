@@ -1,0 +1,450 @@
+"""What happens in the caller's thread of a save: find the chunks that changed, copy them into host buffers, return.
+
+The *base* is the content of each chunk's last full object, kept in host memory. Contents are immutable: a buffer is
+never written while anything refers to it, so saves that wait behind one another cannot see each other's data.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from incckpt import detect
+from incckpt.chunking import ChunkTable, check_chunk_bytes, plan
+from incckpt.codec import Digest
+from incckpt.manifest import Chunk, Range
+from incckpt.state import ByteRange, FlatState
+
+__all__ = ["Base", "Content", "HostBuffer", "HostPool", "Layout", "StageReport", "contents_of"]
+
+Bytes = npt.NDArray[np.uint8]
+Addresses = npt.NDArray[np.uintp]
+
+_ALIGNMENT = 64
+_DEVICE_BATCH = 256 << 20  # bytes copied from a device at once, before they are compared
+
+
+class HostPool:
+    """Recycled host memory: the first touch of fresh pages costs many times what writing to warm ones does.
+
+    Parameters
+    ----------
+    pinned
+        Page-locked memory, for asynchronous copies from a CUDA device.
+    """
+
+    def __init__(self, *, pinned: bool = False) -> None:
+        self._pinned = pinned
+        self._free: dict[int, deque[Bytes]] = {}
+        self.free_bytes = 0
+        self.used_bytes = 0
+        self._lock = threading.RLock()  # a buffer's finalizer may run inside any of these methods
+
+    def take(self, nbytes: int) -> HostBuffer:
+        """Return a buffer of `nbytes` whose contents are undefined."""
+        with self._lock:
+            free = self._free.get(nbytes)
+            array = free.pop() if free else None
+            if array is not None:
+                self.free_bytes -= nbytes
+            self.used_bytes += nbytes
+        if array is None:
+            array = self._allocate(nbytes)
+        return HostBuffer(array, self)
+
+    def trim(self, keep_bytes: int) -> None:
+        """Give free buffers beyond `keep_bytes` back to the system."""
+        with self._lock:
+            for nbytes in sorted(self._free):
+                free = self._free[nbytes]
+                while free and self.free_bytes > keep_bytes:
+                    free.pop()
+                    self.free_bytes -= nbytes
+
+    def _give_back(self, array: Bytes) -> None:
+        with self._lock:
+            self._free.setdefault(array.nbytes, deque()).append(array)
+            self.free_bytes += array.nbytes
+            self.used_bytes -= array.nbytes
+
+    def _allocate(self, nbytes: int) -> Bytes:
+        if self._pinned:
+            pinned: Bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+            return pinned
+        raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % _ALIGNMENT
+        return raw[start : start + nbytes]
+
+
+class HostBuffer:
+    """A buffer of a pool; goes back to it when the last reference to this object is dropped.
+
+    Whoever uses `array` keeps this object alive meanwhile.
+    """
+
+    __slots__ = ("_pool", "array")
+
+    def __init__(self, array: Bytes, pool: HostPool) -> None:
+        self.array = array
+        self._pool = pool
+
+    def __del__(self) -> None:
+        self._pool._give_back(self.array)
+
+
+class Content:
+    """The bytes of one chunk at one moment, immutable, and what is known of them.
+
+    Attributes
+    ----------
+    nbytes, itemsize
+        Raw length and element size.
+    raw
+        ``uint8[nbytes]``, or ``None`` once only the stored copy is of use.
+    digest
+        Of `raw`, when it has been computed.
+    stored
+        Where it is stored, as far as this process knows; a save checks that before it relies on it.
+    """
+
+    __slots__ = ("_owner", "digest", "itemsize", "nbytes", "raw", "stored")
+
+    def __init__(self, raw: Bytes, itemsize: int, owner: object = None) -> None:
+        self.nbytes = raw.nbytes
+        self.itemsize = itemsize
+        self.raw: Bytes | None = raw
+        self._owner: object | None = owner
+        self.digest: Digest | None = None
+        self.stored: Chunk | None = None
+
+    def release(self) -> None:
+        """Let go of the bytes."""
+        self.raw = None
+        self._owner = None
+
+
+@dataclass
+class StageReport:
+    """What the caller of a save waited for.
+
+    Attributes
+    ----------
+    chunks, changed
+        Chunks there are, and chunks staged.
+    nbytes, changed_bytes
+        Their bytes.
+    """
+
+    chunks: int = 0
+    changed: int = 0
+    nbytes: int = 0
+    changed_bytes: int = 0
+
+
+@dataclass
+class _Slot:
+    """A chunk's place in the base.
+
+    `full` is the content of the last full object; `latest` a later content that is not (yet) one.
+    """
+
+    full: Content | None = None
+    latest: Content | None = None
+
+    @property
+    def comparable(self) -> Content | None:
+        for content in (self.latest, self.full):
+            if content is not None and content.raw is not None:
+                return content
+        return None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranges of a state lie in chunks.
+
+    Attributes
+    ----------
+    chunk_bytes
+        The most that a chunk holds.
+    sizes
+        ``(bytes, element size)`` of each range.
+    table
+        The segments.
+    ranges
+        The same as a manifest lists it.
+    """
+
+    chunk_bytes: int
+    sizes: list[tuple[int, int]]
+    table: ChunkTable
+    ranges: tuple[Range, ...]
+
+    @classmethod
+    def of(cls, sizes: list[tuple[int, int]], chunk_bytes: int) -> Layout:
+        """Plan the chunks of ranges of these sizes."""
+        table = plan(sizes, chunk_bytes=chunk_bytes)
+        pieces: list[list[tuple[int, int, int]]] = [[] for _ in sizes]
+        order = np.lexsort((table.seg_range_offset, table.seg_range))
+        columns = (table.seg_range, table.seg_chunk, table.seg_chunk_offset, table.seg_nbytes)
+        for index, *piece in zip(*(column[order].tolist() for column in columns), strict=True):
+            pieces[index].append((piece[0], piece[1], piece[2]))
+        ranges = (Range(nbytes, item, tuple(parts)) for (nbytes, item), parts in zip(sizes, pieces, strict=True))
+        return cls(chunk_bytes, sizes, table, tuple(ranges))
+
+    def addresses(self, ranges: Sequence[ByteRange]) -> Addresses:
+        """Return the address of each segment in the ranges' memory; ``uintp[m]``."""
+        starts = np.fromiter((item.address for item in ranges), np.uintp, len(ranges))
+        addresses: Addresses = starts[self.table.seg_range] + self.table.seg_range_offset.astype(np.uintp)
+        return addresses
+
+
+@dataclass
+class Base:
+    """The base of a run's writer.
+
+    Parameters
+    ----------
+    chunk_bytes
+        Chunk size.
+    keep
+        Whether contents are kept to compare with. If not, every save stages everything.
+    threads
+        For comparing and copying.
+    """
+
+    chunk_bytes: int
+    keep: bool = True
+    threads: int = 1
+    _layout: Layout | None = None
+    _slots: list[_Slot] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    pool: HostPool = field(default_factory=HostPool)
+    _pinned: HostPool = field(default_factory=lambda: HostPool(pinned=True))
+    _stream: torch.cuda.Stream | None = None
+
+    def __post_init__(self) -> None:
+        check_chunk_bytes(self.chunk_bytes)
+
+    @property
+    def host_bytes(self) -> tuple[int, int]:
+        """Host memory held: bytes in use, and bytes kept for recycling."""
+        pools = (self.pool, self._pinned)
+        return sum(pool.used_bytes for pool in pools), sum(pool.free_bytes for pool in pools)
+
+    def trim(self, keep_bytes: int) -> None:
+        """Give recycled memory beyond `keep_bytes` back."""
+        self.pool.trim(keep_bytes)
+        self._pinned.trim(keep_bytes)
+
+    def layout_for(self, sizes: list[tuple[int, int]]) -> Layout:
+        """Return the layout of ranges of these ``(bytes, element size)``; another than the last forgets the base."""
+        if self._layout is None or sizes != self._layout.sizes:
+            self._layout = Layout.of(sizes, self.chunk_bytes)
+            with self._lock:
+                self._slots = [_Slot() for _ in range(len(self._layout.table.chunk_nbytes))]
+        return self._layout
+
+    def adopt(self, layout: Layout, contents: Sequence[Content]) -> None:
+        """Take a restored checkpoint's contents as the base, so that the next save is incremental already.
+
+        Parameters
+        ----------
+        layout
+            Given by `layout_for` for the checkpoint's ranges.
+        contents
+            One per chunk; those whose object is a delta come with the content of the full object it is against.
+        """
+        if self.keep and layout is self._layout:
+            with self._lock:
+                self._slots = [_Slot(full=content) for content in contents]
+
+    def stage(self, flat: FlatState) -> tuple[Layout, list[Content], StageReport]:
+        """Compare the state with the base and copy what changed.
+
+        Returns
+        -------
+        layout, contents, report
+            One content per chunk of the layout. What is in device memory is copied before it is compared; when this
+            returns the state may change.
+        """
+        layout = self.layout_for([(item.nbytes, item.itemsize) for item in flat.ranges])
+        table = layout.table
+        with self._lock:
+            held = [slot.comparable for slot in self._slots]
+        on_device = np.fromiter((item.device.type != "cpu" for item in flat.ranges), np.bool_, len(flat.ranges))
+        device_chunks = np.unique(table.seg_chunk[on_device[table.seg_range]])
+        host = np.ones(len(held), np.bool_)
+        host[device_chunks] = False
+
+        contents: list[Content | None] = list(held)
+        source = layout.addresses(flat.ranges)
+        staged = self._stage_host(table, source, held, host)
+        staged.update(self._stage_device(table, source, held, device_chunks.tolist(), flat.ranges))
+        for index, content in staged.items():
+            contents[index] = content
+        if self.keep:
+            with self._lock:
+                for index, content in staged.items():
+                    self._slots[index].latest = content
+        complete = [content for content in contents if content is not None]
+        assert len(complete) == len(held)
+        report = StageReport(
+            chunks=len(held),
+            changed=len(staged),
+            nbytes=int(table.chunk_nbytes.sum()),
+            changed_bytes=sum(content.nbytes for content in staged.values()),
+        )
+        return layout, complete, report
+
+    def settle(self, index: int, content: Content) -> None:
+        """Note that `content` of chunk `index` is stored: a full object becomes the base, a delta is let go of."""
+        stored = content.stored
+        assert stored is not None
+        with self._lock:
+            if index >= len(self._slots):
+                return  # the layout has changed since
+            slot = self._slots[index]
+            if slot.latest is content:
+                slot.latest = None
+                if stored.base is None:
+                    slot.full = content
+            elif slot.latest is not None and stored.base is None and slot.full is not content:
+                slot.full = content
+
+    def full(self, index: int) -> Content | None:
+        """Return the content of the last full object of chunk `index`."""
+        with self._lock:
+            return self._slots[index].full if index < len(self._slots) else None
+
+    def _stage_host(
+        self,
+        table: ChunkTable,
+        source: Addresses,
+        held: Sequence[Content | None],
+        chunks: npt.NDArray[np.bool_],
+    ) -> dict[int, Content]:
+        """Stage those of `chunks` whose memory is on the host."""
+        known = np.fromiter((content is not None for content in held), np.bool_, len(held))
+        changed = chunks & ~known
+        compared = chunks & known
+        if compared.any():
+            addresses = np.fromiter((_address(content) for content in held), np.uintp, len(held))
+            base = addresses[table.seg_chunk] + table.seg_chunk_offset.astype(np.uintp)
+            pick = slice(None) if compared.all() else compared[table.seg_chunk]
+            changed |= compared & detect.changed_exact(
+                source[pick],
+                base[pick],
+                table.seg_nbytes[pick],
+                table.seg_chunk[pick],
+                len(held),
+                threads=self.threads,
+            ).astype(np.bool_)
+        indexes = np.flatnonzero(changed).tolist()
+        buffers = {index: self.pool.take(int(table.chunk_nbytes[index])) for index in indexes}
+        if indexes:
+            starts = np.zeros(len(held), np.uintp)
+            starts[indexes] = [buffer.array.ctypes.data for buffer in buffers.values()]
+            copied = changed[table.seg_chunk]
+            target = starts[table.seg_chunk] + table.seg_chunk_offset.astype(np.uintp)
+            detect.copy(source[copied], target[copied], table.seg_nbytes[copied], threads=self.threads)
+        return {
+            index: Content(buffer.array, int(table.chunk_itemsize[index]), buffer) for index, buffer in buffers.items()
+        }
+
+    def _stage_device(
+        self,
+        table: ChunkTable,
+        source: Addresses,
+        held: Sequence[Content | None],
+        chunks: Sequence[int],
+        ranges: Sequence[ByteRange],
+    ) -> dict[int, Content]:
+        """Stage chunks that lie, at least in part, in CUDA memory: copy on a side stream, then compare on the host."""
+        staged: dict[int, Content] = {}
+        if not chunks:
+            return staged
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream())
+        first = np.searchsorted(table.seg_chunk, np.arange(len(held) + 1))
+        batch: list[tuple[int, HostBuffer]] = []
+        pending = 0
+        for position, index in enumerate(chunks):
+            buffer = self._pinned.take(int(table.chunk_nbytes[index]))
+            host = torch.from_numpy(buffer.array)
+            with torch.cuda.stream(self._stream):
+                for segment in range(int(first[index]), int(first[index + 1])):
+                    offset, nbytes = int(table.seg_chunk_offset[segment]), int(table.seg_nbytes[segment])
+                    item = ranges[int(table.seg_range[segment])]
+                    if item.tensor is None:
+                        one = slice(segment, segment + 1)
+                        target = np.array([buffer.array.ctypes.data + offset], np.uintp)
+                        detect.copy(source[one], target, table.seg_nbytes[one], threads=1)
+                    else:
+                        start = int(table.seg_range_offset[segment])
+                        host[offset : offset + nbytes].copy_(item.tensor[start : start + nbytes], non_blocking=True)
+            batch.append((index, buffer))
+            pending += buffer.array.nbytes
+            if pending >= _DEVICE_BATCH or position == len(chunks) - 1:
+                self._stream.synchronize()
+                staged.update(self._keep_changed(table, held, batch))
+                batch, pending = [], 0
+        return staged
+
+    def _keep_changed(
+        self, table: ChunkTable, held: Sequence[Content | None], batch: Sequence[tuple[int, HostBuffer]]
+    ) -> dict[int, Content]:
+        staged: dict[int, Content] = {}
+        for index, buffer in batch:
+            before = held[index]
+            if before is not None:
+                pair = (np.array([buffer.array.ctypes.data], np.uintp), np.array([_address(before)], np.uintp))
+                size, group = table.chunk_nbytes[index : index + 1], np.zeros(1, np.int64)
+                if not detect.changed_exact(*pair, size, group, 1, threads=self.threads)[0]:
+                    continue
+            staged[index] = Content(buffer.array, int(table.chunk_itemsize[index]), buffer)
+        return staged
+
+
+def contents_of(flat: FlatState, layout: Layout, pool: HostPool) -> list[Content]:
+    """Return the contents of a state that does not change while they are in use; one segment alone is not copied."""
+    table = layout.table
+    first = np.searchsorted(table.seg_chunk, np.arange(len(table.chunk_nbytes) + 1))
+    return [
+        _content_of(flat, table, index, int(first[index]), int(first[index + 1]), pool)
+        for index in range(len(first) - 1)
+    ]
+
+
+def _content_of(flat: FlatState, table: ChunkTable, index: int, first: int, last: int, pool: HostPool) -> Content:
+    itemsize = int(table.chunk_itemsize[index])
+    pieces: list[Bytes] = []
+    for segment in range(first, last):
+        item = flat.ranges[int(table.seg_range[segment])]
+        start, nbytes = int(table.seg_range_offset[segment]), int(table.seg_nbytes[segment])
+        if item.tensor is not None:
+            pieces.append(item.tensor[start : start + nbytes].cpu().numpy())
+        else:
+            pieces.append(_view(item.address + start, nbytes))
+    if len(pieces) == 1:
+        return Content(pieces[0], itemsize, flat)
+    buffer = pool.take(int(table.chunk_nbytes[index]))
+    np.concatenate(pieces, out=buffer.array)
+    return Content(buffer.array, itemsize, buffer)
+
+
+def _view(address: int, nbytes: int) -> Bytes:
+    """Return the memory at `address` as an array; whoever uses it keeps the memory alive."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+
+
+def _address(content: Content | None) -> int:
+    return 0 if content is None or content.raw is None else content.raw.ctypes.data
