@@ -1,0 +1,411 @@
+"""One record per tensor of a state: where its bytes lie in which byte range, and how to see them as that tensor again.
+
+Pure: no bytes are touched here. The JSON form is described in ``docs/structure.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+
+from incckpt.errors import CorruptionError, FormatError, StateError
+
+__all__ = [
+    "TORCH_DTYPES",
+    "Json",
+    "TensorEntry",
+    "byte_extent",
+    "byte_strides",
+    "check_entries",
+    "dtype_component",
+    "entry_from_json",
+    "entry_to_json",
+    "numpy_dtype_from_json",
+    "numpy_dtype_from_text",
+    "numpy_dtype_to_json",
+    "numpy_dtype_to_text",
+    "packed_shape",
+]
+
+Json: TypeAlias = Any  # None | bool | int | str | list[Json] | dict[str, Json]; mypy has no recursive alias through Any
+"""A value that ``json.dumps(..., allow_nan=False)`` takes; never a float."""
+
+TORCH_DTYPES: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(("bool", "uint8", "int8", "bits8", "bits1x8", "bits2x4", "bits4x2", "float4_e2m1fn_x2"), (1, 1)),
+    **dict.fromkeys((f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)), (1, 1)),
+    **dict.fromkeys((f"float8_{kind}" for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")), (1, 1)),
+    **dict.fromkeys(("int16", "uint16", "float16", "bfloat16", "bits16"), (2, 2)),
+    **dict.fromkeys(("int32", "uint32", "float32"), (4, 4)),
+    **dict.fromkeys(("int64", "uint64", "float64"), (8, 8)),
+    "complex32": (4, 2),
+    "complex64": (8, 4),
+    "complex128": (16, 8),
+}
+"""By the torch dtype's name: bytes of an element, and of a component of it. Without quantised dtypes, on purpose."""
+
+_INT64_MAX = 2**63 - 1
+_FLAGS = ("parameter", "requires_grad", "conj", "neg", "packed")
+_DIFFERENTIABLE = re.compile(r"b?float\d|complex\d")
+_SIMPLE_DTYPE = re.compile(
+    r"[<>|](?:b1|[iu](?:1|2|4|8)|f(?:2|4|8|12|16)|c(?:8|16|24|32)|[SUV]\d{1,9}"
+    r"|[mM]8(?:\[\d{0,9}(?:Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?)"
+)
+_DTYPE_DEPTH = 8
+
+
+class TensorEntry(NamedTuple):
+    """One torch tensor or numpy array of a state.
+
+    Attributes
+    ----------
+    name
+        Dotted path in the state (``"model.layers.0.weight"``); need not be unique, the index in the list of entries is.
+    kind
+        ``"torch"`` or ``"numpy"``.
+    dtype
+        torch: the dtype's name without ``torch.``; numpy: ``dtype.str``, or a structured dtype's compact JSON text.
+    shape
+        Elements in each dimension.
+    stride
+        torch: in elements, ``>= 0``; numpy: in bytes, any sign. The unit is the one that each library uses itself.
+    range
+        Index of the byte range that holds the elements; -1 for a tensor without bytes.
+    offset
+        Bytes from the start of the range to the element at index ``(0, 0, ...)``.
+    device
+        Where a torch tensor was (``"cpu"``, ``"cuda:0"``).
+    parameter
+        Whether it was a ``torch.nn.Parameter``.
+    requires_grad, conj, neg
+        Of a torch tensor: the flag and the two bits. The bytes of the range are what lies below the bits.
+    packed
+        The tensor had gaps, and the range holds its elements alone, in row-major order, dimensions of stride 0 counted
+        once. `stride` is still what it was.
+    """
+
+    name: str
+    kind: Literal["torch", "numpy"]
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    range: int
+    offset: int
+    device: str = "cpu"
+    parameter: bool = False
+    requires_grad: bool = False
+    conj: bool = False
+    neg: bool = False
+    packed: bool = False
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        if self.kind == "torch":
+            return TORCH_DTYPES[self.dtype][0]
+        return numpy_dtype_from_text(self.dtype).itemsize
+
+
+# --- geometry ---------------------------------------------------------------------------------------------------------
+
+
+def byte_strides(entry: TensorEntry) -> tuple[int, ...]:
+    """Return the strides of `entry` in bytes."""
+    if entry.kind == "numpy":
+        return entry.stride
+    itemsize = entry.itemsize
+    return tuple(stride * itemsize for stride in entry.stride)
+
+
+def byte_extent(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> tuple[int, int]:
+    """Return the bytes ``[low, high)`` that a non-empty tensor spans, relative to its first element.
+
+    Parameters
+    ----------
+    shape
+        Elements in each dimension, all positive.
+    strides
+        Bytes, any sign.
+    itemsize
+        Bytes of one element.
+    """
+    low, high = 0, itemsize
+    for size, stride in zip(shape, strides, strict=True):
+        reach = (size - 1) * stride
+        if reach < 0:
+            low += reach
+        else:
+            high += reach
+    return low, high
+
+
+def packed_shape(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of what a packed range holds: dimensions of stride 0 (expanded ones) have one element."""
+    return tuple(size if stride else 1 for size, stride in zip(shape, strides, strict=True))
+
+
+def _row_major(shape: Sequence[int], unit: int) -> tuple[int, ...]:
+    strides = []
+    for size in reversed(shape):
+        strides.append(unit)
+        unit *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+# --- numpy dtypes -----------------------------------------------------------------------------------------------------
+
+
+def numpy_dtype_to_json(dtype: np.dtype[Any]) -> Json:
+    """Return the JSON form of a numpy dtype: its ``str``, or an object for structured and subarray dtypes.
+
+    Titles, offsets, padding and the ``align`` flag are kept; ``dtype.metadata`` is not.
+
+    Raises
+    ------
+    StateError
+        If the dtype holds references (object, variable-length strings) or is one that numpy cannot name (of another
+        package, such as ``ml_dtypes``).
+    """
+    if dtype.subdtype is not None:
+        base, shape = dtype.subdtype
+        return {"base": numpy_dtype_to_json(base), "shape": list(shape)}
+    if dtype.names is not None and dtype.fields is not None:
+        fields = []
+        for name in dtype.names:
+            sub, offset, *title = dtype.fields[name]
+            if any(not isinstance(text, str) for text in title):
+                raise StateError(f"numpy dtype {dtype} has a title that is no string")
+            fields.append([name, numpy_dtype_to_json(sub), offset, *title])
+        node: dict[str, Json] = {"fields": fields, "itemsize": dtype.itemsize}
+        if dtype.isalignedstruct:
+            node["align"] = True
+        return node
+    text = dtype.str
+    if dtype.hasobject or not _SIMPLE_DTYPE.fullmatch(text) or np.dtype(text) != dtype:
+        advice = "it holds references to Python objects" if dtype.hasobject else "numpy has no name for it"
+        raise StateError(f"numpy dtype {dtype!r} cannot be stored: {advice}; convert the array, or view it as bytes")
+    return text
+
+
+def numpy_dtype_from_json(node: Json, depth: int = 0) -> np.dtype[Any]:
+    """Return the dtype of a :func:`numpy_dtype_to_json` form.
+
+    Raises
+    ------
+    CorruptionError
+        If it is malformed.
+    FormatError
+        If this platform has no such dtype.
+    """
+    if depth > _DTYPE_DEPTH:
+        raise CorruptionError("a numpy dtype is nested too deeply")
+    try:
+        match node:
+            case str() if _SIMPLE_DTYPE.fullmatch(node):
+                return np.dtype(node)
+            case {"base": base, "shape": list(shape), **rest} if not rest:
+                return np.dtype((numpy_dtype_from_json(base, depth + 1), tuple(_integers(shape))))
+            case {"fields": list(fields), "itemsize": int(itemsize), **rest} if rest in ({}, {"align": True}):
+                spec: dict[str, list[Any] | int] = {"itemsize": _natural(itemsize)}
+                if any(not isinstance(field, list) or len(field) not in (3, 4) for field in fields):
+                    raise CorruptionError("a field of a numpy dtype is not [name, dtype, offset(, title)]")
+                spec["names"] = [_text(field[0]) for field in fields]
+                spec["formats"] = [numpy_dtype_from_json(field[1], depth + 1) for field in fields]
+                spec["offsets"] = [_natural(field[2]) for field in fields]
+                if any(len(field) > 3 for field in fields):
+                    spec["titles"] = [_text(field[3]) if len(field) > 3 else None for field in fields]
+                return np.dtype(spec, align=bool(rest))  # type: ignore[call-overload, no-any-return]
+    except (CorruptionError, FormatError):
+        raise
+    except (ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise FormatError(f"not a numpy dtype of this platform: {node!r:.200} ({error})") from error
+    raise CorruptionError(f"not a numpy dtype: {node!r:.200}")
+
+
+def numpy_dtype_to_text(dtype: np.dtype[Any]) -> str:
+    """Return the dtype as :attr:`TensorEntry.dtype` holds it."""
+    node = numpy_dtype_to_json(dtype)
+    return node if isinstance(node, str) else json.dumps(node, separators=(",", ":"))
+
+
+@lru_cache(maxsize=1024)
+def numpy_dtype_from_text(text: str) -> np.dtype[Any]:
+    """Return the dtype of a numpy entry."""
+    if text.startswith("{"):
+        try:
+            return numpy_dtype_from_json(json.loads(text))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise CorruptionError(f"not a numpy dtype: {text!r:.200}") from error
+    return numpy_dtype_from_json(text)
+
+
+def dtype_component(dtype: np.dtype[Any]) -> int:
+    """Return the bytes of what a byte-plane codec should take for one number of this dtype: 1, 2, 4, 8 or 16."""
+    if dtype.kind == "c":
+        size = dtype.itemsize // 2
+    elif dtype.kind == "U":
+        size = 4
+    elif dtype.kind in "iufmM":
+        size = dtype.itemsize
+    else:
+        size = 1
+    return size if size in (1, 2, 4, 8, 16) else 1
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def entry_to_json(entry: TensorEntry) -> dict[str, Json]:
+    """Return the JSON form of `entry`; what is at its default is left out (a row-major stride, offset 0, the CPU)."""
+    node: dict[str, Json] = {"name": entry.name, "dtype": entry.dtype, "shape": list(entry.shape)}
+    if entry.kind == "numpy":
+        node["kind"] = "numpy"
+        if entry.dtype.startswith("{"):
+            node["dtype"] = json.loads(entry.dtype)
+    if entry.stride != _row_major(entry.shape, 1 if entry.kind == "torch" else entry.itemsize):
+        node["stride"] = list(entry.stride)
+    if entry.range >= 0:
+        node["range"] = entry.range
+    if entry.offset:
+        node["offset"] = entry.offset
+    if entry.device != "cpu":
+        node["device"] = entry.device
+    if any(entry[-len(_FLAGS) :]):
+        node["flags"] = [flag for flag in _FLAGS if getattr(entry, flag)]
+    return node
+
+
+def entry_from_json(node: Json) -> TensorEntry:
+    """Return the entry of an :func:`entry_to_json` form, each field checked by itself.
+
+    Whether it fits its range is for :func:`check_entries`.
+
+    Raises
+    ------
+    CorruptionError
+        If a field is missing, unknown or malformed.
+    FormatError
+        If the dtype is unknown to this version.
+    """
+    fields = dict(node) if isinstance(node, dict) else {}
+    name = fields.pop("name", None)
+    try:
+        kind = fields.pop("kind", "torch")
+        dtype, unit = _dtype(kind, fields.pop("dtype", None))
+        shape = tuple([_natural(size) for size in _integers(fields.pop("shape", None))])
+        stride = tuple(_integers(fields.pop("stride"))) if "stride" in fields else _row_major(shape, unit)
+        flags = fields.pop("flags", [])
+        if not isinstance(flags, list) or any(flag not in _FLAGS for flag in flags):
+            raise CorruptionError(f"unknown flags: {flags!r:.200}")
+        entry = TensorEntry(
+            name=_text(name),
+            kind=kind,
+            dtype=dtype,
+            shape=shape,
+            stride=stride,
+            range=_natural(fields.pop("range")) if "range" in fields else -1,
+            offset=_natural(fields.pop("offset", 0)),
+            device=_text(fields.pop("device", "cpu")),
+            **dict.fromkeys(flags, True),
+        )
+        if fields:
+            raise CorruptionError(f"unknown fields: {sorted(fields)!r:.200}")
+    except (CorruptionError, FormatError) as error:
+        raise type(error)(f"tensor entry {name!r:.200}: {error}") from error
+    return entry
+
+
+def _dtype(kind: Json, dtype: Json) -> tuple[str, int]:
+    """Return an entry's dtype, and the unit of its strides."""
+    if kind == "numpy":
+        text = json.dumps(dtype, separators=(",", ":")) if isinstance(dtype, dict) else _text(dtype)
+        return text, numpy_dtype_from_text(text).itemsize
+    if kind != "torch":
+        raise CorruptionError(f"unknown kind {kind!r:.80}")
+    if _text(dtype) not in TORCH_DTYPES:
+        raise FormatError(f"unknown dtype {dtype!r:.80}: update incckpt")
+    return dtype, 1
+
+
+def check_entries(entries: Sequence[TensorEntry], sizes: Sequence[int]) -> None:
+    """Check that every tensor lies inside its range and is one that the libraries can represent.
+
+    Parameters
+    ----------
+    entries
+        As read from a document.
+    sizes
+        Bytes of each range.
+
+    Raises
+    ------
+    CorruptionError
+        Naming the tensor.
+    """
+    packings: dict[int, tuple[object, ...]] = {}
+    for index, entry in enumerate(entries):
+        fault = _fault(entry, sizes)
+        if not fault and entry.range >= 0:
+            packing = (entry.shape, byte_strides(entry), entry.itemsize) if entry.packed else ()
+            if packings.setdefault(entry.range, packing) != packing:
+                fault = f"disagrees with another tensor on how range {entry.range} is packed"
+        if fault:
+            raise CorruptionError(f"tensor {index} ({entry.name!r:.200}): {fault}")
+
+
+def _fault(entry: TensorEntry, sizes: Sequence[int]) -> str:
+    """Return what is wrong with an entry, or an empty string."""
+    shape, stride = entry.shape, entry.stride
+    if len(shape) != len(stride) or len(shape) > 64:
+        return f"shape {shape} with stride {stride}"
+    if any(not 0 <= size <= _INT64_MAX for size in shape) or any(abs(step) > _INT64_MAX for step in stride):
+        return f"shape {shape} or stride {stride} out of bounds"
+    if entry.kind == "torch":
+        if any(step < 0 for step in stride):
+            return f"negative stride {stride}"
+        if entry.conj and not entry.dtype.startswith("complex"):
+            return f"conjugate bit on {entry.dtype}"
+        if entry.requires_grad and not _DIFFERENTIABLE.match(entry.dtype):
+            return f"requires_grad on {entry.dtype}"
+    elif any(entry[8:12]) or entry.device != "cpu":
+        return "a numpy array with a flag or device of a torch tensor"
+    itemsize = entry.itemsize
+    nbytes = math.prod(shape) * itemsize
+    if max(nbytes, math.prod([size for size in shape if size])) > _INT64_MAX:
+        return f"shape {shape} is too large"
+    if nbytes == 0:
+        return "an empty tensor with a range" if entry.range != -1 or entry.offset or entry.packed else ""
+    if not 0 <= entry.range < len(sizes):
+        return f"there is no range {entry.range}"
+    size = sizes[entry.range]
+    strides = byte_strides(entry)
+    low, high = byte_extent(shape, strides, itemsize)
+    if entry.packed:
+        if entry.offset or math.prod(packed_shape(shape, strides)) * itemsize != size or high - low > _INT64_MAX:
+            return f"packed, but does not fill its range of {size} bytes"
+    elif entry.offset + low < 0 or entry.offset + high > size:
+        return f"bytes [{entry.offset + low}, {entry.offset + high}) of a range of {size}"
+    return ""
+
+
+def _integers(values: Json) -> list[int]:
+    if not isinstance(values, list) or any(type(value) is not int for value in values):
+        raise CorruptionError(f"not a list of integers: {values!r:.200}")
+    return values
+
+
+def _natural(value: Json) -> int:
+    if type(value) is not int or not 0 <= value <= _INT64_MAX:
+        raise CorruptionError(f"not a non-negative 64-bit integer: {value!r:.200}")
+    return value
+
+
+def _text(value: Json) -> str:
+    if not isinstance(value, str):
+        raise CorruptionError(f"not a string: {value!r:.200}")
+    return value
