@@ -108,7 +108,12 @@ class TensorEntry(NamedTuple):
         """Bytes of one element."""
         if self.kind == "torch":
             return TORCH_DTYPES[self.dtype][0]
-        return numpy_dtype_from_text(self.dtype).itemsize
+        return self.numpy_dtype.itemsize
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """The dtype of an array."""
+        return numpy_dtype_from_text(self.dtype)
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------
@@ -175,11 +180,13 @@ def numpy_dtype_to_json(dtype: np.dtype[Any]) -> Json:
         base, shape = dtype.subdtype
         return {"base": numpy_dtype_to_json(base), "shape": list(shape)}
     if dtype.names is not None and dtype.fields is not None:
+        if dtype.type is not np.void:
+            raise StateError(f"numpy dtype {dtype} cannot be stored; view the array with a plain structured dtype")
         fields = []
         for name in dtype.names:
             sub, offset, *title = dtype.fields[name]
             if any(not isinstance(text, str) for text in title):
-                raise StateError(f"numpy dtype {dtype} has a title that is no string")
+                raise StateError(f"numpy dtype {dtype} has a title that is not a string; rename it")
             fields.append([name, numpy_dtype_to_json(sub), offset, *title])
         node: dict[str, Json] = {"fields": fields, "itemsize": dtype.itemsize}
         if dtype.isalignedstruct:

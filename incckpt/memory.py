@@ -165,6 +165,8 @@ class TensorTable:
         shape, stride, itemsize = array.shape, array.strides, dtype.itemsize
         first = array.__array_interface__["data"][0]
         low, high, gaps = first, first + array.nbytes, False
+        if itemsize == 0:
+            stride = (0,) * array.ndim  # of no meaning, and numpy would want memory that reaches as far
         if high != low and not array.flags.c_contiguous:
             down, up = byte_extent(shape, stride, itemsize)
             low, high = first + down, first + up

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 import re
@@ -65,8 +64,8 @@ def _base64(data: bytes | bytearray) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def _encode_set(value: set[Any] | frozenset[Any]) -> Json:
-    nodes = [encode_key(item) for item in value]
+def _encode_set(value: set[Any] | frozenset[Any], depth: int = 0) -> Json:
+    nodes = [encode_key(item, depth + 1) for item in value]
     return {type(value).__name__: sorted(nodes, key=lambda node: json.dumps(node, sort_keys=True))}
 
 
@@ -106,7 +105,7 @@ def encode_plain(value: object) -> Json | None:
     encoder = _ENCODERS.get(type(value))
     if encoder is not None:
         return encoder(value)
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic) and type(value) is value.dtype.type:
         if type(value) is np.str_:  # numpy would drop trailing NULs
             return {"numpy.str": _encode_str(str(value))}
         if type(value) is np.bytes_:
@@ -118,7 +117,7 @@ def encode_plain(value: object) -> Json | None:
 
 
 def encode_key(value: object, depth: int = 0) -> Json:
-    """Return the node of a dict key or a set's element: a plain hashable value, or a tuple of such.
+    """Return the node of a dict key or a set's element: a plain hashable value, or a tuple or frozenset of such.
 
     Raises
     ------
@@ -127,8 +126,12 @@ def encode_key(value: object, depth: int = 0) -> Json:
     """
     if type(value) is str and value.isascii():
         return value
-    if type(value) is tuple and depth < MAX_DEPTH:
+    if depth > MAX_DEPTH:
+        raise StateError(f"nested more than {MAX_DEPTH} levels deep; store it flatter")
+    if type(value) is tuple:
         return {"tuple": [encode_key(item, depth + 1) for item in value]}
+    if type(value) is frozenset:
+        return _encode_set(value, depth)
     node = encode_plain(value)
     if node is None and value is not None:
         raise StateError(
@@ -179,7 +182,7 @@ def as_text(node: Json) -> str:
 def as_bytes(node: Json) -> bytes:
     try:
         return base64.b64decode(as_text(node), validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise Malformed(f"not base64: {excerpt(node)}") from error
 
 

@@ -165,31 +165,36 @@ class _Parser:
         if form is None:
             raise Malformed(f"unknown kind of node: {excerpt(node)}; update incckpt", FormatError)
         self._depth += 1
-        if self._depth > MAX_DEPTH:
+        if self._depth > MAX_DEPTH + 1:  # a leaf, a set say, may lie in the deepest container
             raise Malformed("nested too deeply")
         tree = form(self, node)
         self._depth -= 1
         return tree
 
-    def key(self, node: Json) -> Hashable:
+    def key(self, node: Json, depth: int = 0) -> Hashable:
         if type(node) is str:
             return node
-        if isinstance(node, dict) and len(node) == 1 and "tuple" in node:
-            self._depth += 1
-            if self._depth > MAX_DEPTH:
-                raise Malformed("nested too deeply")
-            value: Any = tuple([self.key(item) for item in as_list(node["tuple"])])
-            self._depth -= 1
-        else:
-            tree = self.tree(node)
-            if not isinstance(tree, Plain):
-                raise Malformed(f"not a key: {excerpt(node)}")
-            value = tree.value
+        if depth > MAX_DEPTH:
+            raise Malformed("a key is nested too deeply")
+        if isinstance(node, dict) and len(node) == 1 and ("tuple" in node or "frozenset" in node):
+            ((tag, items),) = node.items()
+            if tag == "frozenset":
+                return frozenset(self.elements(items, depth))
+            return tuple([self.key(item, depth + 1) for item in as_list(items)])
+        tree = self.tree(node)
+        if not isinstance(tree, Plain):
+            raise Malformed(f"not a key: {excerpt(node)}")
         try:
-            hash(value)
+            hash(tree.value)
         except TypeError as error:
             raise Malformed(f"not a key: {excerpt(node)} ({error})") from error
-        return value  # type: ignore[no-any-return]
+        return tree.value  # type: ignore[no-any-return]
+
+    def elements(self, node: Json, depth: int = 0) -> set[Hashable]:
+        items = [self.key(item, depth + 1) for item in as_list(node)]
+        if len(found := set(items)) != len(items):
+            raise Malformed("an element of a set occurs twice")
+        return found
 
     def mapping(self, kind: str, node: Json, extra: Any = None) -> MappingNode:
         items: list[tuple[Hashable, Tree]] = []
@@ -231,13 +236,6 @@ class _Parser:
         except ValueError as error:  # a field occurs twice
             raise Malformed(str(error)) from error
         return SequenceNode("namedtuple", [self._child(value, f".{field}") for field, value in pairs], cls)
-
-    def set(self, kind: str, node: Json) -> Plain:
-        items = [self.key(item) for item in as_list(node[kind])]
-        value = set(items) if kind == "set" else frozenset(items)
-        if len(value) != len(items):
-            raise Malformed("an element occurs twice")
-        return Plain(value)
 
     def generator(self, node: Json) -> GeneratorRef:
         return GeneratorRef(self._tensor(node["torch.Generator"]), str(decode_device(node["device"])))
@@ -285,8 +283,8 @@ _FORMS: dict[frozenset[str], Callable[[_Parser, Json], Tree]] = {
         (("ordereddict",), _Parser.ordered_dict),
         (("ordereddict", "metadata"), _Parser.ordered_dict),
         (("defaultdict", "factory"), _Parser.default_dict),
-        (("set",), lambda parser, node: parser.set("set", node)),
-        (("frozenset",), lambda parser, node: parser.set("frozenset", node)),
+        (("set",), lambda parser, node: Plain(parser.elements(node["set"]))),
+        (("frozenset",), lambda parser, node: Plain(frozenset(parser.elements(node["frozenset"])))),
         (("numpy.scalar", "dtype"), lambda parser, node: Plain(decode_numpy_scalar(node))),
         (("torch.Generator", "device"), _Parser.generator),
         (("pickle", "type"), _Parser.pickled),
