@@ -8,12 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from incckpt.attempt import Attempt
-from incckpt.checkpoint import Checkpoint, Which, choose, read_refs
+from incckpt.attempt import Attempt, refuse_other_ranks
+from incckpt.checkpoint import Checkpoint, Which, checked_metrics, choose, read_refs
 from incckpt.chunking import DEFAULT_CHUNK_BYTES
 from incckpt.detect import default_threads
 from incckpt.errors import CheckpointNotFoundError, OptionError, SupersededError
-from incckpt.manager import checked_metrics, refuse_other_ranks
 from incckpt.restore import MapLocation, Reader, load_state
 from incckpt.retention import Mode
 from incckpt.save import SaveReport, Snapshot

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+import torch.distributed as dist
+
 from incckpt.checkpoint import read_refs, to_record
-from incckpt.errors import BackendError, CollectionError, OptionError
+from incckpt.errors import BackendError, CollectionError, DistributedError, OptionError
 from incckpt.gc import Collector
 from incckpt.manifest import Manifest
 from incckpt.pipeline import Pipeline
@@ -17,7 +19,7 @@ from incckpt.save import SaveReport, Snapshot, Writer, manifest_keys
 from incckpt.staging import Content
 from incckpt.store import Store
 
-__all__ = ["Attempt"]
+__all__ = ["Attempt", "refuse_other_ranks"]
 
 log = logging.getLogger(__name__)
 
@@ -189,3 +191,18 @@ class Attempt:
     def close(self) -> None:
         """Let go of threads."""
         self._writer.close()
+
+
+def refuse_other_ranks() -> None:
+    """Refuse to write from several processes of one job.
+
+    Raises
+    ------
+    DistributedError
+        On ranks other than 0 of a ``torch.distributed`` job.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        raise DistributedError(
+            f"rank {dist.get_rank()} of a torch.distributed job: for now incckpt saves and restores on rank 0 alone, "
+            "whose state has to be whole. Support for sharded state through torch.distributed.checkpoint is to come"
+        )

@@ -11,7 +11,7 @@ from incckpt.refs import Ref, RefName
 from incckpt.retention import Mode, Record, best
 from incckpt.runs import Lineage, Run
 
-__all__ = ["Checkpoint", "Which", "choose", "read_refs", "to_record"]
+__all__ = ["Checkpoint", "Which", "checked_metrics", "choose", "read_refs", "to_record"]
 
 Which: TypeAlias = int | Literal["latest", "best"]
 
@@ -108,8 +108,6 @@ def choose(run: Run, lineage: Lineage, which: Which | None, metric: str | None, 
         return lineage.latest
     if which == "best":
         return _best(run, lineage, metric, mode, where)
-    if not isinstance(which, int) or isinstance(which, bool):
-        raise OptionError(f"step must be an integer, 'latest' or 'best', not {which!r}")
     name = lineage.at(which)
     if name is None:
         raise CheckpointNotFoundError(f"{where} has no checkpoint of step {which}; it has {_steps(lineage.live)}")
@@ -136,3 +134,22 @@ def _steps(names: Sequence[RefName]) -> str:
     return (
         f"steps {', '.join(steps)}" if len(steps) <= 12 else f"steps {', '.join(steps[:4])}, …, {', '.join(steps[-4:])}"
     )
+
+
+def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    """Return the metrics as floats.
+
+    Raises
+    ------
+    OptionError
+        Naming what is not a number.
+    """
+    checked: dict[str, float] = {}
+    for name, value in (metrics or {}).items():
+        if not isinstance(name, str):
+            raise OptionError(f"metrics: the name {name!r} is not a string")
+        try:
+            checked[name] = float(value)  # a 0-dim tensor, too
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise OptionError(f"metric {name!r} is not a number: {value!r:.80}") from error
+    return checked

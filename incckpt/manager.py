@@ -6,22 +6,22 @@ import logging
 import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
-from incckpt.attempt import Attempt
-from incckpt.checkpoint import Checkpoint, Which, choose, read_refs
+from incckpt.attempt import Attempt, refuse_other_ranks
+from incckpt.backends.base import Backend
+from incckpt.background import BackgroundQueue
+from incckpt.checkpoint import Checkpoint, Which, checked_metrics, choose, read_refs
 from incckpt.detect import default_threads
 from incckpt.errors import (
     BacklogFullError,
     CheckpointNotFoundError,
     CorruptionError,
-    DistributedError,
     IncckptError,
     ManagerClosedError,
     OptionError,
@@ -30,29 +30,23 @@ from incckpt.errors import (
     StoreNotFoundError,
 )
 from incckpt.manifest import Manifest
-from incckpt.refs import Ref, RefName
+from incckpt.refs import RefName
 from incckpt.restore import Reader, restore_into
-from incckpt.retention import KeepBest, KeepLast, Mode, Policy
-from incckpt.runs import Lineage, Run
+from incckpt.retention import Mode, Policy, policy_of
+from incckpt.runs import Lineage
 from incckpt.save import SaveReport, Snapshot
 from incckpt.staging import Base
 from incckpt.state import flatten
-from incckpt.store import DEFAULT_RUN, Store, parse_location
+from incckpt.store import DEFAULT_RUN, Location, Store, parse_location
 
-__all__ = ["CheckpointManager", "checked_metrics", "refuse_other_ranks", "retention_policy"]
+__all__ = ["CheckpointManager"]
 
 log = logging.getLogger(__name__)
 
 _HISTORY = 1000
 
-
-@dataclass
-class _Pending:
-    """A save that was accepted."""
-
-    make_snapshot: Callable[[], Snapshot]
-    report: SaveReport
-    future: Future[Checkpoint]
+Checkpoints: TypeAlias = list[Checkpoint]
+Reports: TypeAlias = list[SaveReport]
 
 
 class CheckpointManager:
@@ -69,12 +63,13 @@ class CheckpointManager:
     Parameters
     ----------
     url
-        Of the store; a path is a local directory. A fragment names the run, as in ``s3://bucket/sweep#lr3e-4``.
+        Of the store; a path is a local directory. A fragment names the run, as in ``s3://bucket/sweep#lr3e-4``. Or a
+        `Backend`, which is closed with the manager.
     run
         Name of the run, in place of the fragment; ``"default"`` where neither is given.
     keep_last_n, keep_best_n, metric, mode
-        Which checkpoints to keep: the last `keep_last_n`, and the `keep_best_n` with the lowest (``mode="min"``) or highest
-        (``"max"``) value of `metric`. All of them where neither is given.
+        Which checkpoints to keep: the last `keep_last_n`, and the `keep_best_n` with the lowest (``mode="min"``) or
+        highest (``"max"``) value of `metric`. All of them where neither is given.
     retention
         A policy in place of those four, see :mod:`incckpt.retention`.
     max_pending
@@ -86,7 +81,7 @@ class CheckpointManager:
     chunk_bytes
         Size of the chunks that large tensors are cut into, a multiple of 1 MiB.
     base
-        Whether to keep a copy of the state in host memory to compare with. Without it every save copies the whole state.
+        Whether to keep a copy of the state in host memory to compare with. Without, every save copies all of it.
     allow_pickle
         Whether to pickle what cannot be represented otherwise; has to be repeated at restore.
     read_only
@@ -106,7 +101,7 @@ class CheckpointManager:
 
     def __init__(
         self,
-        url: str | os.PathLike[str],
+        url: str | os.PathLike[str] | Backend,
         *,
         run: str | None = None,
         keep_last_n: int | None = None,
@@ -124,9 +119,9 @@ class CheckpointManager:
         verify: bool = True,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        location = parse_location(os.fspath(url))
+        location = Location(url.url) if isinstance(url, Backend) else parse_location(os.fspath(url))
         if location.step is not None:
-            raise OptionError(f"{os.fspath(url)!r}: a manager writes a whole run; give the step to restore()")
+            raise OptionError(f"{url!r}: a manager writes a whole run; give the step to restore()")
         if run is not None and location.run not in (None, run):
             raise OptionError(f"the run is {location.run!r} in the URL and {run!r} in run=; give one of them")
         if max_pending < 1:
@@ -138,14 +133,13 @@ class CheckpointManager:
         if not read_only:
             refuse_other_ranks()
         self.read_only = read_only
-        self._policy = retention_policy(keep_last_n, keep_best_n, metric, mode, retention)
+        self._policy = policy_of(keep_last_n, keep_best_n, metric, mode, retention)
         self._metric, self._mode = metric, mode
         self._threads = threads or default_threads()
         self._allow_pickle = allow_pickle
-        self._max_pending = max_pending
         self._skip_backlog = on_backlog == "skip"
         self._base = Base(chunk_bytes, keep=base and not read_only, threads=self._threads)
-        self._store = Store.open(location.store, storage_options)
+        self._store = Store(url) if isinstance(url, Backend) else Store.open(location.store, storage_options)
         self._run_name = run or location.run or DEFAULT_RUN
         self._run = self._store.run(self._run_name)
         self._reader: Reader | None = None
@@ -153,15 +147,11 @@ class CheckpointManager:
         self._attempt: Attempt | None = None
         self._last_step: int | None = None
         self._in_use = threading.RLock()  # one save or restore at a time
-        self._queue: deque[_Pending] = deque()
-        self._unfinished = 0
+        self._queue = BackgroundQueue(max_pending, f"incckpt-save-{self._run_name}")
         self._error: BaseException | None = None
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
         self._closed = False
         self._pid = os.getpid()
         self._reports: deque[SaveReport] = deque(maxlen=_HISTORY)
-        _managers.add(self)
 
     # -- restoring
 
@@ -169,7 +159,7 @@ class CheckpointManager:
         """Restore a checkpoint into `app`, in place, and go on from it.
 
         Unless the manager is read-only, this takes the run over: another process that was writing it gets
-        `SupersededError` at its next save. Checkpoints beyond a restored earlier step are abandoned: listed as such, and
+        `SupersededError` at its next save. Checkpoints beyond a restored earlier step are abandoned: listed so, and
         pruned when the run has passed their steps.
 
         Parameters
@@ -232,7 +222,7 @@ class CheckpointManager:
                 attempt.continue_from(candidate, manifest)
             return candidate.step
         raise CheckpointNotFoundError(
-            f"step {name.step} of run {self._run_name!r} at {self._store.backend.url} was pruned while it was being restored"
+            f"step {name.step} of run {self._run_name!r} at {self._store.backend.url} was pruned while it was restored"
         )
 
     def _restore_one(self, lineage: Lineage, name: RefName, app: Any) -> Manifest | None:
@@ -285,15 +275,18 @@ class CheckpointManager:
             attempt.check_step(step, self._last_step)
             report = SaveReport(step=step)
             future: Future[Checkpoint] = Future()
-            if not self._wait_for_room(report):
+            if self._skip_backlog and self._queue.full:
+                log.warning("step %d was skipped: as many saves as may wait are being written still", step)
                 future.set_exception(
-                    BacklogFullError(f"step {step} was not saved: {self._max_pending} saves are being written still")
+                    BacklogFullError(f"step {step} was not saved, earlier saves are being written still")
                 )
-                log.warning("step %d was skipped, %d saves are being written still", step, self._max_pending)
                 return future
+            started = time.perf_counter()
+            self._queue.wait_for_room()
+            report.spent("wait", time.perf_counter() - started)
             make_snapshot = self._stage(step, app, numbers, report)
             self._last_step = step
-            self._enqueue(_Pending(make_snapshot, report, future))
+            self._queue.put(partial(self._write, make_snapshot, report, future))
             return future
 
     def _stage(self, step: int, app: Any, metrics: Mapping[str, float], report: SaveReport) -> Callable[[], Snapshot]:
@@ -331,55 +324,22 @@ class CheckpointManager:
 
     # -- the background
 
-    def _wait_for_room(self, report: SaveReport) -> bool:
-        started = time.perf_counter()
-        with self._changed:
-            if self._skip_backlog and self._unfinished >= self._max_pending:
-                return False
-            self._changed.wait_for(lambda: self._unfinished < self._max_pending)
-        report.spent("wait", time.perf_counter() - started)
-        return True
-
-    def _enqueue(self, pending: _Pending) -> None:
-        with self._changed:
-            self._unfinished += 1
-            self._queue.append(pending)
-            self._changed.notify_all()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=f"incckpt-save-{self._run_name}", daemon=True)
-            self._thread.start()
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closed)
-                if not self._queue:
-                    return
-                pending = self._queue.popleft()
-            self._write(pending)
-            del pending  # its buffers go back to the pool before the next one is waited for
-            with self._changed:
-                self._unfinished -= 1
-                self._changed.notify_all()
-
-    def _write(self, pending: _Pending) -> None:
+    def _write(self, make_snapshot: Callable[[], Snapshot], report: SaveReport, future: Future[Checkpoint]) -> None:
         attempt = self._attempt
         assert attempt is not None
         try:
-            ref = attempt.write(pending.make_snapshot(), pending.report)
+            ref = attempt.write(make_snapshot(), report)
         except BaseException as error:  # noqa: BLE001 -- goes to the trainer: by the future, and by the next call
-            log.error("saving step %d failed: %s", pending.report.step, error)
-            with self._changed:
-                self._error = error
-            pending.future.set_exception(error)
+            log.error("saving step %d failed: %s", report.step, error)
+            self._error = error
+            future.set_exception(error)
         else:
-            self._reports.append(pending.report)
-            self._base.trim(pending.report.changed_bytes)
-            pending.future.set_result(Checkpoint.of(self._run_name, ref))
+            self._reports.append(report)
+            self._base.trim(report.changed_bytes)
+            future.set_result(Checkpoint.of(self._run_name, ref))
 
     def _raise_error(self) -> None:
-        with self._changed:
-            error, self._error = self._error, None
+        error, self._error = self._error, None
         if isinstance(error, IncckptError) and not isinstance(error, OSError):
             raise error
         if error is not None:
@@ -387,19 +347,17 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Wait until no save is pending; failures show at the next `save` or `close`."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._unfinished)
+        self._queue.wait()
 
     # -- looking
 
-    def list(self, *, abandoned: bool = False) -> list[Checkpoint]:
-        """Return the run's committed checkpoints by step; with `abandoned`, those too that a restart went back behind."""
+    def list(self, *, abandoned: bool = False) -> Checkpoints:
+        """Return the run's committed checkpoints by step; with `abandoned`, those that a restart went back behind too."""
         lineage = self._readable_lineage()
         if lineage is None:
             return []
-        found = [
-            Checkpoint.of(self._run_name, ref) for ref in read_refs(self._run, lineage, lineage.live, _log_unreadable)
-        ]
+        refs = read_refs(self._run, lineage, lineage.live, _log_unreadable)
+        found = [Checkpoint.of(self._run_name, ref) for ref in refs]
         if abandoned:
             refs = read_refs(self._run, lineage, lineage.abandoned, _log_unreadable)
             found += [Checkpoint.of(self._run_name, ref, abandoned=True) for ref in refs]
@@ -413,7 +371,7 @@ class CheckpointManager:
         return self._run.lineage()
 
     @property
-    def history(self) -> list[SaveReport]:
+    def history(self) -> Reports:
         """What the last saves of this manager did, oldest first."""
         return list(self._reports)
 
@@ -435,19 +393,13 @@ class CheckpointManager:
         if self._closed:
             return
         if os.getpid() == self._pid:
-            self.wait()
-            with self._changed:
-                self._closed = True
-                self._changed.notify_all()
-            if self._thread is not None:
-                self._thread.join()
+            self._queue.stop()
             if self._attempt is not None:
                 self._attempt.close()
             if self._reader is not None:
                 self._reader.close()
             self._store.close()
         self._closed = True
-        _managers.discard(self)
         self._raise_error()
 
     def __enter__(self) -> Self:
@@ -473,82 +425,5 @@ class CheckpointManager:
             raise ManagerClosedError("this manager belongs to the process that this one was forked from; make one here")
 
 
-def retention_policy(
-    keep_last_n: int | None, keep_best_n: int | None, metric: str | None, mode: Mode, retention: Policy | None
-) -> Policy | None:
-    """Return the policy that the keyword shorthands stand for; ``None`` keeps everything.
-
-    Raises
-    ------
-    OptionError
-        If they do not go together.
-    """
-    if mode not in ("min", "max"):
-        raise OptionError(f"mode must be 'min' or 'max', not {mode!r}")
-    if retention is not None:
-        if keep_last_n is not None or keep_best_n is not None:
-            raise OptionError("give either retention= or keep_last_n= and keep_best_n=")
-        return retention
-    if keep_best_n is not None:
-        if metric is None:
-            raise OptionError("keep_best_n needs metric=, the name of a metric given to save()")
-        return KeepLast(1 if keep_last_n is None else keep_last_n) | KeepBest(keep_best_n, metric, mode)
-    return None if keep_last_n is None else KeepLast(keep_last_n)
-
-
-def refuse_other_ranks() -> None:
-    """Refuse to write from several processes of one job.
-
-    Raises
-    ------
-    DistributedError
-        On ranks other than 0 of a ``torch.distributed`` job.
-    """
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
-        raise DistributedError(
-            f"rank {dist.get_rank()} of a torch.distributed job: for now incckpt saves and restores on rank 0 alone, whose "
-            "state has to be whole. Support for sharded state through torch.distributed.checkpoint is to come"
-        )
-
-
-def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
-    """Return the metrics as floats.
-
-    Raises
-    ------
-    OptionError
-        Naming what is not a number.
-    """
-    checked: dict[str, float] = {}
-    for name, value in (metrics or {}).items():
-        if not isinstance(name, str):
-            raise OptionError(f"metrics: the name {name!r} is not a string")
-        try:
-            checked[name] = float(value)  # a 0-dim tensor, too
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise OptionError(f"metric {name!r} is not a number: {value!r:.80}") from error
-    return checked
-
-
 def _log_unreadable(name: RefName, error: Exception) -> None:
     log.error("the ref of step %d is unreadable: %s", name.step, error)
-
-
-_managers: weakref.WeakSet[CheckpointManager] = weakref.WeakSet()
-
-
-def _finish_all() -> None:
-    """Finish pending saves when the interpreter exits."""
-    for manager in list(_managers):
-        if manager._pid == os.getpid():
-            try:
-                manager.close()
-            except IncckptError as error:
-                log.error("%r: %s", manager, error)
-
-
-# atexit comes too late: by then no thread can be started, and name look-ups fail. Registered after concurrent.futures has
-# registered its own (which stops the pools), this one runs before it.
-threading._register_atexit(_finish_all)  # type: ignore[attr-defined]

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from incckpt import codec
+from incckpt.build import MapLocation, build
+from incckpt.entries import TensorEntry, check_entries, entry_from_json
 from incckpt.errors import CodecError, CorruptionError, MissingObjectError
 from incckpt.manifest import Chunk, Manifest, Stored
 from incckpt.objects import ObjectKey
 from incckpt.pipeline import Pipeline
 from incckpt.save import chunk_keys
 from incckpt.store import Store
+from incckpt.structure import Tree, parse, references, select
 
-__all__ = ["ChunkRead", "Reader", "reads_for"]
+__all__ = ["ChunkRead", "Contents", "MapLocation", "Reader", "load_state", "reads_for"]
 
 Bytes = npt.NDArray[np.uint8]
+
+_ALIGNMENT = 64
 
 
 @dataclass
@@ -191,11 +199,86 @@ def _needed_by(group: Sequence[ChunkRead]) -> str:
     return f"needed by tensor {shown}" if names else "needed by the checkpoint"
 
 
-MapLocation = Any
+@dataclass(frozen=True)
+class Contents:
+    """A manifest, parsed and checked: the nesting, and the tensors by index.
+
+    Attributes
+    ----------
+    tree
+        The structure, or the part of it that was selected.
+    entries
+        All tensors of the checkpoint.
+    wanted
+        Indexes of the ranges that `tree` needs.
+    """
+
+    manifest: Manifest
+    tree: Tree
+    entries: Sequence[TensorEntry]
+    wanted: frozenset[int]
+
+    @classmethod
+    def of(cls, manifest: Manifest, keys: str | Sequence[str] | None = None) -> Contents:
+        """Parse and check a manifest's structure and tensors; select what `keys` match.
+
+        Raises
+        ------
+        FormatError
+            If it is inconsistent.
+        StateMismatchError
+            If `keys` match nothing.
+        """
+        entries = [entry_from_json(item) for item in manifest.tensors]
+        check_entries(entries, [item.nbytes for item in manifest.ranges])
+        tree = parse(manifest.structure, len(entries))
+        if keys is not None:
+            tree = select(tree, keys)
+        wanted = frozenset(entries[index].range for index in references(tree)) - {-1}
+        return cls(manifest, tree, entries, wanted)
+
+    def names(self) -> list[list[str]]:
+        """Return the names of the tensors in each range."""
+        names: list[list[str]] = [[] for _ in self.manifest.ranges]
+        for entry in self.entries:
+            if entry.range >= 0:
+                names[entry.range].append(entry.name)
+        return names
 
 
-def load_state(reader, manifest, **kw):
-    raise NotImplementedError
+def new_buffer(nbytes: int) -> Bytes:
+    """Return new memory for a range, ``uint8[nbytes]``, aligned to 64 bytes."""
+    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + nbytes]
+
+
+@contextmanager
+def progress_bar(total: int, step: int, show: bool | None) -> Iterator[Callable[[int], None]]:
+    """Show how many of `total` bytes are read, if asked to or if a terminal watches; give what counts them."""
+    shown = sys.stderr.isatty() if show is None else show
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=f"step {step}", disable=not shown) as bar:
+        yield bar.update
+
+
+def load_state(
+    reader: Reader,
+    manifest: Manifest,
+    *,
+    keys: str | Sequence[str] | None = None,
+    map_location: MapLocation = None,
+    allow_pickle: bool = False,
+    progress: bool | None = None,
+) -> Any:
+    """Return the state of a checkpoint, or the part of it that `keys` match, in new memory."""
+    contents = Contents.of(manifest, keys)
+    buffers = [
+        new_buffer(item.nbytes) if index in contents.wanted else None for index, item in enumerate(manifest.ranges)
+    ]
+    reads = reads_for(manifest, buffers, contents.names())
+    with progress_bar(sum(read.chunk.nbytes for read in reads), manifest.step, progress) as count:
+        reader.read(reads, count)
+    return build(contents.tree, contents.entries, buffers, map_location=map_location, allow_pickle=allow_pickle)
 
 
 def restore_into(reader, manifest, app, **kw):

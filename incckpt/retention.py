@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 from incckpt.errors import OptionError
 
-__all__ = ["KeepAll", "KeepBest", "KeepEvery", "KeepLast", "Mode", "Policy", "Record", "best"]
+__all__ = ["KeepAll", "KeepBest", "KeepEvery", "KeepLast", "Mode", "Policy", "Record", "best", "policy_of"]
 
 Mode: TypeAlias = Literal["min", "max"]
 
@@ -139,3 +139,26 @@ def _ranked(history: Sequence[Record], metric: str, mode: Mode) -> list[Record]:
     sign = 1.0 if mode == "min" else -1.0
     eligible = [record for record in history if not math.isnan(record.metrics.get(metric, math.nan))]
     return sorted(eligible, key=lambda record: (sign * record.metrics[metric], -record.step))
+
+
+def policy_of(
+    keep_last_n: int | None, keep_best_n: int | None, metric: str | None, mode: Mode, retention: Policy | None
+) -> Policy | None:
+    """Return the policy that the keyword shorthands stand for; ``None`` keeps everything.
+
+    Raises
+    ------
+    OptionError
+        If they do not go together.
+    """
+    if mode not in ("min", "max"):
+        raise OptionError(f"mode must be 'min' or 'max', not {mode!r}")
+    if retention is not None:
+        if keep_last_n is not None or keep_best_n is not None:
+            raise OptionError("give either retention= or keep_last_n= and keep_best_n=")
+        return retention
+    if keep_best_n is not None:
+        if metric is None:
+            raise OptionError("keep_best_n needs metric=, the name of a metric given to save()")
+        return KeepLast(1 if keep_last_n is None else keep_last_n) | KeepBest(keep_best_n, metric, mode)
+    return None if keep_last_n is None else KeepLast(keep_last_n)
