@@ -1,0 +1,238 @@
+"""The codec's kernels against what numpy computes, for every instruction set that this processor has."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from incckpt import _planes
+
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Elements: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
+
+EVERY_VARIANT = pytest.mark.parametrize("variant", range(len(_planes.VARIANTS)), ids=_planes.VARIANTS)
+ITEMSIZES = (1, 2, 4, 8)
+# Around the ends of vectors, of the kernels' blocks of 4096 bytes and of a bitmap's bytes.
+LENGTHS = st.one_of(st.integers(0, 200), st.sampled_from([511, 512, 513, 1023, 1024, 1025, 4095, 4096, 4097, 9001]))
+SEEDS = st.integers(0, 2**32)
+OFFSETS = st.integers(0, 9)
+
+
+def unsigned(itemsize: int) -> np.dtype[np.unsignedinteger[Any]]:
+    return np.dtype(f"<u{itemsize}")
+
+
+def order(x: Elements) -> Elements:
+    """Map the bits of floats to integers that are in the floats' order."""
+    bits = 8 * x.itemsize
+    sign: Elements = (x.view(f"<i{x.itemsize}") >> (bits - 1)).view(x.dtype)
+    return x ^ (sign >> x.dtype.type(1))
+
+
+def reference_split(raw: Bytes, base: Bytes | None, itemsize: int) -> list[Bytes]:
+    """Return the byte planes, in numpy."""
+    x = raw.copy().view(unsigned(itemsize))
+    one, top = x.dtype.type(1), x.dtype.type(8 * itemsize - 1)
+    if base is not None:
+        d = order(x) - order(base.copy().view(x.dtype))
+        x = (d << one) ^ (d.view(f"<i{itemsize}") >> (8 * itemsize - 1)).view(x.dtype)
+    elif itemsize > 1:
+        x = (x << one) | (x >> top)
+    return [x.view(np.uint8)[j::itemsize].copy() for j in range(itemsize)]
+
+
+def random_bytes(n: int, seed: int, offset: int = 0) -> Bytes:
+    """Return `n` random bytes that begin `offset` bytes into their memory."""
+    return np.random.default_rng(seed).integers(0, 256, n + offset, np.uint8)[offset:]
+
+
+def fenced(n: int, offset: int) -> tuple[Bytes, Bytes]:
+    """Return memory filled with 0xA5, and `n` bytes inside it that begin at an odd place."""
+    memory = np.full(n + offset + 70, 0xA5, np.uint8)
+    return memory, memory[offset : offset + n]
+
+
+def fence_holds(memory: Bytes, n: int, offset: int) -> bool:
+    return bool((memory[:offset] == 0xA5).all() and (memory[offset + n :] == 0xA5).all())
+
+
+def test_the_best_variant_is_the_last() -> None:
+    assert _planes.VARIANTS[0] == "baseline"
+    assert len(_planes.VARIANTS) - 1 == _planes.BEST
+
+
+def test_an_unknown_variant_is_refused() -> None:
+    for variant in (-1, len(_planes.VARIANTS)):
+        with pytest.raises(IndexError, match="no variant"):
+            _planes.constant(b"aa", variant)
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("delta", [False, True], ids=["intra", "delta"])
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(n=LENGTHS, seed=SEEDS, offset=OFFSETS)
+def test_split_and_join(variant: int, delta: bool, itemsize: int, n: int, seed: int, offset: int) -> None:
+    raw = random_bytes(n * itemsize, seed, offset)
+    base = random_bytes(n * itemsize, seed + 1, offset // 2) if delta else None
+    fences = [fenced(n, (offset + j) % 7) for j in range(itemsize)]
+    planes = [plane for _, plane in fences]
+    _planes.split(raw, base, planes, variant)
+    for plane, expected in zip(planes, reference_split(raw, base, itemsize), strict=True):
+        np.testing.assert_array_equal(plane, expected)
+    assert all(fence_holds(memory, n, (offset + j) % 7) for j, (memory, _) in enumerate(fences))
+
+    memory, back = fenced(n * itemsize, offset)
+    _planes.join(planes, base, back, variant)
+    np.testing.assert_array_equal(back, raw)
+    assert fence_holds(memory, n * itemsize, offset)
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_join_in_the_memory_of_the_base(variant: int, itemsize: int) -> None:
+    raw, base = random_bytes(8 * 5001, 1), random_bytes(8 * 5001, 2)
+    planes = reference_split(raw, base, itemsize)
+    _planes.join(planes, base, base, variant)
+    np.testing.assert_array_equal(base, raw)
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_special_floats_come_back(variant: int, itemsize: int) -> None:
+    # All of the sign, exponent and first mantissa bits; the rest of the mantissa empty, full and odd: NaN payloads,
+    # infinities, subnormals and both zeros, of every type of this size.
+    high = np.arange(1 << 16, dtype=np.uint64) << np.uint64(8 * itemsize - 16)
+    low = np.array([0, (1 << (8 * itemsize - 16)) - 1, 1], np.uint64)
+    raw = (high[:, None] | low).astype(unsigned(itemsize)).reshape(-1).view(np.uint8)
+    for base in (None, np.roll(raw, 31 * itemsize)):
+        planes = reference_split(raw, base, itemsize)
+        back = np.empty_like(raw)
+        _planes.join(planes, base, back, variant)
+        np.testing.assert_array_equal(back, raw)
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_a_small_step_is_a_small_difference(dtype: str) -> None:
+    numbers = np.geomspace(1e-3, 1e3, 4096).astype(dtype)
+    numbers[::2] *= -1
+    for direction in (np.inf, -np.inf):
+        stepped = np.nextafter(numbers, numbers.dtype.type(direction))
+        planes = [np.empty(len(numbers), np.uint8) for _ in range(numbers.itemsize)]
+        _planes.split(stepped.view(np.uint8), numbers.view(np.uint8), planes, _planes.BEST)
+        assert np.isin(planes[0], [1, 2]).all()  # one up or one down, zigzag
+        assert not np.concatenate(planes[1:]).any()
+
+
+@EVERY_VARIANT
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(n=LENGTHS, seed=SEEDS, share=st.sampled_from([0.0, 0.001, 0.1, 0.5, 0.99, 1.0]), offset=OFFSETS)
+def test_mask_and_unmask(variant: int, n: int, seed: int, share: float, offset: int) -> None:
+    generator = np.random.default_rng(seed)
+    common = int(generator.integers(256))
+    data = random_bytes(n, seed, offset)
+    data[generator.random(n) >= share] = common
+    differs = data != common
+    bits_memory, bitmap = fenced((n + 7) // 8, offset)
+    others_memory, others = fenced(n, offset)
+    count = _planes.mask(data, common, bitmap, others, variant)
+    np.testing.assert_array_equal(bitmap, np.packbits(differs, bitorder="little"))
+    np.testing.assert_array_equal(others[:count], data[differs])
+    assert count == differs.sum() == _planes.popcount(bitmap, variant)
+    assert fence_holds(bits_memory, (n + 7) // 8, offset)
+    assert fence_holds(others_memory, n, offset)
+
+    memory, back = fenced(n, offset)
+    _planes.unmask(bitmap, others[:count].copy(), common, back, variant)
+    np.testing.assert_array_equal(back, data)
+    assert fence_holds(memory, n, offset)
+
+
+@EVERY_VARIANT
+@given(n=st.integers(1, 9000), where=st.floats(0, 1, exclude_max=True))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_constant(variant: int, n: int, where: float) -> None:
+    data = np.full(n, 7, np.uint8)
+    assert _planes.constant(data, variant)
+    data[int(where * n)] ^= 0x80
+    assert _planes.constant(data, variant) == (n == 1)
+    assert _planes.constant(b"", variant)
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("delta", [False, True], ids=["intra", "delta"])
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+@pytest.mark.parametrize("n", [0, 1, 255, 256, 4095, 4096, 4097, 100_000])
+def test_survey(variant: int, delta: bool, itemsize: int, n: int) -> None:
+    generator = np.random.default_rng(n)
+    raw = (generator.geometric(0.05, n * itemsize) % 256).astype(np.uint8)
+    base = (generator.geometric(0.2, n * itemsize) % 256).astype(np.uint8) if delta else None
+    starts = [(n - 256) * run // 15 for run in range(16)] if n > 4096 else []
+    sampled = np.concatenate([np.arange(start, start + 256) for start in starts]) if starts else np.arange(n)
+    found = _planes.survey(raw, base, itemsize, variant)
+    assert len(found) == itemsize
+    for (bits, share, commonest), plane in zip(found, reference_split(raw, base, itemsize), strict=True):
+        counts = np.bincount(plane[sampled], minlength=256)
+        if n == 0:
+            assert (bits, share) == (0.0, 1.0)
+            continue
+        p = counts[counts > 0] / counts.sum()
+        entropy = -(p * np.log2(p)).sum() + (len(p) - 1) / (2 * math.log(2) * counts.sum())
+        assert bits == pytest.approx(min(entropy, 8.0), abs=1e-9)
+        assert share == pytest.approx(counts.max() / counts.sum())
+        assert counts[commonest] == counts.max()
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    eight = np.zeros(8, np.uint8)
+    four = [np.zeros(4, np.uint8), np.zeros(4, np.uint8)]
+    with pytest.raises(ValueError, match="planes"):
+        _planes.split(eight[:7], None, four, 0)
+    with pytest.raises(ValueError, match="planes"):
+        _planes.join(four, None, eight[:7], 0)
+    with pytest.raises(ValueError, match="base"):
+        _planes.split(eight, eight[:7], four, 0)
+    with pytest.raises(ValueError, match="base"):
+        _planes.join(four, eight[:7], eight, 0)
+    with pytest.raises(ValueError, match="differ in length"):
+        _planes.join([four[0], four[0][:3]], None, eight, 0)
+    for count in (0, 3, 9):
+        with pytest.raises(ValueError, match="1, 2, 4 or 8 planes"):
+            _planes.join([four[0]] * count, None, eight, 0)
+    with pytest.raises(ValueError, match="elements"):
+        _planes.survey(eight, None, 3, 0)
+    with pytest.raises(ValueError, match="elements"):
+        _planes.survey(eight[:7], None, 2, 0)
+    with pytest.raises(ValueError, match="base"):
+        _planes.survey(eight, eight[:4], 2, 0)
+    with pytest.raises(ValueError, match="masking"):
+        _planes.mask(eight, 0, bytearray(2), bytearray(8), 0)
+    with pytest.raises(ValueError, match="masking"):
+        _planes.mask(eight, 0, bytearray(1), bytearray(7), 0)
+    with pytest.raises(ValueError, match="a bitmap of 8 bytes"):
+        _planes.unmask(b"\0\0", b"", 0, eight, 0)
+
+
+@EVERY_VARIANT
+def test_a_bitmap_that_lies_is_refused(variant: int) -> None:
+    out = np.zeros(200, np.uint8)
+    bitmap = np.full(25, 0xFF, np.uint8)
+    for count in (0, 1, 199, 201):
+        with pytest.raises(ValueError, match="bits set"):
+            _planes.unmask(bitmap, bytes(count), 0, out, variant)
+    with pytest.raises(ValueError, match="beyond its end"):
+        _planes.unmask(bitmap, bytes(200), 0, out[:199], variant)
+    assert not out.any()
+
+
+def test_read_only_memory_is_not_written() -> None:
+    with pytest.raises((BufferError, ValueError)):
+        _planes.join([b"abcd"], None, b"....", 0)
+    with pytest.raises((BufferError, ValueError)):
+        _planes.split(b"abcd", None, [b"...."], 0)
