@@ -1,6 +1,7 @@
 """The Cython extensions; everything else is in pyproject.toml.
 
-OpenMP is used where a tiny program compiles and links with it; ``INCCKPT_NO_OPENMP=1`` builds without.
+OpenMP is used where a tiny program compiles and links with it; ``INCCKPT_NO_OPENMP=1`` builds without. The C macro
+``INCCKPT_GENERIC_ONLY`` leaves out what is for one kind of processor.
 """
 
 from __future__ import annotations
@@ -67,9 +68,7 @@ def extension(name: str, *headers: str) -> Extension:
     )
 
 
-EXTENSIONS = [extension("_delta", "_detect.h", "_sums.h")]
-if Path("incckpt/_planes.pyx").exists():
-    EXTENSIONS.append(extension("_planes", "_planes.h"))
+EXTENSIONS = [extension("_delta", "_detect.h", "_sums.h"), extension("_planes", "_planes.h")]
 
 setup(
     ext_modules=cythonize(EXTENSIONS, build_dir="build/cython", compiler_directives=DIRECTIVES),

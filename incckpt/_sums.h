@@ -2,7 +2,7 @@
  *
  *     NAME(x)        x with the set's name appended
  *     TARGET         the attribute by which a function may use the set
- *     VECTOR_BYTES   16, 32 (AVX2, FMA, F16C) or 64 (AVX-512 F, BW, DQ)
+ *     VECTOR_BYTES   16 (any processor), 32 (AVX2, FMA, F16C) or 64 (AVX-512 F, BW, DQ)
  *
  * What it leaves is one function per element type, NAME(sums_<type>)(c, b, n, out), which adds up (c - b)^2 and b^2
  * over n bytes. Vectors are GCC's and Clang's own, so that the same lines serve every set; only what those cannot
@@ -37,6 +37,11 @@ INLINE f64 NAME(low)(f32 v) { return (f64)_mm256_cvtps_pd(_mm256_castps256_ps128
 INLINE f64 NAME(high)(f32 v) { return (f64)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1)); }
 INLINE f32 NAME(half_low)(u16 v) { return (f32)_mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)v)); }
 INLINE f32 NAME(half_high)(u16 v) { return (f32)_mm256_cvtph_ps(_mm256_extractf128_si256((__m256i)v, 1)); }
+#elif defined(INCCKPT_NEON)
+INLINE f64 NAME(low)(f32 v) { return (f64)vcvt_f64_f32(vget_low_f32((float32x4_t)v)); }
+INLINE f64 NAME(high)(f32 v) { return (f64)vcvt_high_f64_f32((float32x4_t)v); }
+INLINE f32 NAME(half_low)(u16 v) { return (f32)vcvt_f32_f16(vget_low_f16((float16x8_t)v)); }
+INLINE f32 NAME(half_high)(u16 v) { return (f32)vcvt_high_f32_f16((float16x8_t)v); }
 #else
 INLINE f64 NAME(low)(f32 v) { return (f64){v[0], v[1]}; }
 INLINE f64 NAME(high)(f32 v) { return (f64){v[2], v[3]}; }
@@ -161,7 +166,8 @@ INLINE void NAME(step_float8_e4m3fn)(Sums *sums, const char *c, const char *b) {
 /* The rest is padded with zeros, which add nothing. */
 #define SUMS(type, scale)                                                                           \
     static TARGET void NAME(sums_##type)(const char *c, const char *b, size_t n, double *out) {    \
-        Sums sums = {{{0}}};                                                                        \
+        Sums sums;                                                                                  \
+        memset(&sums, 0, sizeof sums);                                                              \
         size_t whole = n - n % STEP_BYTES;                                                          \
         for (size_t i = 0; i < whole; i += STEP_BYTES) {                                            \
             for (int k = 0; k < STEP_BYTES; k += 64) {                                              \

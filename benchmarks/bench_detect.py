@@ -1,0 +1,194 @@
+"""Speed of change detection and staging on the tensors of Llama 3.2 1B, against torch and the memory itself.
+
+The shapes are those of the model's ``state_dict()``: embedding, 16 layers of 9 tensors, the last norm, and ``lm_head``
+as a tensor of its own (in the released model it is the embedding; counted apart they make 147 tensors and 1.498 G
+parameters). In part of the tensors every element differs from the base. Everything is timed in one run with the same
+number of threads, the best of several rounds each; speeds count the bytes of both copies, and the memory's own is
+that of the fastest kernel that reads them all.
+
+    python benchmarks/bench_detect.py                 # a quarter of the size
+    python benchmarks/bench_detect.py --scale 1       # 6 GB, and 3 GB more for torch's temporaries
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from incckpt import _delta, detect
+
+LAYERS, HIDDEN, KEY_VALUE, INTERMEDIATE, VOCABULARY = 16, 2048, 8 * 64, 8192, 128_256
+THRESHOLD = 1e-4
+GIB = 1 << 30
+
+
+def llama_shapes() -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of Llama 3.2 1B's tensors."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for layer in range(LAYERS):
+        of_layer: dict[str, tuple[int, ...]] = {
+            "self_attn.q_proj": (HIDDEN, HIDDEN),
+            "self_attn.k_proj": (KEY_VALUE, HIDDEN),
+            "self_attn.v_proj": (KEY_VALUE, HIDDEN),
+            "self_attn.o_proj": (HIDDEN, HIDDEN),
+            "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+            "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+            "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+            "input_layernorm": (HIDDEN,),
+            "post_attention_layernorm": (HIDDEN,),
+        }
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
+    return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+
+
+@dataclass
+class Pair:
+    """Two copies of a state as a table with one segment, and one group, per tensor."""
+
+    current: list[Tensor]
+    base: list[Tensor]
+
+    def __post_init__(self) -> None:
+        self.src = np.array([tensor.data_ptr() for tensor in self.current], np.uintp)
+        self.dst = np.array([tensor.data_ptr() for tensor in self.base], np.uintp)
+        self.sizes = np.array([tensor.nbytes for tensor in self.current], np.int64)
+        self.group = np.arange(len(self.current))
+        self.code = np.full(len(self.current), detect.DTYPE_CODES["bfloat16"])
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.sizes.sum())
+
+    def read(self, threads: int) -> None:
+        blocks = detect.blocks_of(self.sizes)
+        _delta.read(self.src, self.dst, blocks.segment, blocks.offset, blocks.nbytes, threads)
+
+    def exact(self, threads: int) -> npt.NDArray[np.bool_]:
+        return detect.changed_exact(self.src, self.dst, self.sizes, self.group, len(self.sizes), threads=threads)
+
+    def l2(self, threads: int, kernel: str) -> npt.NDArray[np.float64]:
+        diff, base = detect.relative_l2(
+            self.src, self.dst, self.sizes, self.group, self.code, len(self.sizes), threads=threads, kernel=kernel
+        )
+        return np.sqrt(diff / base)
+
+    def torch_equal(self) -> npt.NDArray[np.bool_]:
+        return np.array([not torch.equal(c, b) for c, b in zip(self.current, self.base, strict=True)])
+
+    def torch_l2(self) -> npt.NDArray[np.float64]:
+        pairs = zip(self.current, self.base, strict=True)
+        return np.array([float((c.float() - b.float()).norm() / b.float().norm()) for c, b in pairs])
+
+
+def states(scale: float, seed: int) -> tuple[Pair, Pair]:
+    """Return a state with its equal copy, and with 30 % of its tensors changed by about 1 %."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = (torch.randn(1 << 22, generator=generator) * 0.02).to(torch.bfloat16)
+    base = []
+    for shape in llama_shapes().values():
+        tensor = torch.empty((max(1, round(shape[0] * scale)), *shape[1:]), dtype=torch.bfloat16)
+        flat = tensor.view(-1)
+        for start in range(0, len(flat), len(noise)):
+            flat[start : start + len(noise)] = noise[: len(flat) - start]
+        base.append(tensor)
+    current = [tensor.clone() for tensor in base]
+    changed = list(current)
+    for index in torch.randperm(len(base), generator=generator)[: round(0.3 * len(base))].tolist():
+        changed[index] = current[index] * 1.01  # a tensor more, so that the equal copy stays equal
+    return Pair(current, base), Pair(changed, base)
+
+
+def best(rounds: int, function: Callable[[], object]) -> float:
+    """Return the shortest time of a call, in seconds."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def processor() -> str:
+    """Return the processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def report(scale: float, threads: int, rounds: int, seed: int) -> None:
+    """Check that all ways agree, time them, and print the table."""
+    torch.set_num_threads(threads)
+    equal, part = states(scale, seed)
+    changed = part.torch_equal()
+    plain = part.torch_l2()
+    assert not equal.exact(threads).any()
+    assert part.exact(threads).tolist() == changed.tolist()
+    for kernel in detect.KERNELS:
+        np.testing.assert_allclose(part.l2(threads, kernel), plain, rtol=1e-3)
+        assert ((part.l2(threads, kernel) > THRESHOLD) == changed).all()
+
+    moved = [tensor for tensor, differs in zip(part.current, changed.tolist(), strict=True) if differs]
+    staged = Pair(moved, [torch.ones_like(tensor) for tensor in moved])
+
+    both = 2 * equal.nbytes
+    read = best(rounds, lambda: equal.read(threads))
+    exact = best(rounds, lambda: equal.exact(threads))
+    memory = both / min(read, exact)
+    plain_l2 = best(min(rounds, 2), part.torch_l2)
+    plain_equal = best(rounds, equal.torch_equal)
+    plain_part = best(rounds, part.torch_equal)
+    rows = [
+        ("read both copies", both, read, None),
+        ("exact, nothing changed", both, exact, plain_equal),
+        ("  torch.equal each", both, plain_equal, None),
+        ("exact, 30 % changed", both, best(rounds, lambda: part.exact(threads)), plain_part),
+        ("  torch.equal each", both, plain_part, None),
+    ]
+    for kernel in detect.KERNELS:
+        seconds = best(rounds, lambda kernel=kernel: part.l2(threads, kernel))  # type: ignore[misc]
+        rows.append((f"relative L2, {kernel}", both, seconds, plain_l2))
+    rows.append(("  torch, in float32", both, plain_l2, None))
+    rows.append(
+        (
+            "copy of what changed",
+            2 * staged.nbytes,
+            best(rounds, lambda: detect.copy(staged.src, staged.dst, staged.sizes, threads=threads)),
+            best(rounds, lambda: [b.copy_(c) for c, b in zip(staged.current, staged.base, strict=True)]),
+        )
+    )
+
+    parameters = sum(tensor.numel() for tensor in equal.base)
+    print(f"{processor()}, {threads} threads; torch {torch.__version__}, numpy {np.__version__}")
+    print(
+        f"{len(equal.base)} tensors, {parameters / 1e9:.3f} G parameters, bfloat16, 2 x {equal.nbytes / GIB:.2f} GiB; "
+        f"{int(changed.sum())} tensors changed ({staged.nbytes / equal.nbytes:.0%} of the bytes)"
+    )
+    print(f"{'':26}{'ms':>10}{'GB/s':>8}{'of memory':>11}{'x torch':>9}")
+    for name, nbytes, seconds, other in rows:
+        speed = nbytes / seconds
+        versus = "" if other is None else f"{other / seconds:.1f}"
+        print(f"{name:26}{seconds * 1e3:10.2f}{speed / 1e9:8.2f}{speed / memory:11.2f}{versus:>9}")
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--scale", type=float, default=0.25, help="rows of each tensor, relative to the model's")
+    parser.add_argument("--threads", type=int, default=detect.default_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    report(options.scale, options.threads, options.rounds, options.seed)
+
+
+if __name__ == "__main__":
+    main()
