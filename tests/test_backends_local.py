@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import stat
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,8 @@ from incckpt.errors import (
 )
 from incckpt.testing.conformance import BackendConformance
 from incckpt.testing.faults import PowerCut, StopAt, UnsyncedDisk, kill_process
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # it forks
 
 OLD, NEW = b"old" * 1_000, b"new value" * 2_000
 
@@ -83,38 +84,31 @@ def files(root: Path) -> list[str]:
 
 
 def test_create_has_one_winner_among_processes(tmp_path: Path) -> None:
-    """Eight processes meet at a pipe and create the same twenty keys; each key has exactly one winner."""
-    code = (
-        "import sys\n"
-        "from incckpt.backends.local import LocalBackend\n"
-        "from incckpt.errors import KeyExistsError\n"
-        "backend, me = LocalBackend(sys.argv[1]), sys.argv[2]\n"
-        "print('ready', flush=True); sys.stdin.readline()\n"
-        "for number in range(20):\n"
-        "    try:\n"
-        "        backend.create(f'race/{number}', me.encode()); print(number)\n"
-        "    except KeyExistsError:\n"
-        "        pass\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "store")]
-    racers = [
-        subprocess.Popen([*command, str(me)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for me in range(8)
-    ]
-    for racer in racers:
-        assert racer.stdout is not None
-        assert racer.stdout.readline() == "ready\n"
-    for racer in racers:
-        assert racer.stdin is not None
-        racer.stdin.write("\n")
-        racer.stdin.flush()
-    won = [racer.communicate()[0].split() for racer in racers]
-    assert all(racer.returncode == 0 for racer in racers)
-    assert sorted(int(number) for numbers in won for number in numbers) == list(range(20))
-    backend = LocalBackend(tmp_path / "store")
-    for me, numbers in enumerate(won):
-        for number in numbers:
-            assert backend.get(f"race/{number}") == str(me).encode()
+    """Eight processes that start together create the same twenty keys; each key has exactly one winner."""
+    gate, opener = os.pipe()
+    racers = []
+    for me in range(8):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.close(opener)
+                os.read(gate, 1)  # until the parent closes its end
+                backend = LocalBackend(tmp_path / "store")
+                for number in range(20):
+                    with contextlib.suppress(KeyExistsError):
+                        backend.create(f"race/{number}", bytes([me]) * 10_000)
+                        LocalBackend(tmp_path / "won").put(f"{number}/{me}", b"")
+                os._exit(0)
+            finally:
+                os._exit(1)
+        racers.append(pid)
+    os.close(gate)
+    os.close(opener)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in racers] == [0] * 8
+    won = [entry.key.split("/") for entry in LocalBackend(tmp_path / "won").list()]
+    assert sorted(int(key) for key, _ in won) == list(range(20))
+    for key, winner in won:
+        assert LocalBackend(tmp_path / "store").get(f"race/{key}") == bytes([int(winner)]) * 10_000
 
 
 def test_without_links_or_exclusive_rename_create_is_refused_until_asked_for(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -19,7 +19,16 @@ from incckpt.errors import BackendError, KeyExistsError, OptionError, Unsupporte
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Backend", "Entry", "Leftover", "ReadableBuffer", "validate_key", "validate_prefix"]
+__all__ = [
+    "Backend",
+    "Entry",
+    "Leftover",
+    "PagedListing",
+    "ReadableBuffer",
+    "is_key",
+    "validate_key",
+    "validate_prefix",
+]
 
 ReadableBuffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -57,6 +66,11 @@ class Leftover:
     modified: float | None
 
 
+def is_key(key: str) -> bool:
+    """Whether `key` may be used as one; listings pass over what is not (a hidden file, a console's folder marker)."""
+    return len(key) <= _MAX_KEY and all(_SEGMENT.fullmatch(part) for part in key.split("/"))
+
+
 def validate_key(key: str) -> str:
     """Return `key` if it is safe to join to any root: relative, ASCII, no empty, hidden, ``..`` or overlong segment.
 
@@ -65,7 +79,7 @@ def validate_key(key: str) -> str:
     OptionError
         Naming the key.
     """
-    if len(key) <= _MAX_KEY and all(_SEGMENT.fullmatch(part) for part in key.split("/")):
+    if is_key(key):
         return key
     raise OptionError(
         f"not a valid key: {key!r} (relative, ASCII, no empty, hidden or '..' segment, "
@@ -78,6 +92,33 @@ def validate_prefix(prefix: str) -> str:
     if prefix:
         validate_key(prefix[:-1] if prefix.endswith("/") else prefix)
     return prefix
+
+
+class PagedListing(Iterator[Entry]):
+    """A listing that can go on after an error: when a page fails, the next ``next()`` asks for that page again.
+
+    Parameters
+    ----------
+    fetch
+        Called with the token of a page (``None``: the first); returns its entries and the next page's token.
+    """
+
+    def __init__(self, fetch: Callable[[str | None], tuple[Sequence[Entry], str | None]]) -> None:
+        self._fetch = fetch
+        self._page: Iterator[Entry] = iter(())
+        self._token: str | None = None
+        self._more = True
+
+    def __next__(self) -> Entry:
+        while True:
+            for entry in self._page:
+                if is_key(entry.key):  # a console's folder marker, say, is nobody's key
+                    return entry
+            if not self._more:
+                raise StopIteration
+            found, self._token = self._fetch(self._token)
+            self._page = iter(found)
+            self._more = self._token is not None
 
 
 class Backend(ABC):
@@ -159,8 +200,9 @@ class Backend(ABC):
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Yield every key that begins with `prefix` (a plain string prefix), in no particular order, each once.
 
-        Complete for keys that exist throughout the call, however many; never from a cache. Temporary files and
-        unfinished uploads are not keys. A prefix that matches nothing yields nothing.
+        Complete for keys that exist throughout the call, however many; never from a cache. Temporary files, unfinished
+        uploads and whatever else has a name that is no valid key are passed over. A prefix that matches nothing yields
+        nothing.
         """
 
     @abstractmethod

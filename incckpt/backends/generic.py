@@ -14,7 +14,7 @@ from typing import Any
 
 import fsspec
 
-from incckpt.backends.base import Backend, Entry, ReadableBuffer, validate_key, validate_prefix
+from incckpt.backends.base import Backend, Entry, ReadableBuffer, is_key, validate_key, validate_prefix
 from incckpt.errors import (
     BackendError,
     BackendPermissionError,
@@ -117,13 +117,14 @@ class GenericBackend(Backend):
             for info in found:
                 path = str(info["name"]).rstrip("/")
                 name = path.rpartition("/")[2]
-                if path == current.rstrip("/") or name.startswith(".") or not name.startswith(begin):
-                    continue
                 here = f"{current}/{name}"
+                key = here[len(root) + 1 :]
+                if path == current.rstrip("/") or not name.startswith(begin) or not is_key(key):
+                    continue
                 if info["type"] == "directory":
                     pending.append((here, ""))
                 else:
-                    yield self._entry(here[len(root) + 1 :], info)
+                    yield self._entry(key, info)
 
     def head(self, key: str) -> Entry:
         fs, path = self._at(key)

@@ -16,7 +16,7 @@ import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator
 
-from incckpt.backends.base import Backend, Entry, Leftover, ReadableBuffer, validate_key, validate_prefix
+from incckpt.backends.base import Backend, Entry, Leftover, ReadableBuffer, is_key, validate_key, validate_prefix
 from incckpt.backends.system import SystemCalls
 from incckpt.errors import (
     BackendError,
@@ -128,8 +128,9 @@ class LocalBackend(Backend):
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         folder, _, begin = validate_prefix(prefix).rpartition("/")
-        for path, name in self._walk(folder, begin):
-            if not name.startswith("."):
+        for path, _ in self._walk(folder, begin):
+            key = self._key(path)
+            if is_key(key):
                 try:
                     found = self._calls.stat(path)
                 except OSError as exc:
@@ -137,7 +138,7 @@ class LocalBackend(Backend):
                         continue
                     raise self._error(exc, "list", prefix, path) from exc
                 if stat.S_ISREG(found.st_mode):
-                    yield Entry(self._key(path), found.st_size, found.st_mtime)
+                    yield Entry(key, found.st_size, found.st_mtime)
 
     def head(self, key: str) -> Entry:
         path = self._path(key)

@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any, TypeAlias
 
 from incckpt.backends.base import Backend
+from incckpt.backends.retry import RetryBackend
 from incckpt.errors import MissingExtraError, OptionError
 
 __all__ = ["BackendFactory", "open_backend", "redact"]
@@ -43,9 +44,11 @@ def open_backend(url: str | os.PathLike[str], storage_options: Mapping[str, Any]
         A path; ``file://``, ``memory://``, ``s3://``, ``gs://``, ``gcs://``, ``az://``, ``abfs://``, ``abfss://``,
         ``http://``, ``https://``; a scheme that an installed package registers in the entry-point group
         ``incckpt.backends`` (a callable taking the URL and the options, named after the scheme); or any other
-        protocol that fsspec knows, which can be written by one process only.
+        protocol that fsspec knows, which can be written by one process only. What fails on the way to a remote store
+        and may pass is tried again, for up to three minutes.
     storage_options
-        Passed to the file system (fsspec's names: ``key``, ``secret``, ``endpoint_url``, ``token`` …).
+        Passed to the file system (fsspec's names: ``key``, ``secret``, ``endpoint_url``, ``token`` …). For the
+        schemes named above, ``request_timeout`` is the seconds that a request may take besides moving bytes (60).
 
     Raises
     ------
@@ -54,8 +57,13 @@ def open_backend(url: str | os.PathLike[str], storage_options: Mapping[str, Any]
     MissingExtraError
         If the scheme needs a package that is not installed; names the extra.
     """
-    text = os.fspath(url)
-    options = dict(storage_options or {})
+    backend = _open(os.fspath(url), dict(storage_options or {}))
+    if backend.remote and not isinstance(backend, RetryBackend):
+        return RetryBackend(backend)
+    return backend
+
+
+def _open(text: str, options: dict[str, Any]) -> Backend:
     match = _SCHEME.match(text)
     if match is None:
         return _open_local(text, options)

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from incckpt.backends.base import Backend
+from incckpt.backends.base import Backend, ReadableBuffer
 from incckpt.errors import BackendError, KeyExistsError, KeyNotFoundError, OptionError
 
 __all__ = ["BackendConformance", "ReadConformance"]
@@ -60,6 +60,12 @@ _VALUES = {
 }
 
 
+_RANGES: list[tuple[int, int | None]] = [
+    *((0, None), (0, 0), (0, 1), (3, 3), (3, 7), (5, None)),
+    *((9, 10), (9, 11), (10, None), (10, 10), (10, 20), (50, 50), (50, 60), (50, None)),
+]
+
+
 class ReadConformance:
     """Reading: also for backends that cannot write, which give a `writer` over the same root."""
 
@@ -74,10 +80,10 @@ class ReadConformance:
         """Return what writes the values that the reading tests look for; the backend itself by default."""
         return backend
 
-    @pytest.mark.parametrize("name", _VALUES)
-    def test_get_returns_what_was_put(self, backend: Backend, writer: Backend, name: str) -> None:
-        writer.put(f"values/{name}", _VALUES[name])
-        assert backend.get(f"values/{name}") == _VALUES[name]
+    def test_get_returns_what_was_put(self, backend: Backend, writer: Backend) -> None:
+        for name, value in _VALUES.items():
+            writer.put(f"values/{name}", value)
+            assert backend.get(f"values/{name}") == value, name
 
     def test_large_value(self, backend: Backend, writer: Backend) -> None:
         value = random.Random(2).randbytes(self.large_value)
@@ -87,27 +93,11 @@ class ReadConformance:
         middle = len(value) // 2
         assert backend.get("large", middle - 3, middle + 70_000) == value[middle - 3 : middle + 70_000]
 
-    @pytest.mark.parametrize(
-        ("start", "end"),
-        [
-            (0, None),
-            (0, 0),
-            (0, 1),
-            (3, 3),
-            (3, 7),
-            (9, 10),
-            (9, 11),
-            (5, None),
-            (10, None),
-            (10, 20),
-            (50, 60),
-            (50, None),
-        ],
-    )
-    def test_range_is_clipped_at_the_end(self, backend: Backend, writer: Backend, start: int, end: int | None) -> None:
+    def test_range_is_clipped_at_the_end(self, backend: Backend, writer: Backend) -> None:
         value = b"0123456789"
         writer.put("ten", value)
-        assert backend.get("ten", start, end) == value[start:end]
+        for start, end in _RANGES:
+            assert backend.get("ten", start, end) == value[start:end], (start, end)
 
     def test_range_of_an_empty_value(self, backend: Backend, writer: Backend) -> None:
         writer.put("empty", b"")
@@ -124,12 +114,12 @@ class ReadConformance:
         if entry.modified is not None and listed.modified is not None:
             assert abs(listed.modified - entry.modified) < 2
 
-    @pytest.mark.parametrize("bounds", [(0, None), (0, 0), (5, 9)])
-    def test_get_of_a_missing_key(self, backend: Backend, writer: Backend, bounds: tuple[int, int | None]) -> None:
+    def test_get_of_a_missing_key(self, backend: Backend, writer: Backend) -> None:
         writer.put("there/too", b"x")
         for key in ("missing", "there/missing", "there", "the"):
-            with pytest.raises(KeyNotFoundError, match=key):
-                backend.get(key, *bounds)
+            for start, end in ((0, None), (0, 0), (5, 9)):
+                with pytest.raises(KeyNotFoundError, match=key):
+                    backend.get(key, start, end)
 
     def test_head_of_a_missing_key(self, backend: Backend, writer: Backend) -> None:
         writer.put("there/too", b"x")
@@ -159,20 +149,20 @@ class ReadConformance:
         assert len(found) == len(set(found))
         assert set(found) == set(keys)
 
-    @pytest.mark.parametrize("key", _BAD_KEYS, ids=ascii)
-    def test_bad_keys_are_refused(self, backend: Backend, key: str) -> None:
-        calls: list[Callable[[], object]] = [
-            lambda: backend.get(key),
-            lambda: backend.head(key),
-            lambda: backend.put(key, b""),
-            lambda: backend.create(key, b""),
-            lambda: backend.delete([key]),
-        ]
-        if key not in ("", "folder/"):  # as prefixes these are good
-            calls.append(lambda: list(backend.list(key)))
-        for call in calls:
-            with pytest.raises(OptionError):
-                call()
+    def test_bad_keys_are_refused(self, backend: Backend) -> None:
+        for key in _BAD_KEYS:
+            calls: list[Callable[[str], object]] = [
+                backend.get,
+                backend.head,
+                lambda key: backend.put(key, b""),
+                lambda key: backend.create(key, b""),
+                lambda key: backend.delete(["good", key]),
+            ]
+            if key not in ("", "folder/"):  # as prefixes these are good
+                calls.append(lambda prefix: list(backend.list(prefix)))
+            for call in calls:
+                with pytest.raises(OptionError):
+                    call(key)
         assert list(backend.list()) == []
 
     def test_names_itself(self, backend: Backend) -> None:
@@ -269,15 +259,22 @@ class BackendConformance(ReadConformance):
             assert all(reader.result() for reader in readers)
         assert torn == []
 
-    @pytest.mark.parametrize(
-        "make", [bytes, bytearray, memoryview, lambda data: memoryview(bytearray(b"_" + data))[1:]]
-    )
-    def test_takes_any_buffer(self, backend: Backend, make: Callable[[bytes], bytes]) -> None:
+    def test_takes_any_buffer(self, backend: Backend) -> None:
         value = random.Random(3).randbytes(100_001)
-        backend.put("put", make(value))
-        backend.create("created", make(value))
-        assert backend.get("put") == backend.get("created") == value
-        assert isinstance(backend.get("put"), bytes)
+        buffers: dict[str, ReadableBuffer] = {
+            "bytes": value,
+            "bytearray": bytearray(value),
+            "view": memoryview(value),
+            "part": memoryview(bytearray(b"_" + value))[1:],
+            "words": memoryview(bytearray(value[:100_000])).cast("I"),
+        }
+        for name, buffer in buffers.items():
+            expected = bytes(buffer)
+            backend.put(f"put/{name}", buffer)
+            backend.create(f"created/{name}", buffer)
+            assert backend.get(f"put/{name}") == backend.get(f"created/{name}") == expected, name
+            assert backend.head(f"put/{name}").size == len(expected)
+            assert isinstance(backend.get(f"put/{name}"), bytes)
 
     def test_delete(self, backend: Backend) -> None:
         for key in ("a/1", "a/2", "a/2.x", "b"):

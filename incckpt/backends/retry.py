@@ -1,0 +1,142 @@
+"""A backend that repeats what may pass."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TypeVar
+
+from incckpt.backends.base import Backend, Entry, Leftover, PagedListing, ReadableBuffer
+from incckpt.backends.wrapper import WrapperBackend
+from incckpt.errors import BackendError, BackendTimeoutError, KeyExistsError, KeyNotFoundError
+
+__all__ = ["RetryBackend"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_BATCH = 1_000  # keys of one delete that are repeated together
+
+
+class RetryBackend(WrapperBackend):
+    """Repeats every operation of `inner` that fails with a transient error, waiting longer each time.
+
+    The wait before the n-th repetition is drawn evenly from 0 to ``first_wait * 2**(n - 1)``, at most `longest_wait`
+    (full jitter, which spreads out clients that failed together). Errors that are not transient pass at once.
+
+    Parameters
+    ----------
+    inner
+        The backend around which this one is.
+    limit
+        Seconds, from an operation's start, after which no further repetition is begun.
+    first_wait, longest_wait
+        Seconds.
+    sleep, clock
+        For tests.
+    """
+
+    def __init__(
+        self,
+        inner: Backend,
+        *,
+        limit: float = 180.0,
+        first_wait: float = 0.2,
+        longest_wait: float = 20.0,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(inner)
+        self._limit = limit
+        self._first_wait = first_wait
+        self._longest_wait = longest_wait
+        self._sleep = sleep
+        self._clock = clock
+        self._random = random.Random()
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        return self._repeat(lambda: self.inner.get(key, start, end))
+
+    def put(self, key: str, data: ReadableBuffer) -> None:
+        self._repeat(lambda: self.inner.put(key, data))
+
+    def create(self, key: str, data: ReadableBuffer) -> None:
+        """As the contract says; and a create of ours that was done although its reply was lost is a success.
+
+        When an attempt's outcome is not known and the next one finds the key taken, the value is read back: if it is
+        `data`, it was ours. So values that are created must differ between writers (hold a nonce) or mean the same.
+        """
+        unknown = False
+
+        def attempt() -> None:
+            nonlocal unknown
+            try:
+                self.inner.create(key, data)
+            except KeyExistsError:
+                if not unknown or not self._holds(key, data):
+                    raise
+            except BackendError as exc:
+                unknown = unknown or exc.transient
+                raise
+
+        self._repeat(attempt)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        remaining = iter(keys)
+        while batch := list(itertools.islice(remaining, _BATCH)):
+            self._repeat(partial(self.inner.delete, batch))
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        listing = self._repeat(lambda: self.inner.list(prefix))
+        if isinstance(listing, PagedListing):
+            return self._resumed(listing)
+        return iter(self._repeat(lambda: list(self.inner.list(prefix))))
+
+    def head(self, key: str) -> Entry:
+        return self._repeat(lambda: self.inner.head(key))
+
+    def leftovers(self) -> Iterator[Leftover]:
+        return iter(self._repeat(lambda: list(self.inner.leftovers())))
+
+    def remove_leftover(self, leftover: Leftover) -> None:
+        self._repeat(lambda: self.inner.remove_leftover(leftover))
+
+    def _resumed(self, listing: PagedListing) -> Iterator[Entry]:
+        while (entry := self._repeat(lambda: next(listing, None))) is not None:
+            yield entry
+
+    def _holds(self, key: str, data: ReadableBuffer) -> bool:
+        """Whether the value of `key` is `data`; a key that is gone again is not."""
+        try:
+            return self.inner.get(key) == memoryview(data).cast("B")
+        except KeyNotFoundError:
+            return False
+
+    def _repeat(self, attempt: Callable[[], T]) -> T:
+        started = self._clock()
+        for number in itertools.count(1):
+            try:
+                return attempt()
+            except BackendError as exc:
+                if not exc.transient:
+                    raise
+                failure = exc
+            passed = self._clock() - started
+            wait = self._random.uniform(0, min(self._longest_wait, self._first_wait * 2 ** min(number - 1, 30)))
+            if passed + wait >= self._limit:
+                message = f"{failure.strerror or failure} (gave up after {number} attempts in {passed:.0f} s)"
+                raise BackendTimeoutError(failure.errno, message, transient=True) from failure
+            logger.warning(
+                "%s; attempt %d failed, the next in %.1f s, giving up in %.0f s",
+                failure.strerror or failure,
+                number,
+                wait,
+                self._limit - passed,
+            )
+            self._sleep(wait)
+        raise AssertionError("itertools.count ended")

@@ -1,0 +1,335 @@
+"""An HTTP proxy that breaks what it is told to break, between a client and a server on loopback.
+
+It lives in the test's own process, on an event loop in a thread, so that a test can hand it rules as objects, ask what
+went by, and hold a request for as long as it likes without a sleep::
+
+    with FaultProxy(port) as proxy:
+        proxy.rules = [Rule("lose_reply", method="PUT"), Rule("status", times=None, chance=0.1, status=503)]
+
+What a rule can do:
+
+=============  ========================================================================================================
+status         answer with `status` and `code`; the server sees nothing
+reset          reset the connection before the server sees anything
+lose_reply     let the server do the work, then reset the connection
+cut_upload     pass on half of the request's body, then reset both connections
+truncate       pass on the head of the reply and half of its body, then close
+corrupt        flip one bit in the middle of the reply's body
+hang           take the head of the request and say nothing more, not even 100 Continue
+hang_upload    take all of the request, and say nothing more
+hang_reply     let the server do the work, and say nothing
+hang_download  pass on the head of the reply and half of its body, and no more
+=============  ========================================================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import socket
+import struct
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+_BUFFER = 1 << 20
+_PIECE = 64 << 10
+_ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected by the test</Message></Error>"
+
+
+@dataclass
+class Rule:
+    """What to do to which requests.
+
+    Attributes
+    ----------
+    do
+        One of the names in the table above.
+    method, target
+        Regular expressions for the whole method, and for a part of path and query.
+    header
+        Regular expression for a part of the request's head; empty matches any.
+    skip
+        How many matching requests to let pass first.
+    times
+        How many to break, ``None`` for all.
+    chance
+        Break each matching request with this probability only (drawn from the proxy's seeded generator).
+    status, code
+        For ``status``: the reply's status, and the error's name in its body.
+    """
+
+    do: str
+    method: str = ".*"
+    target: str = ""
+    header: str = ""
+    skip: int = 0
+    times: int | None = 1
+    chance: float = 1.0
+    status: int = 503
+    code: str = "SlowDown"
+    struck: int = field(default=0, init=False)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A request that went by, and what was done to it (``None``: nothing)."""
+
+    method: str
+    target: str
+    head: str
+    done: str | None
+
+
+class _Break(Exception):
+    """The connection is over."""
+
+
+class FaultProxy:
+    """A proxy to a port of loopback; a context manager that ends all its connections.
+
+    Parameters
+    ----------
+    upstream
+        The server's port.
+    seed
+        Of the generator that rules with a chance draw from.
+    error_body
+        Template of the body of injected replies, with the fields ``status`` and ``code``.
+
+    Attributes
+    ----------
+    port
+        Where the proxy listens.
+    rules
+        The first that matches a request counts. To be replaced as a whole.
+    seen
+        Every request so far.
+    """
+
+    def __init__(self, upstream: int, *, seed: int = 0, error_body: str = _ERROR) -> None:
+        self.rules: Sequence[Rule] = []
+        self.seen: list[Seen] = []
+        self._upstream = upstream
+        self._random = random.Random(seed)
+        self._error_body = error_body
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fault proxy", daemon=True)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._server = asyncio.run_coroutine_threadsafe(
+            asyncio.start_server(self._accept, "127.0.0.1", 0, limit=_BUFFER), self._loop
+        ).result(30)
+        self.port = int(self._server.sockets[0].getsockname()[1])
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(30)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(30)
+        self._loop.close()
+
+    async def _end(self) -> None:
+        self._server.close()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.ensure_future(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        with suppress(asyncio.CancelledError):
+            await task
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = _Connection(reader, writer)
+        try:
+            while True:
+                await self._exchange(connection)
+        except (_Break, asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            connection.close()
+
+    async def _exchange(self, connection: _Connection) -> None:
+        request = await _read_head(connection.reader)
+        method, target = request.first.split(" ")[:2]
+        rule = self._rule(method, target, request.text)
+        do = rule.do if rule else None
+        self.seen.append(Seen(method, target, request.text, do))
+        if do == "reset":
+            connection.reset()
+        if do == "hang":
+            await asyncio.Event().wait()
+        if rule is not None and do == "status":
+            await self._refuse(connection, request, method, rule)
+        await connection.connect(self._upstream)
+        head = request.raw
+        if "100-continue" in request.headers.get("expect", ""):
+            head = re.sub(rb"(?i)\r\nexpect:[^\r]*", b"", head, count=1)
+            connection.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        connection.up_writer.write(head)
+        sent, length = 0, int(request.headers.get("content-length", 0))
+        async for piece in _body(connection.reader, request):
+            if do == "hang_upload":
+                continue
+            if do == "cut_upload" and sent + len(piece) > length // 2:
+                connection.up_writer.write(piece[: max(0, length // 2 - sent)])
+                await connection.up_writer.drain()
+                connection.reset()
+            sent += len(piece)
+            connection.up_writer.write(piece)
+            await connection.up_writer.drain()
+        if do == "hang_upload":
+            await asyncio.Event().wait()
+        await self._reply(connection, method, do)
+
+    async def _reply(self, connection: _Connection, method: str, do: str | None) -> None:
+        reply = await _read_head(connection.up_reader)
+        status = int(reply.first.split(" ")[1])
+        bodiless = method == "HEAD" or status in (204, 304) or status < 200
+        pieces = _body(connection.up_reader, reply) if not bodiless else _nothing()
+        if do in ("lose_reply", "hang_reply"):
+            async for _ in pieces:
+                pass
+            if do == "hang_reply":
+                await asyncio.Event().wait()
+            connection.reset()
+        connection.writer.write(reply.raw)
+        half = int(reply.headers.get("content-length", 0)) // 2
+        sent = 0
+        async for piece in pieces:
+            if do in ("truncate", "hang_download") and sent + len(piece) > half:
+                connection.writer.write(piece[: max(0, half - sent)])
+                await connection.writer.drain()
+                if do == "hang_download":
+                    await asyncio.Event().wait()
+                raise _Break
+            if do == "corrupt" and sent <= half < sent + len(piece):
+                changed = bytearray(piece)
+                changed[half - sent] ^= 1
+                piece = bytes(changed)
+            sent += len(piece)
+            connection.writer.write(piece)
+            await connection.writer.drain()
+        await connection.writer.drain()
+        if reply.headers.get("connection", "").lower() == "close":
+            raise _Break
+
+    async def _refuse(self, connection: _Connection, request: _Head, method: str, rule: Rule) -> None:
+        if "100-continue" not in request.headers.get("expect", ""):
+            async for _ in _body(connection.reader, request):
+                pass
+        body = self._error_body.format(status=rule.status, code=rule.code).encode()
+        kind = "application/json" if body.startswith(b"{") else "application/xml"
+        head = f"HTTP/1.1 {rule.status} Injected\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+        connection.writer.write(head.encode() + b"Connection: close\r\n\r\n" + (b"" if method == "HEAD" else body))
+        await connection.writer.drain()
+        raise _Break
+
+    def _rule(self, method: str, target: str, head: str) -> Rule | None:
+        for rule in self.rules:
+            matches = re.fullmatch(rule.method, method) and re.search(rule.target, target)
+            if not matches or not re.search(rule.header, head):
+                continue
+            if rule.skip > 0:
+                rule.skip -= 1
+            elif (rule.times is None or rule.struck < rule.times) and self._random.random() < rule.chance:
+                rule.struck += 1
+                return rule
+        return None
+
+
+class _Connection:
+    """A client's connection and the one to the server that goes with it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self._up: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def connect(self, port: int) -> None:
+        if self._up is None:
+            self._up = await asyncio.open_connection("127.0.0.1", port, limit=_BUFFER)
+
+    @property
+    def up_reader(self) -> asyncio.StreamReader:
+        assert self._up is not None
+        return self._up[0]
+
+    @property
+    def up_writer(self) -> asyncio.StreamWriter:
+        assert self._up is not None
+        return self._up[1]
+
+    def reset(self) -> None:
+        """End the client's connection with a TCP reset."""
+        sock: socket.socket | None = self.writer.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
+        raise _Break
+
+    def close(self) -> None:
+        self.writer.close()
+        if self._up is not None:
+            self._up[1].close()
+
+
+@dataclass(frozen=True)
+class _Head:
+    raw: bytes
+    first: str
+    headers: dict[str, str]
+
+    @property
+    def text(self) -> str:
+        return self.raw.decode("latin-1")
+
+
+async def _read_head(reader: asyncio.StreamReader) -> _Head:
+    raw = await reader.readuntil(b"\r\n\r\n")
+    first, *lines = raw.decode("latin-1").rstrip("\r\n").split("\r\n")
+    headers = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        headers[name.strip().lower()] = value.strip()
+    return _Head(raw, first, headers)
+
+
+async def _body(reader: asyncio.StreamReader, head: _Head) -> AsyncIterator[bytes]:
+    """Yield a message's body as it is on the wire, chunk lines included."""
+    if "chunked" in head.headers.get("transfer-encoding", "").lower():
+        while True:
+            line = await reader.readuntil(b"\r\n")
+            yield line
+            size = int(line.split(b";")[0], 16)
+            if not size:
+                break
+            yield await reader.readexactly(size + 2)
+        while line != b"\r\n":
+            line = await reader.readuntil(b"\r\n")
+            yield line
+        return
+    remaining = int(head.headers.get("content-length", 0))
+    while remaining:
+        piece = await reader.read(min(remaining, _PIECE))
+        if not piece:
+            raise _Break
+        remaining -= len(piece)
+        yield piece
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    return
+    yield b""
