@@ -112,8 +112,8 @@ def build(
     FormatError, CorruptionError
         If a tensor cannot be represented here, or its bytes are not those of a value of its type.
     """
-    builder = Builder(entries, buffers, map_location=map_location, allow_pickle=allow_pickle)
-    return builder.value(tree)
+    given = {index: buffer for index, buffer in enumerate(buffers) if buffer is not None}
+    return Builder(entries, given, map_location=map_location, allow_pickle=allow_pickle).value(tree)
 
 
 class Builder:
@@ -121,6 +121,8 @@ class Builder:
 
     Parameters
     ----------
+    buffers
+        By range.
     live
         Tensors that exist already, by entry: they stand in for what would be built.
     """
@@ -128,7 +130,7 @@ class Builder:
     def __init__(
         self,
         entries: Sequence[TensorEntry],
-        buffers: Sequence[Buffer | None],
+        buffers: Mapping[int, Buffer],
         *,
         map_location: MapLocation = None,
         allow_pickle: bool = False,
@@ -261,7 +263,7 @@ class Builder:
         key = (entry.range, device)
         memory = self._memory.get(key)
         if memory is None:
-            given = self._buffers[entry.range]
+            given = self._buffers.get(entry.range)
             if given is None:
                 raise OptionError(f"no bytes were given for range {entry.range}, which tensor {entry.name!r} needs")
             if device.type == "cpu":

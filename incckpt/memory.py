@@ -24,7 +24,7 @@ from incckpt.entries import (
 )
 from incckpt.errors import StateError
 
-__all__ = ["CARRIERS", "ByteRange", "TensorTable", "raw_view"]
+__all__ = ["CARRIERS", "ByteRange", "TensorTable", "overlap_groups", "raw_view"]
 
 CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 """By element size, a dtype whose copies move bits and nothing else, and which every torch can copy."""
@@ -244,12 +244,36 @@ class TensorTable:
         return ByteRange(nbytes, itemsize, record.device, 0, storage, flat, names), low
 
 
-def _group(records: Sequence[_Record]) -> tuple[list[int], list[list[int]]]:
-    """Return for each record the number of its group (-1: it has no bytes), and the members of each group.
+def overlap_groups(
+    low: npt.NDArray[np.uint64], high: npt.NDArray[np.uint64], space: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Return for each interval the number of its group: those that overlap, directly or through others, are in one.
 
-    Records whose memory overlaps are in one group; those that merely touch are not. Groups are numbered by their first
-    member.
+    Intervals that merely touch do not overlap. Groups are numbered by their first member.
+
+    Parameters
+    ----------
+    low, high
+        ``[low, high)``, none of them empty.
+    space
+        Intervals overlap in the same space only.
     """
+    order = np.lexsort((low, space))
+    begins = np.ones(len(low), np.bool_)
+    for i in np.unique(space):
+        here = np.flatnonzero(space[order] == i)
+        reach = np.maximum.accumulate(high[order[here]])
+        begins[here[1:]] = low[order[here[1:]]] >= reach[:-1]
+    found = np.empty(len(low), np.int64)
+    found[order] = np.cumsum(begins) - 1
+    _, first, inverse = np.unique(found, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse.reshape(-1)]
+
+
+def _group(records: Sequence[_Record]) -> tuple[list[int], list[list[int]]]:
+    """Return for each record the number of its group (-1: it has no bytes), and the members of each group."""
     filled = [index for index, record in enumerate(records) if record.high != record.low]
     n = len(filled)
     low = np.fromiter((records[index].low for index in filled), np.uint64, n)
@@ -259,20 +283,10 @@ def _group(records: Sequence[_Record]) -> tuple[list[int], list[list[int]]]:
     if len(devices) > 1:
         number = {device: i for i, device in enumerate(devices)}
         space = np.fromiter((number[records[index].device] for index in filled), np.int64, n)
-    order = np.lexsort((low, space))
-    begins = np.ones(n, np.bool_)
-    for i in np.unique(space):
-        here = np.flatnonzero(space[order] == i)
-        reach = np.maximum.accumulate(high[order[here]])
-        begins[here[1:]] = low[order[here[1:]]] >= reach[:-1]
-    found = np.empty(n, np.int64)
-    found[order] = np.cumsum(begins) - 1
-    _, first, inverse = np.unique(found, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
+    labels = overlap_groups(low, high, space).tolist()
     range_of = [-1] * len(records)
-    groups: list[list[int]] = [[] for _ in range(len(first))]
-    for index, group in zip(filled, rank[inverse.reshape(-1)].tolist(), strict=True):
+    groups: list[list[int]] = [[] for _ in range(max(labels, default=-1) + 1)]
+    for index, group in zip(filled, labels, strict=True):
         range_of[index] = group
         groups[group].append(index)
     return range_of, groups

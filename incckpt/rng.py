@@ -34,11 +34,12 @@ class RngState:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all generators, as arrays, tensors and plain values."""
         version, internal, gauss_next = random.getstate()
+        cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return {
             "python": {"version": version, "state": np.array(internal, np.uint32), "gauss_next": gauss_next},
             "numpy": np.random.get_state(legacy=False),
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "cuda": torch.cuda.get_rng_state_all() if cuda else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

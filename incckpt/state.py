@@ -20,9 +20,10 @@ from incckpt.entries import Json, TensorEntry
 from incckpt.errors import PickleRefusedError, StateError
 from incckpt.memory import ByteRange, TensorTable
 from incckpt.plain import MAX_DEPTH, encode_key, encode_plain, type_name
+from incckpt.stateful import is_stateful
 from incckpt.structure import DEFAULT_FACTORIES, join_name
 
-__all__ = ["ByteRange", "FlatState", "flatten", "is_stateful"]
+__all__ = ["ByteRange", "FlatState", "flatten"]
 
 
 @dataclasses.dataclass(slots=True)
@@ -84,15 +85,6 @@ def flatten(state: object, *, allow_pickle: bool = False) -> FlatState:
             where = "".join(reversed(refused.path))
             raise refused.kind(f"cannot save state{where}: {refused}") from refused.__cause__
         return FlatState(structure, *walker.table.finish())
-
-
-def is_stateful(value: object) -> bool:
-    """Whether `value` is an object that saves and restores itself by ``state_dict()`` and ``load_state_dict()``."""
-    return (
-        callable(getattr(value, "state_dict", None))
-        and callable(getattr(value, "load_state_dict", None))
-        and not isinstance(value, type)
-    )
 
 
 @contextmanager

@@ -41,6 +41,7 @@ __all__ = [
     "Tree",
     "children",
     "join_name",
+    "leaves",
     "parse",
     "references",
     "select",
@@ -305,19 +306,20 @@ def children(tree: Tree) -> Iterator[tuple[Hashable, Tree]]:
         yield from zip(fields, tree.items, strict=True)
 
 
+def leaves(tree: Tree) -> Iterator[Plain | TensorRef | GeneratorRef | Pickled]:
+    """Yield every leaf of `tree`, those of an OrderedDict's ``_metadata`` included."""
+    if not isinstance(tree, (MappingNode, SequenceNode)):
+        yield tree
+        return
+    for _, child in children(tree):
+        yield from leaves(child)
+    if tree.kind == "ordereddict" and tree.extra is not None:
+        yield from leaves(tree.extra)
+
+
 def references(tree: Tree) -> list[int]:
     """Return the indexes of all tensors that `tree` needs, ascending."""
-    found: list[int] = []
-    stack = [tree]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, (TensorRef, GeneratorRef)):
-            found.append(node.index)
-        elif isinstance(node, (MappingNode, SequenceNode)):
-            stack.extend(child for _, child in children(node))
-            if node.kind == "ordereddict" and node.extra is not None:
-                stack.append(node.extra)
-    return sorted(found)
+    return sorted(leaf.index for leaf in leaves(tree) if isinstance(leaf, (TensorRef, GeneratorRef)))
 
 
 def select(tree: Tree, patterns: str | Sequence[str]) -> Tree:
