@@ -1,1 +1,32 @@
-"""Incremental checkpoints for PyTorch, stored content-addressed at a URL."""
+"""Incremental checkpoints for PyTorch, stored content-addressed at a URL.
+
+`save` and `load` stand in for ``torch.save`` and ``torch.load``; a `CheckpointManager` saves in the background of a
+training loop, restores in place and prunes by policy.
+"""
+
+from incckpt import errors
+from incckpt.api import load, save
+from incckpt.checkpoint import Checkpoint
+from incckpt.errors import IncckptError
+from incckpt.manager import CheckpointManager
+from incckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast
+from incckpt.rng import RngState
+from incckpt.save import SaveReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointManager",
+    "IncckptError",
+    "KeepAll",
+    "KeepBest",
+    "KeepEvery",
+    "KeepLast",
+    "RngState",
+    "SaveReport",
+    "__version__",
+    "errors",
+    "load",
+    "save",
+]

@@ -6,9 +6,11 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from incckpt.attempt import Attempt, refuse_other_ranks
+from incckpt.backends.base import Backend
 from incckpt.checkpoint import Checkpoint, Which, checked_metrics, choose, read_refs
 from incckpt.chunking import DEFAULT_CHUNK_BYTES
 from incckpt.detect import default_threads
@@ -18,7 +20,7 @@ from incckpt.retention import Mode
 from incckpt.save import SaveReport, Snapshot
 from incckpt.staging import HostPool, Layout, contents_of
 from incckpt.state import flatten
-from incckpt.store import DEFAULT_RUN, Store, parse_location
+from incckpt.store import DEFAULT_RUN, Location, Store, parse_location
 
 __all__ = ["load", "save"]
 
@@ -65,13 +67,13 @@ def save(
 ) -> Checkpoint:
     """Save `state` as a new checkpoint at `url`, and return when it is durable. Only what is new there is written.
 
-    Nothing is pickled, and no copy of the state is kept: what changed is found by hashing. Training loops are better off
-    with a `CheckpointManager`, which does not make them wait.
+    Nothing is pickled, and no copy of the state is kept: what changed is found by hashing. Training loops are better
+    off with a `CheckpointManager`, which does not make them wait.
 
     Parameters
     ----------
     state
-        Any nesting of dicts, lists and tuples of tensors, numpy arrays, plain values, and objects with ``state_dict()``.
+        Any nesting of dicts, lists and tuples of tensors, arrays, plain values, and objects with ``state_dict()``.
     url
         Of the store; a path is a local directory. A fragment names the run and the step, as in
         ``s3://bucket/sweep#lr3e-4@500``.
@@ -127,7 +129,7 @@ def save(
 
 
 def load(
-    url: str | os.PathLike[str],
+    url: str | os.PathLike[str] | Backend,
     *,
     step: Which | None = None,
     run: str | None = None,
@@ -147,7 +149,7 @@ def load(
     ----------
     url
         Of the store, with run and step as a fragment where wanted: ``s3://bucket/sweep#lr3e-4@500``, ``…@latest``,
-        ``…@best``.
+        ``…@best``. Or a `Backend`, which stays open.
     step, run
         In place of the fragment. By default the latest checkpoint of the run ``"default"``.
     keys
@@ -177,10 +179,14 @@ def load(
     StateMismatchError
         If `keys` match nothing.
     """
-    location = parse_location(os.fspath(url))
+    location = Location(url.url) if isinstance(url, Backend) else parse_location(os.fspath(url))
     which = _agreed("step", location.step, step)
     name = _agreed("run", location.run, run) or DEFAULT_RUN
-    with Store.open(location.store, storage_options) as store:
+    with ExitStack() as stack:
+        if isinstance(url, Backend):
+            store = Store(url)
+        else:
+            store = stack.enter_context(Store.open(location.store, storage_options))
         store.check()
         owner = store.run(name)
         lineage = owner.lineage()

@@ -11,11 +11,12 @@ from incckpt.checkpoint import read_refs, to_record
 from incckpt.errors import BackendError, CollectionError, DistributedError, OptionError
 from incckpt.gc import Collector
 from incckpt.manifest import Manifest
+from incckpt.objects import manifest_keys
 from incckpt.pipeline import Pipeline
 from incckpt.refs import Ref, RefName, condemned_lists, list_pins
 from incckpt.retention import KeepAll, Policy
 from incckpt.runs import Lineage
-from incckpt.save import SaveReport, Snapshot, Writer, manifest_keys
+from incckpt.save import SaveReport, Snapshot, Writer
 from incckpt.staging import Content
 from incckpt.store import Store
 
@@ -27,8 +28,8 @@ log = logging.getLogger(__name__)
 class Attempt:
     """A new attempt at a run; starting it takes the run over from whoever wrote it before.
 
-    After construction `number` is the attempt's, and `lineage` shows what there is to continue; `continue_from` decides, and only then can `write` be
-    called.
+    After construction `number` is the attempt's, and `lineage` shows what there is to continue; `continue_from` decides,
+    and only then can `write` be called.
 
     Parameters
     ----------

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 
 from incckpt.backends.base import Backend
 from incckpt.errors import CollectionError, FormatError, IncckptError
-from incckpt.objects import DELTAS, OBJECTS
+from incckpt.objects import DELTAS, OBJECTS, manifest_keys
 from incckpt.refs import Pin, Ref, Tombstone, condemn, condemned_lists, create_once, list_pins, list_refs, new_nonce
-from incckpt.save import manifest_keys
 from incckpt.store import Store
 
 __all__ = ["STALE_SECONDS", "Collected", "Collector"]

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from incckpt.backends.base import Backend, ReadableBuffer
 from incckpt.errors import CorruptionError, KeyNotFoundError, MissingObjectError
+from incckpt.manifest import Chunk, Manifest
 
-__all__ = ["DELTAS", "OBJECTS", "ObjectKey", "Objects"]
+__all__ = ["DELTAS", "OBJECTS", "ObjectKey", "Objects", "chunk_keys", "manifest_keys"]
 
 OBJECTS = "objects/"
 DELTAS = "deltas/"
@@ -60,6 +61,21 @@ class ObjectKey:
         if match is None or (match["space"] == "deltas") != (match["base"] is not None):
             raise CorruptionError(f"not the key of an object: {key!r}")
         return cls(match["head"] + match["tail"], match["nonce"], match["base"])
+
+
+def chunk_keys(chunk: Chunk) -> tuple[ObjectKey, ...]:
+    """Return the keys of every object needed to rebuild `chunk`: its own, and that of its base."""
+    if chunk.base is None:
+        return (ObjectKey(chunk.identity, chunk.nonce),)
+    return (
+        ObjectKey(chunk.identity, chunk.nonce, chunk.base.identity),
+        ObjectKey(chunk.base.identity, chunk.base.nonce),
+    )
+
+
+def manifest_keys(manifest: Manifest) -> frozenset[str]:
+    """Return the keys of every object that a manifest lists (its own not among them)."""
+    return frozenset(str(key) for chunk in manifest.chunks for key in chunk_keys(chunk))
 
 
 class Objects:

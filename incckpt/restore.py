@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,17 +15,20 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from incckpt import codec
+from incckpt.assign import Assignment
 from incckpt.build import MapLocation, build
 from incckpt.entries import TensorEntry, check_entries, entry_from_json
 from incckpt.errors import CodecError, CorruptionError, MissingObjectError
 from incckpt.manifest import Chunk, Manifest, Stored
-from incckpt.objects import ObjectKey
+from incckpt.objects import ObjectKey, chunk_keys
 from incckpt.pipeline import Pipeline
-from incckpt.save import chunk_keys
+from incckpt.staging import Base, Content, HostBuffer
 from incckpt.store import Store
 from incckpt.structure import Tree, parse, references, select
 
-__all__ = ["ChunkRead", "Contents", "MapLocation", "Reader", "load_state", "reads_for"]
+__all__ = ["ChunkRead", "Contents", "MapLocation", "Reader", "load_state", "reads_for", "restore_into"]
+
+log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -41,6 +45,8 @@ class ChunkRead:
         Which.
     out
         ``uint8[chunk.nbytes]`` to decode it into, or ``None`` if nobody wants it whole.
+    base_out
+        The same for the full object that it is a delta against.
     pieces
         ``(offset in the chunk, array)``: where its parts are to be copied besides.
     names
@@ -49,6 +55,7 @@ class ChunkRead:
 
     chunk: Chunk
     out: Bytes | None = None
+    base_out: Bytes | None = None
     pieces: list[tuple[int, Bytes]] = field(default_factory=list)
     names: tuple[str, ...] = ()
 
@@ -122,7 +129,10 @@ class Reader:
             base = None
             if chunk.base is not None:
                 key = keys[1]
-                base = self._read_base(chunk.base, key, out)
+                kept = [item.base_out for item in group if item.base_out is not None]
+                base = self._read_base(chunk.base, key, kept[0] if kept else out)
+                for other in kept[1:]:
+                    other[:] = kept[0]
                 key = keys[0]
             data = self._store.objects.get(key, chunk.size)
             with self._pipeline.cpu:
@@ -136,7 +146,7 @@ class Reader:
             raise CorruptionError(f"{error} ({_needed_by(group)})") from error
 
     def _read_base(self, stored: Stored, key: ObjectKey, out: Bytes) -> codec.Base:
-        """Decode a delta's base into the memory where the delta is applied to it."""
+        """Decode a delta's base; `out` may be the memory that the delta is decoded to."""
         data = self._store.objects.get(key, stored.size)
         identity = bytes.fromhex(stored.identity)
         with self._pipeline.cpu:
@@ -154,8 +164,10 @@ class Reader:
                     target[:] = out[offset : offset + target.nbytes]
 
 
-def reads_for(manifest: Manifest, buffers: Sequence[Bytes | None], names: Sequence[Sequence[str]]) -> list[ChunkRead]:
-    """Return the reads that fill `buffers`.
+def reads_for(
+    manifest: Manifest, buffers: Sequence[Bytes | None], names: Sequence[Sequence[str]]
+) -> dict[int, ChunkRead]:
+    """Return the reads that fill `buffers`, by chunk index.
 
     Parameters
     ----------
@@ -174,7 +186,7 @@ def reads_for(manifest: Manifest, buffers: Sequence[Bytes | None], names: Sequen
             read.pieces.append((offset, buffer[position : position + nbytes]))
             read.names += tuple(needed_by[:3])
             position += nbytes
-    return list(reads.values())
+    return reads
 
 
 def _sole_destination(group: Sequence[ChunkRead]) -> Bytes | None:
@@ -276,10 +288,70 @@ def load_state(
         new_buffer(item.nbytes) if index in contents.wanted else None for index, item in enumerate(manifest.ranges)
     ]
     reads = reads_for(manifest, buffers, contents.names())
-    with progress_bar(sum(read.chunk.nbytes for read in reads), manifest.step, progress) as count:
-        reader.read(reads, count)
+    with progress_bar(sum(read.chunk.nbytes for read in reads.values()), manifest.step, progress) as count:
+        reader.read(reads.values(), count)
     return build(contents.tree, contents.entries, buffers, map_location=map_location, allow_pickle=allow_pickle)
 
 
-def restore_into(reader, manifest, app, **kw):
-    raise NotImplementedError
+def restore_into(
+    reader: Reader,
+    manifest: Manifest,
+    target: Any,
+    *,
+    base: Base,
+    allow_pickle: bool = False,
+    progress: bool | None = None,
+) -> None:
+    """Restore a checkpoint into `target`, in place, and keep its contents in `base` if that keeps any.
+
+    Raises
+    ------
+    StateMismatchError
+        If it does not fit; nothing was touched.
+    MissingObjectError, CorruptionError
+        If it is damaged; `target` is undefined until another restore succeeds.
+    """
+    contents = Contents.of(manifest)
+    sizes = [(item.nbytes, item.itemsize) for item in manifest.ranges]
+    assignment = Assignment(
+        contents.tree, contents.entries, [nbytes for nbytes, _ in sizes], target, allow_pickle=allow_pickle
+    )
+    buffers: list[Bytes | None] = [None] * len(sizes)
+    for index in assignment.ranges:
+        own = assignment.destination(index)
+        buffers[index] = new_buffer(sizes[index][0]) if own is None else own
+    reads = reads_for(manifest, buffers, contents.names())
+    base.forget()
+    layout = base.layout_for(sizes) if base.keep and len(assignment.ranges) == len(sizes) else None
+    if layout is not None and layout.ranges != manifest.ranges:
+        log.warning(
+            "the first save will copy everything: the checkpoint has chunks of another size (%d)", base.chunk_bytes
+        )
+        layout = None
+    kept = {index: base.pool.take(chunk.nbytes) for index, chunk in enumerate(manifest.chunks)} if layout else {}
+    for index, buffer in kept.items():
+        if manifest.chunks[index].base is None:
+            reads[index].out = buffer.array
+        else:
+            reads[index].base_out = buffer.array
+    with progress_bar(sum(read.chunk.nbytes for read in reads.values()), manifest.step, progress) as count:
+        reader.read(reads.values(), count)
+    for index in assignment.ranges:
+        delivered, buffers[index] = buffers[index], None
+        assert delivered is not None
+        assignment.deliver(index, delivered)
+    assignment.finish()
+    if layout is not None:
+        base.adopt(layout, [_full_content(chunk, kept[index]) for index, chunk in enumerate(manifest.chunks)])
+
+
+def _full_content(chunk: Chunk, buffer: HostBuffer) -> Content:
+    """Return the content of the full object that `chunk` is, or is a delta against."""
+    content = Content(buffer.array, chunk.itemsize, buffer)
+    stored = chunk.base
+    if stored is not None:
+        content.deltas.add(chunk.size)
+    content.stored = (
+        chunk if stored is None else Chunk(stored.identity, chunk.nbytes, chunk.itemsize, stored.nonce, stored.size)
+    )
+    return content

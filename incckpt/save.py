@@ -14,18 +14,19 @@ from incckpt.codec import Encoded, WayBytes
 from incckpt.entries import TensorEntry, entry_to_json
 from incckpt.errors import BackendError, SupersededError
 from incckpt.manifest import Chunk, Json, Manifest, Range, Stored
-from incckpt.objects import ObjectKey
+from incckpt.objects import ObjectKey, chunk_keys, manifest_keys
 from incckpt.pipeline import Pipeline
 from incckpt.refs import Ref, RefName, Tombstone, condemned_lists
 from incckpt.runs import Run
 from incckpt.staging import Content, Layout
 from incckpt.store import Store
 
-__all__ = ["SaveReport", "Snapshot", "Writer", "chunk_keys", "manifest_keys"]
+__all__ = ["SaveReport", "Snapshot", "Writer"]
 
 log = logging.getLogger(__name__)
 
 _ABORTED_TRIES = 3
+_DELTA_WORTHWHILE = 0.95  # of a full object's size; above, a delta is not worth that a restore reads two objects
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,11 @@ class Snapshot:
         tensors: Sequence[TensorEntry],
         layout: Layout,
         contents: Sequence[Content],
+        norms: Mapping[str, tuple[float, float]] | None = None,
     ) -> Snapshot:
         """Put a snapshot together from what flattening and staging gave."""
         entries = tuple(entry_to_json(entry) for entry in tensors)
-        return cls(step, metrics, time, structure, entries, layout.ranges, contents, layout.chunk_bytes)
+        return cls(step, metrics, time, structure, entries, layout.ranges, contents, layout.chunk_bytes, norms)
 
 
 @dataclass
@@ -80,6 +82,8 @@ class SaveReport:
         Objects put, the manifest not counted, and their stored bytes.
     manifest_bytes
         Stored size of the manifest.
+    norms
+        With thresholds: by tensor, its relative change and the norm of what was stored before.
     by_way
         Raw and stored bytes of the put objects' frames, by the way they are coded.
     seconds
@@ -95,6 +99,7 @@ class SaveReport:
     put_objects: int = 0
     put_bytes: int = 0
     manifest_bytes: int = 0
+    norms: dict[str, tuple[float, float]] = field(default_factory=dict)
     by_way: dict[str, WayBytes] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
@@ -123,21 +128,6 @@ class SaveReport:
     def blocked_seconds(self) -> float:
         """How long the caller waited."""
         return sum(self.seconds.get(phase, 0.0) for phase in ("wait", "flatten", "stage"))
-
-
-def chunk_keys(chunk: Chunk) -> tuple[ObjectKey, ...]:
-    """Return the keys of every object needed to rebuild `chunk`: its own, and that of its base."""
-    if chunk.base is None:
-        return (ObjectKey(chunk.identity, chunk.nonce),)
-    return (
-        ObjectKey(chunk.identity, chunk.nonce, chunk.base.identity),
-        ObjectKey(chunk.base.identity, chunk.base.nonce),
-    )
-
-
-def manifest_keys(manifest: Manifest) -> frozenset[str]:
-    """Return the keys of every object that a manifest lists (its own not among them)."""
-    return frozenset(str(key) for chunk in manifest.chunks for key in chunk_keys(chunk))
 
 
 class _Heartbeat:
@@ -390,19 +380,23 @@ class Writer:
         assert content.digest is not None
         full = self._base_of(index)
         base = None
-        if full is not None and full is not content and full.raw is not None and full.digest is not None:
+        if full is not None and full is not content and full.raw is not None:
             stored = full.stored
-            if stored is not None and stored.base is None and self._usable(stored, known):
-                base = codec.Base(full.digest.identity, full.raw)
+            due = stored is not None and full.deltas.is_over(stored.size, index)
+            if stored is not None and stored.base is None and not due and self._usable(stored, known):
+                base = codec.Base(bytes.fromhex(stored.identity), full.raw)
         with self._pipeline.cpu:
             started = time.perf_counter()
             encoded = codec.encode(content.raw, content.itemsize, digest=content.digest, base=base)
+            if encoded.base is not None and len(encoded.data) > _DELTA_WORTHWHILE * encoded.full_nbytes:
+                encoded = codec.encode(content.raw, content.itemsize, digest=content.digest)
             report.spent("encode", time.perf_counter() - started)
         started = time.perf_counter()
         base_stored = None
         if encoded.base is not None:
             assert full is not None
             assert full.stored is not None
+            full.deltas.add(len(encoded.data))
             base_stored = Stored(full.stored.identity, full.stored.nonce, full.stored.size)
         chunk = Chunk(identity, content.nbytes, content.itemsize, nonce, len(encoded.data), base_stored)
         self._store.objects.put(chunk_keys(chunk)[0], encoded.data)

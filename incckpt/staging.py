@@ -7,6 +7,9 @@ never written while anything refers to it, so saves that wait behind one another
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -21,8 +24,11 @@ from incckpt.chunking import ChunkTable, check_chunk_bytes, plan
 from incckpt.codec import Digest
 from incckpt.manifest import Chunk, Range
 from incckpt.state import ByteRange, FlatState
+from incckpt.threshold import RangeThresholds, Thresholds
 
 __all__ = ["Base", "Content", "HostBuffer", "HostPool", "Layout", "StageReport", "contents_of"]
+
+log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
 Addresses = npt.NDArray[np.uintp]
@@ -99,6 +105,33 @@ class HostBuffer:
         self._pool._give_back(self.array)
 
 
+@dataclass
+class DeltaHistory:
+    """The deltas stored against a full object, and when it is time for another full one.
+
+    A cycle of one full object and n deltas costs (F + d₁ + … + dₙ) / (n + 1) bytes a save. This falls while the next
+    delta is smaller than it, so the cycle ends when the last delta was not.
+    """
+
+    count: int = 0
+    total: int = 0
+    last: int = 0
+
+    def add(self, nbytes: int) -> None:
+        """Note a delta of `nbytes`."""
+        self.count += 1
+        self.total += nbytes
+        self.last = nbytes
+
+    def is_over(self, full_nbytes: int, index: int) -> bool:
+        """Whether chunk `index`, whose full object takes `full_nbytes`, should be stored in full now.
+
+        The bound differs by up to a tenth from chunk to chunk, so that not all of them are due at once.
+        """
+        stagger = 0.9 + 0.2 * (index * 0.6180339887498949 % 1.0)
+        return self.count > 0 and self.last * (self.count + 1) >= (full_nbytes + self.total) * stagger
+
+
 class Content:
     """The bytes of one chunk at one moment, immutable, and what is known of them.
 
@@ -112,9 +145,11 @@ class Content:
         Of `raw`, when it has been computed.
     stored
         Where it is stored, as far as this process knows; a save checks that before it relies on it.
+    deltas
+        The deltas against it, if it is a base.
     """
 
-    __slots__ = ("_owner", "digest", "itemsize", "nbytes", "raw", "stored")
+    __slots__ = ("_owner", "deltas", "digest", "itemsize", "nbytes", "raw", "stored")
 
     def __init__(self, raw: Bytes, itemsize: int, owner: object = None) -> None:
         self.nbytes = raw.nbytes
@@ -123,11 +158,7 @@ class Content:
         self._owner: object | None = owner
         self.digest: Digest | None = None
         self.stored: Chunk | None = None
-
-    def release(self) -> None:
-        """Let go of the bytes."""
-        self.raw = None
-        self._owner = None
+        self.deltas = DeltaHistory()
 
 
 @dataclass
@@ -140,12 +171,15 @@ class StageReport:
         Chunks there are, and chunks staged.
     nbytes, changed_bytes
         Their bytes.
+    norms
+        By tensor with a threshold: its relative change and the norm of what is stored.
     """
 
     chunks: int = 0
     changed: int = 0
     nbytes: int = 0
     changed_bytes: int = 0
+    norms: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -218,11 +252,14 @@ class Base:
         Whether contents are kept to compare with. If not, every save stages everything.
     threads
         For comparing and copying.
+    thresholds
+        How far tensors may move without being stored.
     """
 
     chunk_bytes: int
     keep: bool = True
     threads: int = 1
+    thresholds: Thresholds = field(default_factory=Thresholds)
     _layout: Layout | None = None
     _slots: list[_Slot] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -251,6 +288,11 @@ class Base:
             with self._lock:
                 self._slots = [_Slot() for _ in range(len(self._layout.table.chunk_nbytes))]
         return self._layout
+
+    def forget(self) -> None:
+        """Let go of all contents."""
+        with self._lock:
+            self._slots = [_Slot() for _ in self._slots]
 
     def adopt(self, layout: Layout, contents: Sequence[Content]) -> None:
         """Take a restored checkpoint's contents as the base, so that the next save is incremental already.
@@ -284,9 +326,15 @@ class Base:
         host = np.ones(len(held), np.bool_)
         host[device_chunks] = False
 
+        report = StageReport(chunks=len(held), nbytes=int(table.chunk_nbytes.sum()))
+        limits = None
+        if self.thresholds.active:
+            limits = self.thresholds.by_range(flat.tensors, [item.nbytes for item in flat.ranges])
+            if len(device_chunks):
+                _warn_exact_on_device()
         contents: list[Content | None] = list(held)
         source = layout.addresses(flat.ranges)
-        staged = self._stage_host(table, source, held, host)
+        staged = self._stage_host(table, source, held, host, limits, report)
         staged.update(self._stage_device(table, source, held, device_chunks.tolist(), flat.ranges))
         for index, content in staged.items():
             contents[index] = content
@@ -296,12 +344,8 @@ class Base:
                     self._slots[index].latest = content
         complete = [content for content in contents if content is not None]
         assert len(complete) == len(held)
-        report = StageReport(
-            chunks=len(held),
-            changed=len(staged),
-            nbytes=int(table.chunk_nbytes.sum()),
-            changed_bytes=sum(content.nbytes for content in staged.values()),
-        )
+        report.changed = len(staged)
+        report.changed_bytes = sum(content.nbytes for content in staged.values())
         return layout, complete, report
 
     def settle(self, index: int, content: Content) -> None:
@@ -330,23 +374,30 @@ class Base:
         source: Addresses,
         held: Sequence[Content | None],
         chunks: npt.NDArray[np.bool_],
+        limits: RangeThresholds | None,
+        report: StageReport,
     ) -> dict[int, Content]:
         """Stage those of `chunks` whose memory is on the host."""
         known = np.fromiter((content is not None for content in held), np.bool_, len(held))
         changed = chunks & ~known
-        compared = chunks & known
+        compared = (chunks & known)[table.seg_chunk]
+        addresses = np.fromiter((_address(content) for content in held), np.uintp, len(held))
+        base = addresses[table.seg_chunk] + table.seg_chunk_offset.astype(np.uintp)
+        if limits is not None:
+            lossy = limits.lossy[table.seg_range] & chunks[table.seg_chunk]
+            moved = self._moved(table, source, base, compared & lossy, lossy & ~compared, limits, report)
+            changed[table.seg_chunk[lossy & moved[table.seg_range]]] = True
+            compared &= ~lossy
         if compared.any():
-            addresses = np.fromiter((_address(content) for content in held), np.uintp, len(held))
-            base = addresses[table.seg_chunk] + table.seg_chunk_offset.astype(np.uintp)
-            pick = slice(None) if compared.all() else compared[table.seg_chunk]
-            changed |= compared & detect.changed_exact(
+            pick = slice(None) if compared.all() else compared
+            changed |= detect.changed_exact(
                 source[pick],
                 base[pick],
                 table.seg_nbytes[pick],
                 table.seg_chunk[pick],
                 len(held),
                 threads=self.threads,
-            ).astype(np.bool_)
+            )
         indexes = np.flatnonzero(changed).tolist()
         buffers = {index: self.pool.take(int(table.chunk_nbytes[index])) for index in indexes}
         if indexes:
@@ -358,6 +409,40 @@ class Base:
         return {
             index: Content(buffer.array, int(table.chunk_itemsize[index]), buffer) for index, buffer in buffers.items()
         }
+
+    def _moved(
+        self,
+        table: ChunkTable,
+        source: Addresses,
+        base: Addresses,
+        compared: npt.NDArray[np.bool_],
+        new: npt.NDArray[np.bool_],
+        limits: RangeThresholds,
+        report: StageReport,
+    ) -> npt.NDArray[np.bool_]:
+        """Say which ranges moved too far, given the segments to compare and those that are new; ``bool[r]``."""
+        ranges = table.seg_range[compared]
+        diff, norm = detect.relative_l2(
+            source[compared],
+            base[compared],
+            table.seg_nbytes[compared],
+            ranges,
+            limits.dtype_code[ranges],
+            len(limits.names),
+            threads=self.threads,
+        )
+        moved = np.ones(len(limits.names), np.bool_)
+        for threshold in np.unique(limits.threshold[limits.lossy]).tolist():
+            same = limits.threshold == threshold
+            moved[same] = ~detect.within(diff[same], norm[same], threshold)
+        moved[table.seg_range[new]] = True
+        measured = np.setdiff1d(ranges, table.seg_range[new])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            relative = np.sqrt(diff) / np.sqrt(norm)
+        report.norms = {
+            limits.names[index]: (float(relative[index]), math.sqrt(norm[index])) for index in measured.tolist()
+        }
+        return moved
 
     def _stage_device(
         self,
@@ -412,6 +497,11 @@ class Base:
                     continue
             staged[index] = Content(buffer.array, int(table.chunk_itemsize[index]), buffer)
         return staged
+
+
+@functools.cache
+def _warn_exact_on_device() -> None:
+    log.warning("thresholds do not apply to CUDA tensors yet: these are stored whenever a bit of them changed")
 
 
 def contents_of(flat: FlatState, layout: Layout, pool: HostPool) -> list[Content]:

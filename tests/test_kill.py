@@ -10,13 +10,9 @@ from pathlib import Path
 import pytest
 
 import incckpt
-from incckpt.backends.local import LocalBackend
 from incckpt.manager import CheckpointManager
-from incckpt.objects import DELTAS, OBJECTS
-from incckpt.refs import Ref
-from incckpt.save import manifest_keys
-from incckpt.store import Store
 from tests.children.save_loop import KEEP_LAST, STEPS, equals, state_at
+from tests.stores import orphans
 
 INSTANTS = 200
 
@@ -78,20 +74,6 @@ def check(folder: Path, announced: list[int]) -> None:
         assert step in listed or len(newer) >= KEEP_LAST, f"step {step} was announced, {listed} are listed"
     for step in listed:
         assert equals(incckpt.load(folder, step=step), step)
-
-
-def orphans(folder: Path) -> set[str]:
-    """Return the objects that no checkpoint needs."""
-    with Store(LocalBackend(str(folder))) as store:
-        run = store.run("default")
-        needed: set[str] = set()
-        for name in run.lineage().live:
-            ref = run.read(name)
-            assert isinstance(ref, Ref)
-            needed |= manifest_keys(store.manifest(ref)) | {ref.manifest}
-        there = {entry.key for space in (OBJECTS, DELTAS) for entry in store.backend.list(space)}
-        assert needed <= there
-        return there - needed
 
 
 def test_kill_at_200_instants(saver: Saver, tmp_path: Path) -> None:
