@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from incckpt.backends import Backend, open_backend, validate_key, validate_prefix
 from incckpt.backends import registry as registry_module
+from incckpt.backends.base import redact
 from incckpt.backends.generic import GenericBackend
 from incckpt.backends.local import LocalBackend
 from incckpt.backends.memory import MemoryBackend
-from incckpt.backends.registry import redact
 from incckpt.backends.retry import RetryBackend
 from incckpt.backends.wrapper import WrapperBackend
 from incckpt.errors import KeyExistsError, KeyNotFoundError, MissingExtraError, OptionError, UnsupportedOperationError

@@ -26,6 +26,7 @@ __all__ = [
     "PagedListing",
     "ReadableBuffer",
     "is_key",
+    "redact",
     "validate_key",
     "validate_prefix",
 ]
@@ -92,6 +93,16 @@ def validate_prefix(prefix: str) -> str:
     if prefix:
         validate_key(prefix[:-1] if prefix.endswith("/") else prefix)
     return prefix
+
+
+def redact(url: str) -> str:
+    """Return `url` without what may be secret: the user and password before the host, the query, the fragment."""
+    head, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    rest = re.split(r"[?#]", rest, maxsplit=1)[0]
+    authority, slash, path = rest.partition("/")
+    return f"{head}://{authority.rpartition('@')[2]}{slash}{path}".rstrip("/")
 
 
 class PagedListing(Iterator[Entry]):
@@ -177,8 +188,9 @@ class Backend(ABC):
     def create(self, key: str, data: ReadableBuffer) -> None:
         """Store `data` at `key` if the key does not exist, in one atomic request; durable when it returns.
 
-        Of any number of concurrent calls exactly one succeeds. After an error other than `KeyExistsError` the outcome
-        is unknown: read back. A repeat of an own request whose reply was lost raises `KeyExistsError` too.
+        Of any number of concurrent calls exactly one succeeds. After an error the outcome is unknown: read back. That
+        goes for `KeyExistsError` too, which a repeat of an own request raises whose reply was lost; and aiohttp, as
+        well as many a proxy, repeats a PUT by itself when a connection breaks.
 
         Raises
         ------

@@ -14,7 +14,7 @@ from typing import Any
 
 import fsspec
 
-from incckpt.backends.base import Backend, Entry, ReadableBuffer, is_key, validate_key, validate_prefix
+from incckpt.backends.base import Backend, Entry, ReadableBuffer, is_key, redact, validate_key, validate_prefix
 from incckpt.errors import (
     BackendError,
     BackendPermissionError,
@@ -49,8 +49,6 @@ class GenericBackend(Backend):
     exclusive = False
 
     def __init__(self, url: str, storage_options: Mapping[str, Any]) -> None:
-        from incckpt.backends.registry import redact
-
         self.url = redact(url)
         self._full_url = url
         self._options = {"use_listings_cache": False, "skip_instance_cache": True, **storage_options}

@@ -9,11 +9,11 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, TypeAlias
 
-from incckpt.backends.base import Backend
+from incckpt.backends.base import Backend, redact
 from incckpt.backends.retry import RetryBackend
 from incckpt.errors import MissingExtraError, OptionError
 
-__all__ = ["BackendFactory", "open_backend", "redact"]
+__all__ = ["BackendFactory", "open_backend"]
 
 BackendFactory: TypeAlias = Callable[[str, Mapping[str, Any]], Backend]
 
@@ -89,16 +89,6 @@ def _open(text: str, options: dict[str, Any]) -> Backend:
     from incckpt.backends.generic import GenericBackend
 
     return GenericBackend(text, options)
-
-
-def redact(url: str) -> str:
-    """Return `url` without what may be secret: the user and password before the host, the query, the fragment."""
-    head, separator, rest = url.partition("://")
-    if not separator:
-        return url
-    rest = re.split(r"[?#]", rest, maxsplit=1)[0]
-    authority, slash, path = rest.partition("/")
-    return f"{head}://{authority.rpartition('@')[2]}{slash}{path}".rstrip("/")
 
 
 def _open_local(path: str, options: dict[str, Any]) -> Backend:

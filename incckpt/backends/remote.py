@@ -46,7 +46,8 @@ NO_SUCH_ROOT = "NoSuchBucket"
 
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524, 525, 527, 529})
 
-_CLOSING = 10.0  # seconds
+_OPENING = 120.0  # seconds
+_CLOSING = 10.0
 
 _abandoned: list[object] = []
 """Clients inherited over a fork. They are the parent's: closing or finalising them here would hang or cut its
@@ -132,6 +133,9 @@ class RemoteBackend(Backend, Generic[C]):
     def _advice(self, failure: RequestFailed, verb: str) -> str:
         """Return the likely cause of an answer and what to do, or an empty string."""
 
+    async def _open(self, client: C) -> None:
+        """Do what a client needs before a request, such as asking for credentials; nothing once it is done."""
+
     async def _disconnect(self, client: C) -> None:
         """Let go of a client's connections."""
 
@@ -165,8 +169,11 @@ class RemoteBackend(Backend, Generic[C]):
                 raise
 
     async def _bounded(self, client: C, slots: asyncio.Semaphore, request: Request[C, T], nbytes: int) -> T:
-        async with slots, asyncio.timeout(self._timeout + nbytes / self._min_rate) as timeout:
-            return await request(client, Deadline(timeout, self._timeout, self._min_rate))
+        async with slots:
+            async with asyncio.timeout(_OPENING):
+                await self._open(client)
+            async with asyncio.timeout(self._timeout + nbytes / self._min_rate) as timeout:
+                return await request(client, Deadline(timeout, self._timeout, self._min_rate))
 
     # -- clients ------------------------------------------------------------------------------------------------------
 

@@ -68,21 +68,17 @@ class RetryBackend(WrapperBackend):
     def create(self, key: str, data: ReadableBuffer) -> None:
         """As the contract says; and a create of ours that was done although its reply was lost is a success.
 
-        When an attempt's outcome is not known and the next one finds the key taken, the value is read back: if it is
-        `data`, it was ours. So values that are created must differ between writers (hold a nonce) or mean the same.
+        When the key is taken, the value is read back: if it is `data`, an earlier attempt was done, of ours or of
+        whatever repeats requests on the way. So values that are created must differ between writers (hold a nonce) or
+        mean the same.
         """
-        unknown = False
 
         def attempt() -> None:
-            nonlocal unknown
             try:
                 self.inner.create(key, data)
             except KeyExistsError:
-                if not unknown or not self._holds(key, data):
+                if not self._holds(key, data):
                     raise
-            except BackendError as exc:
-                unknown = unknown or exc.transient
-                raise
 
         self._repeat(attempt)
 

@@ -19,7 +19,16 @@ import botocore.exceptions
 import botocore.parsers
 import s3fs
 
-from incckpt.backends.base import Backend, Entry, Leftover, PagedListing, ReadableBuffer, validate_key, validate_prefix
+from incckpt.backends.base import (
+    Backend,
+    Entry,
+    Leftover,
+    PagedListing,
+    ReadableBuffer,
+    redact,
+    validate_key,
+    validate_prefix,
+)
 from incckpt.backends.remote import (
     NO_SUCH_ROOT,
     POOL,
@@ -76,7 +85,7 @@ def open_url(url: str, storage_options: Mapping[str, Any]) -> Backend:
     """
     match = _URL.fullmatch(url)
     if match is None:
-        raise OptionError(f"not an S3 URL, as s3://bucket/path: {url.partition('?')[0]}")
+        raise OptionError(f"not an S3 URL, as s3://bucket/path: {redact(url)}")
     options = dict(storage_options)
     limits = take_options(options, url)
     return S3Backend(match["bucket"], match["path"] or "", options, **limits)
@@ -97,9 +106,15 @@ class _Session:
         self._bucket = bucket
         self._opened: Any = None
 
+    async def open(self) -> None:
+        """Make the client, or make it again if its connections were closed."""
+        try:
+            self._opened = await self._fs.set_session()
+        except (TypeError, ValueError) as exc:
+            raise OptionError(f"storage_options for S3 are not what s3fs takes: {exc}") from exc
+
     async def call(self, operation: str, **parameters: Any) -> dict[str, Any]:
         """Make one request, with those of s3fs's additional parameters that the operation takes."""
-        self._opened = await self._fs.set_session()
         client = await self._fs.get_s3(self._bucket)
         takes = client.meta.service_model.operation_model(client.meta.method_to_api_mapping[operation]).input_shape
         additional = {**self._fs.s3_additional_kwargs, **self._fs.req_kw}
@@ -310,6 +325,9 @@ class S3Backend(RemoteBackend[_Session]):
         except (TypeError, ValueError, KeyError) as exc:
             raise OptionError(f"{self.url}: storage_options are not what s3fs takes: {exc}") from exc
 
+    async def _open(self, client: _Session) -> None:
+        await client.open()
+
     async def _disconnect(self, client: _Session) -> None:
         await client.close()
 
@@ -348,6 +366,7 @@ class _NoBulkDelete(IncckptError):
 
 
 _CONNECTION_ERRORS = (
+    botocore.exceptions.ConnectionError,
     botocore.exceptions.HTTPClientError,
     botocore.exceptions.IncompleteReadError,
     botocore.exceptions.CredentialRetrievalError,

@@ -61,6 +61,8 @@ class Rule:
         Break each matching request with this probability only (drawn from the proxy's seeded generator).
     status, code
         For ``status``: the reply's status, and the error's name in its body.
+    body
+        For ``status``: the whole body instead.
     """
 
     do: str
@@ -72,6 +74,7 @@ class Rule:
     chance: float = 1.0
     status: int = 503
     code: str = "SlowDown"
+    body: str = ""
     struck: int = field(default=0, init=False)
 
 
@@ -230,7 +233,7 @@ class FaultProxy:
         if "100-continue" not in request.headers.get("expect", ""):
             async for _ in _body(connection.reader, request):
                 pass
-        body = self._error_body.format(status=rule.status, code=rule.code).encode()
+        body = (rule.body or self._error_body.format(status=rule.status, code=rule.code)).encode()
         kind = "application/json" if body.startswith(b"{") else "application/xml"
         head = f"HTTP/1.1 {rule.status} Injected\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
         connection.writer.write(head.encode() + b"Connection: close\r\n\r\n" + (b"" if method == "HEAD" else body))
