@@ -363,6 +363,31 @@ class CheckpointManager:
         if error is not None:
             raise SaveError(f"an earlier save to {self._store.backend.url} failed: {error}") from error
 
+    def delete(self, step: int) -> bool:
+        """Delete the checkpoints of `step`, abandoned and unreadable ones included, and the objects that only they need.
+
+        Returns
+        -------
+        bool
+            Whether there were any.
+
+        Raises
+        ------
+        SupersededError
+            If another process has taken over the run.
+        BackendError, CollectionError
+            If not everything could be deleted; the next save collects the rest.
+        """
+        if self.read_only:
+            raise ReadOnlyError("this manager is read-only; deleting needs one without read_only=True")
+        with self._in_use:
+            self._check_usable()
+            self.wait()
+            attempt = self._attempt or self._continue_latest()
+            deleted = attempt.delete(step)
+            self._last_step = attempt.last_step
+            return deleted
+
     def wait(self) -> None:
         """Wait until no save is pending; failures show at the next `save` or `close`."""
         self._queue.wait()

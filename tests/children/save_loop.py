@@ -21,15 +21,15 @@ from incckpt.backends.local import LocalBackend
 from incckpt.manager import CheckpointManager
 from incckpt.testing.faults import StopAt, kill_process
 
-STEPS = 6
+STEPS = 4
 KEEP_LAST = 2
 
 
 def state_at(step: int) -> dict[str, torch.Tensor | int]:
     """Return the state of a step, the same in every process: one large tensor changes in part, one small one wholly."""
-    large = torch.arange(400_000, dtype=torch.float32)
+    large = torch.arange(270_000, dtype=torch.float32)
     large[: 1000 * step] = float(step)
-    frozen = torch.full((300_000,), 0.25)
+    frozen = torch.full((30_000,), 0.25)
     return {"large": large, "frozen": frozen, "small": torch.full((7,), float(step)), "step": step}
 
 
