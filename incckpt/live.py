@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from incckpt.entries import TensorEntry, byte_extent, byte_strides
-from incckpt.memory import overlap_groups, raw_view
+from incckpt.memory import overlap_groups, raw_array, raw_view
 
 __all__ = ["Live", "copy_into", "find_destinations"]
 
@@ -60,8 +60,9 @@ def find_destinations(
 def copy_into(live: Live, source: Live) -> None:
     """Copy `source`, of the same shape and dtype, bit for bit, unless it is that memory itself."""
     if isinstance(live, np.ndarray):
+        assert isinstance(source, np.ndarray)
         if _memory_of(live) != _memory_of(source):
-            live[...] = source
+            raw_array(live)[...] = raw_array(source)
         return
     assert isinstance(source, torch.Tensor)
     if (live.is_conj(), live.is_neg()) != (source.is_conj(), source.is_neg()):

@@ -24,7 +24,7 @@ from incckpt.entries import (
 )
 from incckpt.errors import StateError
 
-__all__ = ["CARRIERS", "ByteRange", "TensorTable", "overlap_groups", "raw_view"]
+__all__ = ["CARRIERS", "ByteRange", "TensorTable", "overlap_groups", "raw_array", "raw_view"]
 
 CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 """By element size, a dtype whose copies move bits and nothing else, and which every torch can copy."""
@@ -88,6 +88,12 @@ def raw_view(tensor: torch.Tensor) -> torch.Tensor:
     """Return the memory below `tensor` in its geometry, as integers: no conjugate or negative bit, no autograd."""
     view = torch.empty(0, dtype=CARRIERS[tensor.element_size()], device=tensor.device)
     return view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def raw_array(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the memory below `array` in its geometry, as integers or bare bytes: copies take padding along."""
+    size = array.itemsize
+    return array.view(f"u{size}" if size in (1, 2, 4, 8) else f"V{size}")
 
 
 class TensorTable:
@@ -347,7 +353,7 @@ def _pack(record: _Record, itemsize: int, names: list[str]) -> ByteRange:
     """Copy the elements alone, row-major, each once."""
     shape = packed_shape(record.shape, _byte_strides(record))
     if record.kind == "numpy":
-        array = np.lib.stride_tricks.as_strided(record.owner, shape, record.stride).copy(order="C")
+        array = np.lib.stride_tricks.as_strided(raw_array(record.owner), shape, record.stride).copy(order="C")
         address = array.__array_interface__["data"][0]
         return ByteRange(array.nbytes, itemsize, _CPU, address, array, None, names)
     view = torch.empty(0, dtype=CARRIERS[record.itemsize], device=record.device)

@@ -106,8 +106,8 @@ def encode_plain(value: object) -> Json | None:
     if encoder is not None:
         return encoder(value)
     if isinstance(value, np.generic) and type(value) is value.dtype.type:
-        if type(value) is np.str_:  # numpy would drop trailing NULs
-            return {"numpy.str": _encode_str(str(value))}
+        if type(value) is np.str_:  # as an array element it would lose trailing NULs, and so it does by str(value)
+            return {"numpy.str": _encode_str(str.__str__(value))}
         if type(value) is np.bytes_:
             return {"numpy.bytes": _base64(bytes(value))}
         return {"numpy.scalar": _base64(value.tobytes()), "dtype": numpy_dtype_to_json(value.dtype)}
@@ -239,7 +239,7 @@ def decode_numpy_scalar(node: Json) -> Any:
         data, dtype = as_bytes(node["numpy.scalar"]), numpy_dtype_from_json(node["dtype"])
     except (CorruptionError, FormatError) as error:
         raise Malformed(str(error), type(error)) from error
-    if dtype.subdtype is not None or len(data) != dtype.itemsize:
+    if dtype.subdtype is not None or dtype.kind in "US" or len(data) != dtype.itemsize:
         raise Malformed(f"{len(data)} bytes are no scalar of dtype {dtype}")
     return np.ndarray((), dtype, buffer=bytearray(data))[()]
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from incckpt.memory import overlap_groups, raw_view
+from incckpt.memory import overlap_groups, raw_array, raw_view
 
 __all__ = ["aliases", "assert_same_state", "difference"]
 
@@ -68,12 +69,11 @@ def _facts(value: Any) -> object:
     match value:
         case torch.Tensor():
             bits = (value.requires_grad, value.is_conj(), value.is_neg())
-            content = (
-                raw_view(value).contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
-            )
-            return str(value.dtype), tuple(value.shape), value.stride(), str(value.device), bits, content
+            return str(value.dtype), tuple(value.shape), value.stride(), str(value.device), bits, _raw_bytes(value)
         case np.ndarray():
-            return value.dtype, value.dtype.isalignedstruct, value.shape, value.strides, value.tobytes()
+            return value.dtype, value.dtype.isalignedstruct, value.shape, value.strides, _raw_bytes(value)
+        case np.str_():
+            return str.__str__(value)
         case np.generic():
             return value.dtype, value.tobytes()
         case torch.Generator():
@@ -93,6 +93,13 @@ def _facts(value: Any) -> object:
         case tuple() if not isinstance(value, torch.Size):
             return None
     return value
+
+
+def _raw_bytes(value: torch.Tensor | npt.NDArray[Any]) -> bytes:
+    """Return the elements in row-major order, padding inside of them included."""
+    if isinstance(value, torch.Tensor):
+        return raw_view(value).cpu().numpy().tobytes()
+    return raw_array(value).tobytes() if value.nbytes else b""
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:

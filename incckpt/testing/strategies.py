@@ -1,0 +1,199 @@
+"""Hypothesis strategies of states: everything that can be saved, in every shape, sharing memory in every way."""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from hypothesis import strategies as st
+
+from incckpt.entries import TORCH_DTYPES, byte_extent
+from incckpt.memory import CARRIERS
+
+__all__ = ["NUMPY_DTYPES", "arrays", "keys", "plain_values", "shared_memory", "states", "tensors", "torch_dtypes"]
+
+NUMPY_DTYPES = [
+    *map(np.dtype, ("|b1", "|i1", "<i2", ">i4", "<i8", "|u1", ">u2", "<u4", "<u8", "<f2", ">f4", "<f8", "<c8", ">c16")),
+    *map(np.dtype, ("<M8[ns]", ">M8[D]", "<m8[25s]", "<m8", "|S3", "<U2", ">U3", "|V5")),
+    np.dtype(np.longdouble),
+    np.dtype(np.clongdouble),
+    np.dtype([("a", "<f4"), ("b", "|u1"), ("c", ">i2", (2,))]),
+    np.dtype([("x", "|u1"), ("y", "<f8")], align=True),
+    np.dtype({"names": ["p", "q"], "formats": ["<f4", [("r", "<i8")]], "offsets": [4, 9], "itemsize": 20}),
+    np.dtype([(("title", "name"), "<i4")]),
+]
+"""One of each kind of dtype that can be saved."""
+
+Point = namedtuple("Point", ["x", "label"])
+
+
+def torch_dtypes() -> st.SearchStrategy[torch.dtype]:
+    """Return every dtype of this torch that can be saved."""
+    return st.sampled_from([getattr(torch, name) for name in TORCH_DTYPES if hasattr(torch, name)])
+
+
+def _floats() -> st.SearchStrategy[float]:
+    bits = st.integers(0, 2**64 - 1).map(lambda value: float(struct.unpack("<d", struct.pack("<Q", value))[0]))
+    return st.floats() | bits | st.sampled_from([-0.0, float("inf"), float("-inf"), float("nan"), 5e-324])
+
+
+def _texts() -> st.SearchStrategy[str]:
+    return st.text(max_size=6) | st.text(st.characters(categories=["Cs", "Lu"]), max_size=3)
+
+
+def _scalars() -> st.SearchStrategy[Any]:
+    return st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers() | st.integers(-(2**80), 2**80) | st.sampled_from([2**53 - 1, 2**53, 2**53 + 1, -(2**63), 2**200]),
+        _floats(),
+        st.builds(complex, _floats(), _floats()),
+        _texts(),
+        st.binary(max_size=5),
+    )
+
+
+def keys() -> st.SearchStrategy[Any]:
+    """Return keys of dicts: mostly strings and integers; no NaN, which equals nothing, itself included."""
+    common = _texts() | st.integers()
+    rare = _scalars().filter(lambda value: value == value) | st.sampled_from([torch.float32, torch.device("cpu")])
+    return st.one_of(common, common, rare, st.tuples(common, rare), st.frozensets(common, max_size=2))
+
+
+def plain_values() -> st.SearchStrategy[Any]:
+    """Return every kind of value that is no container and no tensor."""
+    return st.one_of(
+        _scalars(),
+        st.binary(max_size=5).map(bytearray),
+        st.sets(keys(), max_size=3),
+        st.frozensets(keys(), max_size=3),
+        st.sampled_from(NUMPY_DTYPES).flatmap(_numpy_scalars),
+        st.sampled_from([np.str_("a\0"), np.bytes_(b"b\0"), *NUMPY_DTYPES]),
+        st.lists(st.integers(0, 2**40), max_size=3).map(torch.Size),
+        torch_dtypes(),
+        st.sampled_from(
+            [torch.device("cuda:3"), torch.strided, torch.sparse_coo, torch.channels_last, torch.__version__]
+        ),
+    )
+
+
+def _numpy_scalars(dtype: np.dtype[Any]) -> st.SearchStrategy[Any]:
+    # Text has to be of code points, the rest may be any bits.
+    fill = (
+        st.just(bytes(dtype.itemsize))
+        if dtype.kind == "U"
+        else st.binary(min_size=dtype.itemsize, max_size=dtype.itemsize)
+    )
+    return fill.map(lambda data: np.frombuffer(bytearray(data), dtype)[0])
+
+
+@st.composite
+def _geometry(
+    draw: st.DrawFn, nbytes: int, itemsize: int, *, negative: bool
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Draw shape, strides and offset (bytes) of a tensor inside `nbytes` of memory: any order, gaps, overlaps."""
+    shape = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
+    strides = []
+    for _ in shape:
+        step = draw(st.integers(0, 6)) * itemsize
+        strides.append(-step if negative and draw(st.booleans()) else step)
+    if draw(st.booleans()) and itemsize:  # the usual case: dense, in some order of dimensions
+        step = itemsize
+        for dimension in draw(st.permutations(range(len(shape)))):
+            strides[dimension] = step
+            step *= max(shape[dimension], 1)
+    if 0 in shape or itemsize == 0:
+        return shape, tuple(strides), 0
+    low, high = byte_extent(shape, strides, itemsize)
+    if high - low > nbytes:
+        return (), (), 0
+    offset = -low + draw(st.integers(0, (nbytes - (high - low)) // itemsize)) * itemsize
+    return shape, tuple(strides), offset
+
+
+@st.composite
+def _array_over(draw: st.DrawFn, memory: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    dtype = draw(st.sampled_from(NUMPY_DTYPES))
+    if dtype.kind == "U":
+        dtype = np.dtype("<u4")  # the bytes are random, and not all are code points
+    shape, strides, offset = draw(_geometry(memory.nbytes, dtype.itemsize, negative=True))
+    return np.ndarray(shape, dtype, memory, offset, strides)
+
+
+@st.composite
+def _tensor_over(draw: st.DrawFn, memory: npt.NDArray[np.uint8]) -> torch.Tensor:
+    dtype = draw(torch_dtypes())
+    itemsize = dtype.itemsize
+    shape, strides, offset = draw(_geometry(memory.nbytes, itemsize, negative=False))
+    tensor = torch.empty(0, dtype=CARRIERS[itemsize]).view(dtype)
+    steps = [step // itemsize for step in strides]
+    tensor.set_(torch.from_numpy(memory).untyped_storage(), offset // itemsize, shape, steps)
+    if dtype.is_complex and draw(st.booleans()):
+        tensor = tensor.conj()
+    differentiable = dtype.is_complex or dtype.is_floating_point
+    if differentiable and draw(st.booleans()):
+        tensor = torch._neg_view(tensor)
+    requires_grad = differentiable and draw(st.booleans())
+    if draw(st.booleans()):
+        return torch.nn.Parameter(tensor, requires_grad=requires_grad)
+    return tensor.requires_grad_(requires_grad)
+
+
+def _memory(nbytes: int) -> st.SearchStrategy[npt.NDArray[np.uint8]]:
+    def fill(seed: int) -> npt.NDArray[np.uint8]:
+        memory = torch.empty(nbytes, dtype=torch.uint8).numpy()  # torch's memory is aligned, numpy's need not be
+        memory[:] = np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
+        return memory
+
+    return st.integers(0, 2**32 - 1).map(fill)
+
+
+def tensors() -> st.SearchStrategy[torch.Tensor]:
+    """Return torch tensors of every dtype and layout, each with memory of its own."""
+    return _memory(512).flatmap(_tensor_over)
+
+
+def arrays() -> st.SearchStrategy[npt.NDArray[Any]]:
+    """Return numpy arrays of every kind of dtype and layout, each with memory of its own."""
+    return _memory(512).flatmap(_array_over)
+
+
+def shared_memory() -> st.SearchStrategy[list[torch.Tensor | npt.NDArray[Any]]]:
+    """Return lists of tensors and arrays over one block of memory, overlapping in every way."""
+
+    def views(memory: npt.NDArray[np.uint8]) -> st.SearchStrategy[list[torch.Tensor | npt.NDArray[Any]]]:
+        return st.lists(st.one_of(_tensor_over(memory), _array_over(memory)), min_size=1, max_size=4)
+
+    return _memory(512).flatmap(views)
+
+
+def states(max_leaves: int = 12) -> st.SearchStrategy[Any]:
+    """Return nestings of all kinds of containers, with plain values, tensors and arrays."""
+    leaves = plain_values() | tensors() | arrays() | shared_memory()
+
+    def nest(children: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+        mapping = st.dictionaries(keys(), children, max_size=3)
+        sequence = st.lists(children, max_size=3)
+        return st.one_of(
+            mapping,
+            sequence,
+            sequence.map(tuple),
+            st.builds(Point, children, children),
+            mapping.map(OrderedDict),
+            st.builds(_with_metadata, mapping, children),
+            mapping.map(lambda items: defaultdict(list, items)),
+            mapping.map(Counter),
+            st.builds(deque, sequence, st.none() | st.integers(3, 5)),
+        )
+
+    return st.recursive(leaves, nest, max_leaves=max_leaves)
+
+
+def _with_metadata(items: dict[Any, Any], metadata: Any) -> OrderedDict[Any, Any]:
+    ordered = OrderedDict(items)
+    ordered._metadata = metadata  # type: ignore[attr-defined]
+    return ordered
