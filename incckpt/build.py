@@ -140,7 +140,7 @@ class Builder:
         self._buffers = buffers
         self._map_location = map_location
         self._allow_pickle = allow_pickle
-        self._live = live or {}
+        self._live = {} if live is None else live
         self._devices: dict[str, torch.device] = {}
         self._memory: dict[tuple[int, torch.device], Buffer] = {}
         self._storages: dict[tuple[int, torch.device, int], torch.UntypedStorage] = {}
