@@ -26,6 +26,8 @@
 #define PLANES_X86 0
 #endif
 
+#include "_huffman.h"
+
 #define PLANES_INLINE static inline __attribute__((always_inline))
 
 enum { PLANES_BLOCK = 4096 };                   /* bytes transformed at a time: they stay in the L1 cache */
@@ -278,14 +280,17 @@ typedef struct {
     size_t (*popcount)(const uint8_t *, size_t);
     size_t (*mask)(const uint8_t *, size_t, uint8_t, uint8_t *, uint8_t *);
     void (*unmask)(const uint8_t *, const uint8_t *, size_t, size_t, uint8_t, uint8_t *);
+    huffman_coder coder;
 } planes_variant;
 
 /* Slowest first. */
 static const planes_variant planes_variants[] = {
-    {"baseline", split_baseline, join_baseline, constant_baseline, popcount_baseline, mask_baseline, unmask_baseline},
+    {"baseline", split_baseline, join_baseline, constant_baseline, popcount_baseline, mask_baseline, unmask_baseline,
+     huffman_streams},
 #if PLANES_X86
-    {"avx2", split_avx2, join_avx2, constant_avx2, popcount_avx2, mask_baseline, unmask_baseline},
-    {"avx512", split_avx512, join_avx512, constant_avx512, popcount_avx512, mask_avx512, unmask_avx512},
+    {"avx2", split_avx2, join_avx2, constant_avx2, popcount_avx2, mask_baseline, unmask_baseline, huffman_streams_bmi2},
+    {"avx512", split_avx512, join_avx512, constant_avx512, popcount_avx512, mask_avx512, unmask_avx512,
+     huffman_streams_bmi2},
 #endif
 };
 

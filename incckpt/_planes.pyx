@@ -5,14 +5,19 @@ the interpreter's lock, and takes the number of the instruction set to use, an i
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport uint8_t
+from libc.stdint cimport uint8_t, uint64_t
 
 
 cdef extern from "_planes.h" nogil:
+    ctypedef struct huffman_stream:
+        pass
+
     ctypedef struct planes_statistics:
         double bits
         double share
         double commonest
+
+    ctypedef void (*huffman_coder)(huffman_stream *, const uint64_t *) noexcept nogil
 
     ctypedef struct planes_variant:
         const char *name
@@ -22,9 +27,11 @@ cdef extern from "_planes.h" nogil:
         size_t (*popcount)(const uint8_t *, size_t) noexcept nogil
         size_t (*mask)(const uint8_t *, size_t, uint8_t, uint8_t *, uint8_t *) noexcept nogil
         void (*unmask)(const uint8_t *, const uint8_t *, size_t, size_t, uint8_t, uint8_t *) noexcept nogil
+        huffman_coder coder
 
     const planes_variant planes_variants[3]
     int planes_usable() noexcept
+    size_t huffman_frame(huffman_coder, const uint8_t *, size_t, uint8_t *, size_t) noexcept
     void planes_survey(
         const planes_variant *, const uint8_t *, const uint8_t *, size_t, int, planes_statistics *
     ) noexcept
@@ -72,6 +79,24 @@ cdef const uint8_t *address(const uint8_t[::1] view) noexcept:
 
 
 def split(const uint8_t[::1] raw not None, const uint8_t[::1] base, planes, int variant):
+    """Write the byte planes of elements, intra or as a delta.
+
+    Parameters
+    ----------
+    raw
+        ``uint8[w * n]``, elements of ``w`` bytes, at any address.
+    base
+        ``uint8[w * n]`` for a delta, or ``None``.
+    planes
+        ``w`` times ``uint8[n]``: 1, 2, 4 or 8 planes, the lowest byte's first. None of them may overlap `raw` or `base`.
+    variant
+        Index into ``VARIANTS``.
+
+    Raises
+    ------
+    ValueError
+        If the sizes do not fit.
+    """
     cdef const planes_variant *kernels = chosen(variant)
     cdef Pinned pinned = Pinned(planes, PyBUF_SIMPLE | PyBUF_WRITABLE)
     if <size_t> raw.shape[0] != pinned.nbytes * <size_t> pinned.count:
@@ -85,6 +110,7 @@ def split(const uint8_t[::1] raw not None, const uint8_t[::1] base, planes, int 
 
 
 def join(planes, const uint8_t[::1] base, uint8_t[::1] raw not None, int variant):
+    """Write the elements whose byte planes `planes` are: the inverse of `split`. `raw` may be the memory of `base`."""
     cdef const planes_variant *kernels = chosen(variant)
     cdef Pinned pinned = Pinned(planes, PyBUF_SIMPLE)
     if <size_t> raw.shape[0] != pinned.nbytes * <size_t> pinned.count:
@@ -98,6 +124,13 @@ def join(planes, const uint8_t[::1] base, uint8_t[::1] raw not None, int variant
 
 
 def survey(const uint8_t[::1] raw not None, const uint8_t[::1] base, int itemsize, int variant):
+    """Return for every byte plane, as `split` would write it, what a sample of 16 times 256 elements says.
+
+    Returns
+    -------
+    list of (float, float, int)
+        Entropy in bits per byte; share of the commonest byte; that byte. Of no bytes: 0, 1 and 0.
+    """
     cdef const planes_variant *kernels = chosen(variant)
     cdef planes_statistics found[8]
     if itemsize not in (1, 2, 4, 8) or raw.shape[0] % itemsize:
@@ -113,6 +146,7 @@ def survey(const uint8_t[::1] raw not None, const uint8_t[::1] base, int itemsiz
 
 
 def constant(const uint8_t[::1] data not None, int variant):
+    """Return whether all bytes are the same."""
     cdef const planes_variant *kernels = chosen(variant)
     cdef const uint8_t *source = address(data)
     cdef size_t n = <size_t> data.shape[0]
@@ -122,7 +156,29 @@ def constant(const uint8_t[::1] data not None, int variant):
     return answer
 
 
-def mask(const uint8_t[::1] data not None, uint8_t common, uint8_t[::1] bitmap not None, uint8_t[::1] others not None, int variant):
+def mask(
+    const uint8_t[::1] data not None,
+    uint8_t common,
+    uint8_t[::1] bitmap not None,
+    uint8_t[::1] others not None,
+    int variant,
+):
+    """Find the bytes that are not `common`.
+
+    Parameters
+    ----------
+    data
+        ``uint8[n]``.
+    bitmap
+        ``uint8[ceil(n / 8)]``, filled: a bit for every byte, the lowest first, set where it is not `common`.
+    others
+        ``uint8[at least n]``: begins with those bytes afterwards; the rest is undefined.
+
+    Returns
+    -------
+    int
+        How many they are.
+    """
     cdef const planes_variant *kernels = chosen(variant)
     cdef size_t n = <size_t> data.shape[0]
     cdef size_t count
@@ -137,6 +193,7 @@ def mask(const uint8_t[::1] data not None, uint8_t common, uint8_t[::1] bitmap n
 
 
 def popcount(const uint8_t[::1] bitmap not None, int variant):
+    """Return how many bits are set."""
     cdef const planes_variant *kernels = chosen(variant)
     cdef const uint8_t *bits = address(bitmap)
     cdef size_t n = <size_t> bitmap.shape[0]
@@ -146,7 +203,20 @@ def popcount(const uint8_t[::1] bitmap not None, int variant):
     return count
 
 
-def unmask(const uint8_t[::1] bitmap not None, const uint8_t[::1] others not None, uint8_t common, uint8_t[::1] data not None, int variant):
+def unmask(
+    const uint8_t[::1] bitmap not None,
+    const uint8_t[::1] others not None,
+    uint8_t common,
+    uint8_t[::1] data not None,
+    int variant,
+):
+    """Fill `data`, ``uint8[n]``: the inverse of `mask`, `others` being exactly as long as bits are set.
+
+    Raises
+    ------
+    ValueError
+        If it is not, or bits are set beyond the n-th.
+    """
     cdef const planes_variant *kernels = chosen(variant)
     cdef size_t n = <size_t> data.shape[0]
     cdef size_t total = <size_t> others.shape[0]
@@ -164,3 +234,18 @@ def unmask(const uint8_t[::1] bitmap not None, const uint8_t[::1] others not Non
             kernels.unmask(bits, rest, total, n, common, target)
     if set_bits != total:
         raise ValueError(f"the bitmap has {set_bits} bits set, not {total}")
+
+
+def huffman(const uint8_t[::1] data not None, uint8_t[::1] out not None, int variant):
+    """Write `data` as a zstd frame of Huffman-coded literals and return its size, or 0 if `out` is too small."""
+    cdef const planes_variant *kernels = chosen(variant)
+    cdef size_t n = <size_t> data.shape[0]
+    cdef size_t room = <size_t> out.shape[0]
+    cdef const uint8_t *source = address(data)
+    cdef uint8_t *target = <uint8_t *> address(out)
+    cdef size_t size
+    if not 0 < n < (1 << 31):
+        raise ValueError(f"a frame of {n} bytes")
+    with nogil:
+        size = huffman_frame(kernels.coder, source, n, target, room)
+    return size

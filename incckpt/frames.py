@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -45,6 +45,7 @@ _BLOCK = struct.Struct("<BI")
 # From here on choice, not format: no decoder knows of it.
 _WORTHWHILE = 0.97  # of its size, to which coding must bring a block; decoding it has to be paid for
 _RAW_BITS = 8 * _WORTHWHILE  # of entropy in a byte, from which a plane is not tried
+_HUFFMAN_BITS = 1.0  # of entropy in a byte, below which zstd's matches and runs beat codes of at least a bit
 _MASKED_SHARE = 0.36  # of the commonest byte, from which a mask is smaller and faster than Huffman codes alone
 _DELTA_GAIN = 0.985  # of intra's cost, below which a delta is worth the reading of its base
 _ZSTD_GAIN = 0.9  # of the planes' cost, below which zstd is worth its slower decoding
@@ -75,13 +76,7 @@ class _Worker(threading.local):
     """Compressors and scratch memory of one thread."""
 
     def __init__(self) -> None:
-        # "Literals only": a match finder that hardly looks leaves zstd's Huffman coder, at its speed. Its blocks of
-        # 64 KiB follow a plane's changing statistics better than larger ones, at the same speed.
-        parameters = zstandard.ZstdCompressionParameters(
-            strategy=zstandard.STRATEGY_FAST, target_length=0, min_match=7, hash_log=6, window_log=16
-        )
-        self.literals = zstandard.ZstdCompressor(compression_params=parameters)
-        self.probe = zstandard.ZstdCompressor(level=1)
+        self.fast = zstandard.ZstdCompressor(level=1)
         self.general = zstandard.ZstdCompressor(level=3)
         self.decompressor = zstandard.ZstdDecompressor(max_window_size=FRAME_BYTES)
         self._planes = memoryview(bytearray(FRAME_BYTES + 8 * _PLANE_GAP))
@@ -159,7 +154,7 @@ def _probe(raw: memoryview) -> float:
     """Return what fast zstd makes of a piece from the middle of `raw`, of its size."""
     start = max(0, (raw.nbytes - _PROBE_BYTES) // 2)
     piece = raw[start : start + _PROBE_BYTES]
-    return len(_worker.probe.compress(piece)) / piece.nbytes
+    return len(_worker.fast.compress(piece)) / piece.nbytes
 
 
 def _write_planes(
@@ -183,51 +178,64 @@ def _write_planes(
     for j in range(noise):
         _BLOCK.pack_into(out, j * slot, BLOCK_RAW, n)
     at = noise * slot
-    for plane, found in zip(planes[noise:], statistics[noise:], strict=True):
-        at = _put(out, at, _block(plane, *found))
-    return _put(out, at, [tail])
+    try:
+        for plane, found in zip(planes[noise:], statistics[noise:], strict=True):
+            at = _write_block(out, at, plane, *found)
+        return _write(out, at, tail)
+    except _FullError:
+        return len(out)
 
 
-def _put(out: memoryview, at: int, parts: Iterable[bytes | memoryview]) -> int:
-    """Write `parts` at `at` and return where they end, or the end of `out` if they do not fit."""
-    for part in parts:
-        end = at + len(part)
-        if end > len(out):
-            return len(out)
-        out[at:end] = part
-        at = end
-    return at
+class _FullError(Exception):
+    """The coded bytes would be as many as the raw ones."""
 
 
-def _block(data: memoryview, bits: float, share: float, commonest: int) -> Iterator[bytes | memoryview]:
-    """Yield the parts of a plane's block, some of them scratch memory that the next block takes."""
+def _write(out: memoryview, at: int, part: bytes | memoryview) -> int:
+    """Write `part` at `at` and return where it ends."""
+    end = at + len(part)
+    if end > len(out):
+        raise _FullError
+    out[at:end] = part
+    return end
+
+
+def _write_block(out: memoryview, at: int, data: memoryview, bits: float, share: float, commonest: int) -> int:
+    """Write a plane as a block at `at` and return where it ends."""
     if share <= _MASKED_SHARE or (share == 1.0 and _planes.constant(data, _planes.BEST)):
-        yield from _plain_block(data, bits, share, commonest)
-        return
+        return _write_plain_block(out, at, data, bits, share, commonest)
     bitmap = _worker.bitmap[: (len(data) + 7) // 8]
     count = _planes.mask(data, commonest, bitmap, _worker.others, _planes.BEST)
-    parts: list[bytes | memoryview] = [bytes((commonest,))]
+    end = _write(out, at + _BLOCK.size, bytes((commonest,)))
     for inner in (bitmap, _worker.others[:count]):
         (found,) = _planes.survey(inner, None, 1, _planes.BEST)
-        parts += _plain_block(inner, *found)
-    yield _BLOCK.pack(BLOCK_MASKED, sum(map(len, parts)))
-    yield from parts
+        end = _write_plain_block(out, end, inner, *found)
+    _BLOCK.pack_into(out, at, BLOCK_MASKED, end - at - _BLOCK.size)
+    return end
 
 
-def _plain_block(data: memoryview, bits: float, share: float, commonest: int) -> Iterator[bytes | memoryview]:
-    """Yield the parts of a block without a mask."""
+def _write_plain_block(out: memoryview, at: int, data: memoryview, bits: float, share: float, commonest: int) -> int:
+    """Write a block without a mask at `at` and return where it ends."""
+    start = at + _BLOCK.size
     if share == 1.0 and len(data) > 1 and _planes.constant(data, _planes.BEST):
-        yield _BLOCK.pack(BLOCK_CONSTANT, 1)
-        yield bytes((commonest,))
-        return
-    if bits < _RAW_BITS and len(data) >= _FEWEST:
-        coded = _worker.literals.compress(data)
-        if len(coded) < _WORTHWHILE * len(data):
-            yield _BLOCK.pack(BLOCK_ZSTD, len(coded))
-            yield coded
-            return
-    yield _BLOCK.pack(BLOCK_RAW, len(data))
-    yield data
+        end = _write(out, start, bytes((commonest,)))
+        kind = BLOCK_CONSTANT
+    elif bits < _RAW_BITS and (end := _write_zstd(out, start, data, bits)):
+        kind = BLOCK_ZSTD
+    else:
+        end = _write(out, start, data)
+        kind = BLOCK_RAW
+    _BLOCK.pack_into(out, at, kind, end - start)
+    return end
+
+
+def _write_zstd(out: memoryview, at: int, data: memoryview, bits: float) -> int:
+    """Write `data` entropy-coded at `at` and return where it ends, or 0 if that does not save enough."""
+    room = out[at : at + int(_WORTHWHILE * len(data))]
+    if bits >= _HUFFMAN_BITS:
+        size = _planes.huffman(data, room, _planes.BEST)
+        return at + size if size else 0
+    coded = _worker.fast.compress(data)
+    return _write(out, at, coded) if len(coded) <= len(room) else 0
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 import math
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -187,6 +190,115 @@ def test_survey(variant: int, delta: bool, itemsize: int, n: int) -> None:
         assert bits == pytest.approx(min(entropy, 8.0), abs=1e-9)
         assert share == pytest.approx(counts.max() / counts.sum())
         assert counts[commonest] == counts.max()
+
+
+def huffman(data: Bytes, variant: int, room: int | None = None) -> bytes:
+    """Return the zstd frame of `data`, which must leave the memory beyond its room alone; empty if it does not fit."""
+    memory, out = fenced(len(data) + 64 if room is None else room, 5)
+    size = _planes.huffman(data, out, variant)
+    assert fence_holds(memory, len(out), 5)
+    return out[:size].tobytes()
+
+
+def unzstd(frame: bytes, n: int) -> bytes:
+    assert zstandard.frame_content_size(frame) == n
+    return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+
+
+def drawn(n: int, weights: npt.NDArray[np.float64], symbols: npt.NDArray[np.int64], seed: int) -> Bytes:
+    """Return `n` bytes of a distribution."""
+    cumulative = np.cumsum(weights / weights.sum())
+    where = np.searchsorted(cumulative, np.random.default_rng(seed).random(n))
+    return symbols[np.minimum(where, len(symbols) - 1)].astype(np.uint8)
+
+
+@st.composite
+def skewed_bytes(draw: st.DrawFn) -> Bytes:
+    """Draw bytes of 1 to 256 symbols anywhere, their shares alike, geometric or Zipf's; in any order, or sorted.
+
+    Sorted, rare bytes are neighbours: the longest codes follow each other.
+    """
+    n = draw(st.one_of(st.integers(1, 300), st.sampled_from([4096, 65_535, 65_536, 65_537, 131_072, 150_001])))
+    k = draw(st.integers(1, 256))
+    first = draw(st.integers(0, 256 - k))
+    falling = draw(st.sampled_from([1.0, 0.98, 0.9, 0.7, 0.618, 0.5]))
+    zipf = draw(st.sampled_from([0.0, 1.0, 3.0]))
+    seed = draw(SEEDS)
+    rank = np.arange(k)
+    symbols = np.random.default_rng(seed).permutation(k) if draw(st.booleans()) else rank
+    data = drawn(n, falling**rank / (1.0 + rank) ** zipf, symbols + first, seed)
+    return np.sort(data) if draw(st.booleans()) else data
+
+
+@EVERY_VARIANT
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=skewed_bytes())
+def test_any_zstd_reads_the_huffman_codes(variant: int, data: Bytes) -> None:
+    frame = huffman(data, variant)
+    assert unzstd(frame, len(data)) == data.tobytes()
+    assert frame == huffman(data, 0)
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("order", ["random", "sorted", "descending", "rare in the middle"])
+@pytest.mark.parametrize("first", [0, 100, 200])
+def test_the_longest_codes(variant: int, order: str, first: int) -> None:
+    # Fibonacci's numbers make the deepest tree; the limit of 11 bits shortens it.
+    counts = [1, 1]
+    while sum(counts) + counts[-1] + counts[-2] < 65_536:
+        counts.append(counts[-1] + counts[-2])
+    data = np.repeat(np.arange(first, first + len(counts)), counts).astype(np.uint8)
+    if order == "random":
+        data = np.random.default_rng(0).permutation(data)
+    elif order == "descending":
+        data = data[::-1].copy()
+    elif order == "rare in the middle":
+        data = np.roll(data, 30_000)
+    frame = huffman(data, variant)
+    assert unzstd(frame, len(data)) == data.tobytes()
+    assert len(frame) < 0.36 * len(data)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_huffman_codes_are_nearly_as_short_as_can_be(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    k = int(generator.integers(6, 257))
+    data = drawn(65_536, generator.random(k) ** generator.integers(1, 9), generator.permutation(256)[:k], seed)
+    # Every merge of two nodes of Huffman's tree is a bit for each byte below it.
+    nodes = [int(count) for count in np.bincount(data) if count]
+    heapq.heapify(nodes)
+    bits = 0
+    while len(nodes) > 1:
+        merged = heapq.heappop(nodes) + heapq.heappop(nodes)
+        bits += merged
+        heapq.heappush(nodes, merged)
+    assert len(huffman(data, _planes.BEST)) <= min(1.01 * bits / 8 + 150, len(data) + 12)
+
+
+def test_huffman_blocks_of_one_byte_take_nothing() -> None:
+    data = np.concatenate([np.full(65_536, 4), np.full(65_536, 5), np.full(7, 6)]).astype(np.uint8)
+    frame = huffman(data, _planes.BEST)
+    assert len(frame) == 9 + 3 * 4
+    assert unzstd(frame, len(data)) == data.tobytes()
+
+
+def test_huffman_codes_that_do_not_fit() -> None:
+    data = drawn(100_000, np.ones(16), np.arange(16), 0)
+    whole = huffman(data, _planes.BEST)
+    assert huffman(data, _planes.BEST, len(whole)) == whole
+    for room in (0, 8, 9, 12, 1000, len(whole) - 1):
+        assert huffman(data, _planes.BEST, room) == b""
+    with pytest.raises(ValueError, match="a frame of 0 bytes"):
+        huffman(data[:0], _planes.BEST)
+
+
+def test_huffman_codes_are_what_they_always_were() -> None:
+    i = np.arange(100_000, dtype=np.uint64)
+    data = np.minimum((i * i * i) % 251, (i * 7919) % 127).astype(np.uint8)
+    assert (
+        hashlib.sha256(huffman(data, _planes.BEST)).hexdigest()
+        == "d5fde8c5b5f1ce1697e9a5a7fdbf82cd2ffb428276dd82c34e26786ac963036d"
+    )
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
