@@ -9,7 +9,9 @@ that nobody disturbs and that saves with ``torch.save``. All that is printed at 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,6 +36,16 @@ def say(text: str) -> None:
     print(f"\n{RULE}\n{text}\n{RULE}", flush=True)
 
 
+def stop(process: subprocess.Popen[bytes]) -> bool:
+    """Stop a child; return whether it stands still now, and not because it has ended."""
+    process.send_signal(signal.SIGSTOP)
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    if os.WIFSTOPPED(status):
+        return True
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return False
+
+
 class Child:
     """Training in a process of its own."""
 
@@ -49,32 +61,29 @@ class Child:
         subprocess.run(self.command, check=True)
 
     def train_and_kill(self, after: int) -> str | None:
-        """Train, and kill the process once objects of a save beyond step `after` appear in the store, before its end.
+        """Train, and kill the process in the middle of a save beyond step `after`.
+
+        It is stopped for a look at the store: when objects of the save are there and its ref is not, it is killed.
 
         Returns
         -------
         str or None
             The name of the ref that the killed save was about to create; ``None`` if training came to its end.
         """
-        while True:
-            process = subprocess.Popen(self.command)
-            try:
-                name = self._watch(process, after)
-            finally:
-                process.kill()
-                process.wait()
-            if name is None and process.returncode:
-                raise DemoError(f"training ended with status {process.returncode}")
-            if name is None or not self.committed(name):
-                return name
-            print("(The commit was quicker than the kill: once more, at a later save.)", flush=True)
-
-    def _watch(self, process: subprocess.Popen[bytes], after: int) -> str | None:
-        while process.poll() is None:
-            for name in self.being_saved():
-                if int(name.split("-")[1]) > after and self.objects_of(name):
-                    return name
-            time.sleep(0.0005)
+        process = subprocess.Popen(self.command)
+        try:
+            while process.poll() is None:
+                for name in self.being_saved():
+                    if int(name.split("-")[1]) > after and stop(process):
+                        if self.objects_of(name) and not self.committed(name):
+                            return name
+                        process.send_signal(signal.SIGCONT)
+                time.sleep(0.0005)
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            raise DemoError(f"training ended with status {process.returncode}")
         return None
 
     def being_saved(self) -> list[str]:
@@ -151,6 +160,7 @@ def show_checkpoints(store: Path, sizes: dict[int, int]) -> None:
         print(f"{one.step:6}   {one.metrics['loss']:.4f}   {numbers}")
     written, whole = sum(one.written for one in checkpoints), sum(sizes.values())
     print(f"{'all':>6}   {written / 1e6:33.2f} MB   {whole / 1e6:13.2f} MB   ({written / whole:.0%})")
+    print("(Training from scratch changes every weight and both moments of Adam in every step: the hardest case.)")
 
 
 def show_waiting(incremental: list[float], whole: list[float]) -> None:
@@ -163,15 +173,17 @@ def show_waiting(incremental: list[float], whole: list[float]) -> None:
 def main() -> None:
     """Run the three acts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=HERE.parent / ".demo", help="is emptied first")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--every", type=int, default=12)
+    parser.add_argument("--folder", type=Path, default=HERE.parent / ".demo", help="for the store, replaced if there")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--depth", type=int, default=2)
     options = parser.parse_args()
-    shutil.rmtree(options.folder, ignore_errors=True)
-    options.folder.mkdir(parents=True)
+    options.folder = options.folder.resolve()
+    options.folder.mkdir(parents=True, exist_ok=True)
     child = Child(options)
+    shutil.rmtree(child.store, ignore_errors=True)
+    child.log.unlink(missing_ok=True)
     started = time.perf_counter()
 
     say("1  A small GPT learns the Python standard library, and is killed while saving (kill -9).")
@@ -180,7 +192,7 @@ def main() -> None:
         raise DemoError("every save was committed before the kill came; try again")
     killed_at = int(name.split("-")[1])
     print(f"Killed while saving step {killed_at}. The store has {child.objects_of(name)} of that save's objects and")
-    print("the announcement of its ref, but no ref: no such checkpoint, and the one before it is whole.")
+    print("the announcement of its ref, but no ref: there is no such checkpoint, and the one before is whole.")
 
     say("2  A new process resumes.")
     child.train()

@@ -1,7 +1,7 @@
 """Let a trained model write: all it takes is the URL of the checkpoints, on whatever machine this is.
 
     python examples/sample.py checkpoints               # the latest; or s3://bucket/gpt
-    python examples/sample.py checkpoints@60            # that of step 60; @best, that with the lowest loss
+    python examples/sample.py checkpoints#@60           # that of step 60; #@best, the one with the lowest loss
 
 Only the model is fetched, neither optimizer nor anything else, and nothing is written: training may go on meanwhile.
 """

@@ -137,8 +137,8 @@ def main() -> None:
     """Train, from where the store left off."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", required=True, help="where the checkpoints are: a folder or a URL")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--every", type=int, default=12, help="steps between two checkpoints")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--every", type=int, default=10, help="steps between two checkpoints")
     parser.add_argument("--keep", type=int, help="keep this many checkpoints (default: all)")
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--depth", type=int, default=2)

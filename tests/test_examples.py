@@ -1,0 +1,73 @@
+"""The examples and the save benchmark run, in small form, and show what they claim."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import incckpt
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command: object, cwd: Path) -> str:
+    """Run a script of this repository in a folder of its own; return what it printed."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "PYTHONWARNINGS": "default"}
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The demo, run once in a small form: its store, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    size = ("--steps", 12, "--every", 2, "--width", 64, "--depth", 1)
+    return folder / "store", run(ROOT / "examples" / "demo.py", "--folder", folder, *size, cwd=folder)
+
+
+def test_demo_is_killed_while_saving_and_resumes_bit_for_bit(demo: tuple[Path, str]) -> None:
+    _, output = demo
+    assert "Killed while saving step" in output
+    assert "resumed from step" in output
+    assert "All 12 losses are identical to the last bit" in output
+
+
+def test_demo_leaves_a_store_without_pins(demo: tuple[Path, str]) -> None:
+    store, _ = demo
+    assert [path for path in store.glob("pins/*/*") if path.is_file()] == []
+    with incckpt.CheckpointManager(store, read_only=True) as manager:
+        assert [checkpoint.step for checkpoint in manager.list()] == [2, 4, 6, 8, 10, 12]
+
+
+def test_finetune_stores_what_is_frozen_once(demo: tuple[Path, str]) -> None:
+    store, output = demo
+    assert "parameters are trained" in output
+    with incckpt.CheckpointManager(store, run="lora", read_only=True) as manager:
+        first, *rest = manager.list()
+    assert rest
+    assert all(checkpoint.written < first.nbytes / 4 for checkpoint in rest)
+
+
+def test_finetune_resumes(demo: tuple[Path, str], tmp_path: Path) -> None:
+    store, _ = demo
+    output = run(ROOT / "examples" / "finetune_lora.py", store, "--steps", 50, cwd=tmp_path)
+    assert [line.split()[0] for line in output.splitlines()[2:]] == ["10", "20", "30", "40", "50"]
+
+
+@pytest.mark.parametrize("fragment", ["", "#@2", "#default@best"])
+def test_sample_from_a_url_alone(demo: tuple[Path, str], tmp_path: Path, fragment: str) -> None:
+    store, _ = demo
+    output = run(ROOT / "examples" / "sample.py", f"file://{store}{fragment}", "--length", 9, cwd=tmp_path)
+    assert output.startswith("def ")
+
+
+def test_save_benchmark_runs(tmp_path: Path) -> None:
+    benchmark = ROOT / "benchmarks" / "bench_save.py"
+    output = run(benchmark, "--scale", 0.001, "--rounds", 1, "--folder", tmp_path, cwd=tmp_path)
+    assert output.count("async_save cached") >= 5
