@@ -11,6 +11,13 @@ from tests.servers.processes import python_server
 
 
 @pytest.fixture(scope="session")
+def gcs_server() -> Iterator[int]:
+    """Return the port of a GCS server with exact conditions."""
+    with python_server("gcs_server") as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
 def s3_server() -> Iterator[dict[str, Any]]:
     """Return s3fs options for an S3 server with exact conditions."""
     with python_server("s3_server") as port:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from incckpt.errors import (
     UnsupportedOperationError,
 )
 from incckpt.testing.conformance import BackendConformance
+from tests.remote_suite import ONE_OF_EACH, ConformanceUnderFaults, MakeBackend, RemoteFaults, patient
 from tests.servers.fault_proxy import FaultProxy, Rule
 
 BUCKET = "checkpoints"
@@ -53,6 +54,14 @@ def options_for(proxy: FaultProxy, **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def make(shared_proxy: FaultProxy, bucket: str) -> MakeBackend:
+    def make(root: str, **limits: float) -> Backend:
+        return S3Backend(bucket, root, options_for(shared_proxy), **limits)
+
+    return make
+
+
+@pytest.fixture(scope="module")
 def through_proxy(shared_proxy: FaultProxy, bucket: str) -> Iterator[S3Backend]:
     with S3Backend(bucket, f"run/{uuid.uuid4()}", options_for(shared_proxy)) as backend:
         yield backend
@@ -66,10 +75,6 @@ def broken(proxy: FaultProxy, through_proxy: S3Backend) -> Iterator[S3Backend]:
     through_proxy.delete([entry.key for entry in through_proxy.list()])
 
 
-def patient(backend: Backend) -> RetryBackend:
-    return RetryBackend(backend, sleep=lambda _: None)
-
-
 class TestConformance(BackendConformance):
     @pytest.fixture
     def backend(self, s3_server: dict[str, Any], bucket: str) -> Iterator[Backend]:
@@ -77,71 +82,12 @@ class TestConformance(BackendConformance):
             yield backend
 
 
-class TestConformanceUnderFaults(BackendConformance):
-    """A tenth of all requests breaks, in all ways in which one can without hanging."""
-
-    large_value = 1 << 20
-    many_keys = 60
-
-    @pytest.fixture
-    def backend(self, proxy: FaultProxy, broken: S3Backend) -> Backend:
-        kinds = ("status", "reset", "lose_reply", "cut_upload", "truncate")
-        proxy.rules = [Rule(do, times=None, chance=0.02) for do in kinds]
-        return patient(broken)
-
-    def test_close_twice(self, backend: Backend) -> None:
-        pytest.skip("the backend is shared by the tests of this file")
+class TestFaults(RemoteFaults):
+    has_body = frozenset({"get", "list", "delete"})
 
 
-@pytest.mark.parametrize("do", ["status", "reset", "lose_reply", "cut_upload", "truncate"])
-def test_a_tenth_of_the_requests_broken_in_one_way(proxy: FaultProxy, broken: S3Backend, do: str) -> None:
-    """Every operation many times, each kind of fault at 10 %: all ends as if nothing had happened."""
-    rule = Rule(do, times=None, chance=0.1)
-    proxy.rules = [rule]
-    store = patient(broken)
-    values = {f"k/{number:02d}": bytes([number]) * (1 + number * 1_000) for number in range(30)}
-    for key, value in values.items():
-        store.create(key, value)
-        store.put(f"again/{key}", b"old")
-        store.put(f"again/{key}", value)
-        with pytest.raises(KeyExistsError):
-            store.create(key, value + b"other")
-    assert {key: store.get(key) for key in values} == values
-    assert {key: store.get(f"again/{key}", 5, 500) for key in values} == {k: v[5:500] for k, v in values.items()}
-    assert {entry.key: entry.size for entry in store.list("k/")} == {key: len(value) for key, value in values.items()}
-    store.delete([f"again/{key}" for key in values])
-    store.delete(list(values)[:10])
-    assert sorted(entry.key for entry in store.list()) == sorted(values)[10:]
-    assert rule.struck > 3
-
-
-_ONE_OF_EACH: dict[str, Callable[[Backend], object]] = {
-    "get": lambda store: store.get("there") == b"value",
-    "head": lambda store: store.head("there").size == 5,
-    "put": lambda store: store.put("put", b"x" * 200_000) is None and store.get("put") == b"x" * 200_000,
-    "create": lambda store: store.create("created", b"y" * 200_000) is None and store.get("created") == b"y" * 200_000,
-    "list": lambda store: [entry.key for entry in store.list("th")] == ["there"],
-    "delete": lambda store: store.delete(["a", "b"]) is None,
-}
-
-
-@pytest.mark.parametrize("do", ["hang", "hang_upload", "hang_reply", "hang_download"])
-def test_hangs_end_at_our_deadline(bucket: str, proxy: FaultProxy, do: str) -> None:
-    """Before 100 Continue, after the body, after the work, in the middle of the reply."""
-    options = options_for(proxy)
-    with S3Backend(bucket, f"run/{uuid.uuid4()}", options, timeout=0.3, min_rate=10 << 20) as backend:
-        store = patient(backend)
-        store.put("there", b"value")
-        for name, operation in _ONE_OF_EACH.items():
-            if do != "hang_download" or name in ("get", "list", "delete"):  # the replies that have a body
-                rule = Rule(do)
-                proxy.rules = [rule]
-                assert operation(store), name
-                assert rule.struck == 1
-        proxy.rules = [Rule(do, times=None)]
-        with pytest.raises(BackendTimeoutError, match=r"get 'there': no answer in time \(0\.3 s") as caught:
-            backend.get("there")
-        assert caught.value.transient
+class TestConformanceUnderFaults(ConformanceUnderFaults):
+    pass
 
 
 @pytest.mark.parametrize(
@@ -195,7 +141,7 @@ def test_permanent_errors_fail_at_once_and_name_the_cause(
 )
 def test_errors_that_may_pass_are_repeated(proxy: FaultProxy, broken: S3Backend, status: int, code: str) -> None:
     broken.put("there", b"value")
-    for operation in _ONE_OF_EACH.values():
+    for operation in ONE_OF_EACH.values():
         proxy.rules = [Rule("status", times=2, status=status, code=code, method="PUT|GET|POST|DELETE")]
         assert operation(patient(broken))
 

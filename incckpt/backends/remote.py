@@ -13,12 +13,13 @@ import os
 import threading
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Coroutine, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, MutableMapping
 from typing import Any, Generic, TypeAlias, TypeVar
 
+import aiohttp
 from fsspec.asyn import get_loop
 
-from incckpt.backends.base import Backend
+from incckpt.backends.base import Backend, ReadableBuffer
 from incckpt.errors import (
     BackendError,
     BackendPermissionError,
@@ -47,7 +48,9 @@ NO_SUCH_ROOT = "NoSuchBucket"
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524, 525, 527, 529})
 
 _OPENING = 120.0  # seconds
+_CONNECTING = 15.0
 _CLOSING = 10.0
+_PIECE = 1 << 20  # bytes
 
 _abandoned: list[object] = []
 """Clients inherited over a fork. They are the parent's: closing or finalising them here would hang or cut its
@@ -91,6 +94,16 @@ class CredentialsExpired(RequestFailed):
     """The server says that the credentials are no longer good; new ones may be had from where they came."""
 
 
+class _Connection(Generic[C]):
+    """A client and who is using it; everything but the making happens on the event loop."""
+
+    def __init__(self, client: C) -> None:
+        self.client = client
+        self.slots = asyncio.Semaphore(POOL)
+        self.users = 0
+        self.retired = False
+
+
 Request: TypeAlias = Callable[[C, Deadline], Coroutine[Any, Any, T]]
 
 
@@ -112,7 +125,7 @@ class RemoteBackend(Backend, Generic[C]):
         self._timeout = timeout
         self._min_rate = min_rate
         self._lock = threading.Lock()
-        self._connection: tuple[C, asyncio.Semaphore] | None = None
+        self._connection: _Connection[C] | None = None
         _backends.add(self)
 
     # -- for the subclass ---------------------------------------------------------------------------------------------
@@ -151,8 +164,8 @@ class RemoteBackend(Backend, Generic[C]):
         """
         renewed = False
         while True:
-            client, slots = self._client()
-            future = asyncio.run_coroutine_threadsafe(self._bounded(client, slots, request, nbytes), get_loop())
+            connection = self._connected()
+            future = asyncio.run_coroutine_threadsafe(self._bounded(connection, request, nbytes), get_loop())
             try:
                 return future.result()
             except Exception as exc:
@@ -161,43 +174,55 @@ class RemoteBackend(Backend, Generic[C]):
                 failure = exc if isinstance(exc, RequestFailed) else self._failure(exc)
                 if isinstance(failure, CredentialsExpired) and not renewed:
                     renewed = True
-                    self._renew(client)
+                    self._retire(connection)
                     continue
                 raise self._error(exc, failure, verb, key) from exc
             except BaseException:
                 future.cancel()
                 raise
 
-    async def _bounded(self, client: C, slots: asyncio.Semaphore, request: Request[C, T], nbytes: int) -> T:
-        async with slots:
-            async with asyncio.timeout(_OPENING):
-                await self._open(client)
-            async with asyncio.timeout(self._timeout + nbytes / self._min_rate) as timeout:
-                return await request(client, Deadline(timeout, self._timeout, self._min_rate))
+    async def _bounded(self, connection: _Connection[C], request: Request[C, T], nbytes: int) -> T:
+        connection.users += 1
+        try:
+            async with connection.slots:
+                async with asyncio.timeout(_OPENING):
+                    await self._open(connection.client)
+                async with asyncio.timeout(self._timeout + nbytes / self._min_rate) as timeout:
+                    return await request(connection.client, Deadline(timeout, self._timeout, self._min_rate))
+        finally:
+            connection.users -= 1
+            if connection.retired and not connection.users:
+                await self._disconnect(connection.client)
 
     # -- clients ------------------------------------------------------------------------------------------------------
 
-    def _client(self) -> tuple[C, asyncio.Semaphore]:
+    def _connected(self) -> _Connection[C]:
         with self._lock:
             if self._connection is None:
-                self._connection = self._connect(), asyncio.Semaphore(POOL)
+                self._connection = _Connection(self._connect())
             return self._connection
 
-    def _renew(self, used: C) -> None:
-        """Forget the client, so that the next request makes one with new credentials."""
+    def _retire(self, connection: _Connection[C]) -> None:
+        """Have no new request use a connection, and close it once those in flight are done."""
+
+        async def retire() -> None:
+            if not connection.retired:
+                connection.retired = True
+                if not connection.users:
+                    await self._disconnect(connection.client)
+
         with self._lock:
-            if self._connection is not None and self._connection[0] is used:
-                self._connection = None  # requests in flight still hold it; it closes when the last is done
+            if self._connection is connection:
+                self._connection = None
+        try:
+            asyncio.run_coroutine_threadsafe(retire(), get_loop()).result(_CLOSING)
+        except TimeoutError:
+            logger.warning("%s: its connections did not close in %g s", self.url, _CLOSING)
 
     def close(self) -> None:
-        with self._lock:
-            connection, self._connection = self._connection, None
+        connection = self._connection
         if connection is not None:
-            closing = asyncio.run_coroutine_threadsafe(self._disconnect(connection[0]), get_loop())
-            try:
-                closing.result(_CLOSING)
-            except TimeoutError:
-                logger.warning("%s: its connections did not close in %g s", self.url, _CLOSING)
+            self._retire(connection)
 
     # -- errors -------------------------------------------------------------------------------------------------------
 
@@ -233,6 +258,29 @@ class RemoteBackend(Backend, Generic[C]):
             return BackendError(errno.ENOSPC, message)
         return BackendError(errno.EIO, message)
 
+    async def _read(
+        self, key: str, reply: aiohttp.ClientResponse, deadline: Deadline, start: int, end: int | None
+    ) -> bytes:
+        """Read the body of an answer to a `byte_range` request."""
+        length = reply.content_length
+        if length is not None:
+            deadline.expect(length)
+        data = await reply.read()
+        if length is not None and len(data) != length:
+            raise self._cut_short(key, len(data), length)
+        if reply.status == 206:
+            return data if end is None else data[: max(0, end - start)]
+        return data[start:end]  # all of it: also from a server that does not know ranges
+
+    def _look_then_put(self, key: str, data: ReadableBuffer) -> None:
+        """Do what is left of `create` where the server cannot do it: no protection against a second writer."""
+        try:
+            self.head(key)
+        except KeyNotFoundError:
+            self.put(key, data)
+        else:
+            raise KeyExistsError(errno.EEXIST, f"{self.url}: key {key!r} exists")
+
     def _missing(self, key: str) -> KeyNotFoundError:
         return KeyNotFoundError(errno.ENOENT, f"{self.url}: no key {key!r}")
 
@@ -253,6 +301,33 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def byte_range(start: int, end: int | None) -> dict[str, str]:
+    """Return the header that asks for bytes ``[start, end)``; none for all of a value.
+
+    An empty range cannot be asked for: its first byte is, and the caller cuts it off.
+    """
+    if start == 0 and end is None:
+        return {}
+    return {"Range": f"bytes={start}-" if end is None else f"bytes={start}-{max(start, end - 1)}"}
+
+
+def open_http(**options: Any) -> aiohttp.ClientSession:
+    """Return a pool of connections whose requests have no deadlines but ours."""
+    defaults = {
+        "connector": aiohttp.TCPConnector(limit=POOL),
+        "timeout": aiohttp.ClientTimeout(total=None, sock_connect=_CONNECTING),
+        "auto_decompress": False,
+        "headers": {"Accept-Encoding": "identity", "User-Agent": "incckpt"},
+    }
+    return aiohttp.ClientSession(**{**defaults, **options})
+
+
+async def pieces(view: memoryview) -> AsyncIterator[memoryview]:
+    """Yield a body in parts, so that sending one does not hold up the event loop."""
+    for start in range(0, len(view), _PIECE):
+        yield view[start : start + _PIECE]
 
 
 async def gather(function: Callable[[A], Coroutine[Any, Any, T]], arguments: Iterable[A]) -> list[T]:

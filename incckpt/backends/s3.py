@@ -36,10 +36,11 @@ from incckpt.backends.remote import (
     Deadline,
     RemoteBackend,
     RequestFailed,
+    byte_range,
     gather,
     take_options,
 )
-from incckpt.errors import BackendError, IncckptError, KeyExistsError, OptionError
+from incckpt.errors import BackendError, IncckptError, OptionError
 
 __all__ = ["S3Backend", "open_url"]
 
@@ -154,16 +155,13 @@ class S3Backend(RemoteBackend[_Session]):
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         name = self._name(key)
-        if end is not None and start >= end:
-            self.head(key)
-            return b""
-        bounds = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
+        wanted = byte_range(start, end)
 
         async def request(session: _Session, deadline: Deadline) -> bytes:
             try:
-                reply = await session.call("get_object", Key=name, **bounds)
+                reply = await session.call("get_object", Key=name, **wanted)
             except botocore.exceptions.ClientError as exc:
-                if bounds and _status(exc) == 416:  # the value ends before `start`
+                if wanted and _status(exc) == 416:  # the value ends before `start`
                     return b""
                 raise
             length = reply["ContentLength"]
@@ -172,9 +170,9 @@ class S3Backend(RemoteBackend[_Session]):
                 data: bytes = await body.read()
             if len(data) != length:
                 raise self._cut_short(key, len(data), length)
-            if bounds and "ContentRange" not in reply:  # a server that does not know ranges sends all of it
-                return data[start:end]
-            return data
+            if "ContentRange" in reply:
+                return data if end is None else data[: max(0, end - start)]
+            return data[start:end]  # all of it: also from a server that does not know ranges
 
         return self._call("get", key, request)
 
@@ -184,11 +182,8 @@ class S3Backend(RemoteBackend[_Session]):
     def create(self, key: str, data: ReadableBuffer) -> None:
         if self.exclusive:
             self._put("create", key, data, {"IfNoneMatch": "*"})
-            return
-        name = self._name(key)
-        if any(entry.key == key for entry in self._page(name, None)[0]):
-            raise KeyExistsError(errno.EEXIST, f"{self.url}: key {key!r} exists")
-        self.put(key, data)
+        else:
+            self._look_then_put(key, data)
 
     def delete(self, keys: Iterable[str]) -> None:
         remaining = [self._name(key) for key in keys]

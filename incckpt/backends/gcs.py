@@ -1,0 +1,288 @@
+"""A store in a Google Cloud Storage bucket.
+
+gcsfs finds the credentials, the endpoint and the project; the requests are the JSON API's own, one per operation, so
+that every answer's status is known and nothing is retried out of sight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import aiohttp
+import google.auth.exceptions
+import requests
+from gcsfs.core import GCSFileSystem
+from gcsfs.retry import HttpError
+from yarl import URL
+
+from incckpt.backends.base import Backend, Entry, PagedListing, ReadableBuffer, redact, validate_key, validate_prefix
+from incckpt.backends.remote import (
+    NO_SUCH_ROOT,
+    CredentialsExpired,
+    Deadline,
+    RemoteBackend,
+    RequestFailed,
+    byte_range,
+    gather,
+    open_http,
+    pieces,
+    take_options,
+)
+from incckpt.errors import OptionError
+
+__all__ = ["GCSBackend", "open_url"]
+
+_URL = re.compile(r"(?:gs|gcs)://(?P<bucket>[a-z0-9][a-z0-9._-]{1,221})(?:/(?P<path>[^?#]*))?", re.IGNORECASE)
+_RATE_LIMITS = frozenset({"rateLimitExceeded", "userRateLimitExceeded"})
+_CAUSES = {
+    NO_SUCH_ROOT: "there is no such bucket: create it, or correct the URL",
+    "accountDisabled": "the account or its billing is disabled",
+    "userProjectMissing": "the bucket makes the requester pay: pass requester_pays=True and a project",
+}
+
+
+def open_url(url: str, storage_options: Mapping[str, Any]) -> Backend:
+    """Return the backend for ``gs://bucket/path``; `storage_options` are gcsfs's, and ``request_timeout``.
+
+    Raises
+    ------
+    OptionError
+        If the URL names no bucket.
+    """
+    match = _URL.fullmatch(url)
+    if match is None:
+        raise OptionError(f"not a GCS URL, as gs://bucket/path: {redact(url)}")
+    options = dict(storage_options)
+    limits = take_options(options, url)
+    return GCSBackend(match["bucket"], match["path"] or "", options, **limits)
+
+
+class _Session:
+    """A gcsfs file system, for its credentials and endpoint, and connections of our own."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        # An empty project is none, without gcsfs's warning that buckets cannot be listed, which nobody asks for.
+        project = os.environ.get("GOOGLE_CLOUD_PROJECT") or os.environ.get("GCLOUD_PROJECT") or ""
+        access = {"project": project, "access": "read_write"}
+        self._fs = GCSFileSystem(**{**access, **options, "use_listings_cache": False, "skip_instance_cache": True})
+        self._http: aiohttp.ClientSession | None = None
+        self._headers: dict[str, str] = {}
+        self.root = self._fs.base.removesuffix("/storage/v1/")
+
+    async def open(self) -> None:
+        """Make the connections' pool, and see to it that the token is good for this request."""
+        if self._http is None:
+            self._http = open_http(**self._fs.session_kwargs)
+        headers: dict[str, str] = {}
+        await asyncio.to_thread(self._fs.credentials.apply, headers)  # may ask for a token, blocking
+        self._headers = headers
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._http is not None:
+            await self._http.close()
+
+    @asynccontextmanager
+    async def call(
+        self,
+        method: str,
+        path: str,
+        parameters: Mapping[str, str] | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        data: AsyncIterator[memoryview] | None = None,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Make one request and give its answer, which is a success."""
+        assert self._http is not None
+        query = dict(parameters or {})
+        if self._fs.requester_pays:
+            named = isinstance(self._fs.requester_pays, str)
+            query["userProject"] = self._fs.requester_pays if named else self._fs.project
+        url = URL(f"{self.root}{path}?{urlencode(query)}", encoded=True)
+        async with self._http.request(method, url, headers={**self._headers, **(headers or {})}, data=data) as reply:
+            if reply.status >= 400:
+                raise _failed(reply.status, await reply.read())
+            yield reply
+
+
+class GCSBackend(RemoteBackend[_Session]):
+    """Keys below ``gs://bucket/path``.
+
+    Parameters
+    ----------
+    bucket, path
+        Where the root is; slashes around `path` do not count.
+    storage_options
+        gcsfs's: ``token``, ``project``, ``requester_pays``, ``endpoint_url``, ``session_kwargs`` …
+    timeout, min_rate
+        As in :class:`~incckpt.backends.remote.RemoteBackend`.
+    """
+
+    def __init__(
+        self, bucket: str, path: str = "", storage_options: Mapping[str, Any] | None = None, **limits: float
+    ) -> None:
+        path = path.strip("/")
+        super().__init__(f"gs://{bucket}/{path}".rstrip("/"), **limits)
+        self._objects = f"/storage/v1/b/{quote(bucket, safe='')}/o"
+        self._root = f"{path}/" if path else ""
+        self._options = dict(storage_options or {})
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        path = self._path(key)
+        wanted = byte_range(start, end)
+
+        async def request(session: _Session, deadline: Deadline) -> bytes:
+            try:
+                async with session.call("GET", path, {"alt": "media"}, headers=wanted) as reply:
+                    return await self._read(key, reply, deadline, start, end)
+            except RequestFailed as failure:
+                if wanted and failure.status == 416:  # the value ends before `start`
+                    return b""
+                raise
+
+        return self._call("get", key, request)
+
+    def put(self, key: str, data: ReadableBuffer) -> None:
+        self._put("put", key, data, {})
+
+    def create(self, key: str, data: ReadableBuffer) -> None:
+        if self.exclusive:
+            self._put("create", key, data, {"ifGenerationMatch": "0"})
+        else:
+            self._look_then_put(key, data)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        paths = [self._path(key) for key in keys]
+        if not paths:
+            return
+
+        async def request(session: _Session, deadline: Deadline) -> None:
+            async def delete(path: str) -> None:
+                try:
+                    async with session.call("DELETE", path):
+                        pass
+                except RequestFailed as failure:
+                    if failure.status != 404 or failure.code == NO_SUCH_ROOT:
+                        raise
+                deadline.expect(0)
+
+            await gather(delete, paths)
+
+        self._call("delete", f"{len(paths)} keys", request)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        begin = self._root + validate_prefix(prefix)
+        return PagedListing(lambda token: self._page(prefix, begin, token))
+
+    def head(self, key: str) -> Entry:
+        path = self._path(key)
+
+        async def request(session: _Session, _: Deadline) -> Entry:
+            async with session.call("GET", path, {"fields": "size,updated"}) as reply:
+                return _entry(key, json.loads(await reply.read()))
+
+        return self._call("head", key, request)
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def _path(self, key: str) -> str:
+        return f"{self._objects}/{quote(self._root + validate_key(key), safe='')}"
+
+    def _put(self, verb: str, key: str, data: ReadableBuffer, condition: Mapping[str, str]) -> None:
+        parameters = {"uploadType": "media", "name": self._root + validate_key(key), "fields": "size", **condition}
+        view = memoryview(data).cast("B")
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(len(view))}
+
+        async def request(session: _Session, _: Deadline) -> None:
+            async with session.call(
+                "POST", f"/upload{self._objects}", parameters, headers=headers, data=pieces(view)
+            ) as reply:
+                stored = int(json.loads(await reply.read())["size"])
+            if stored != len(view):
+                raise self._cut_short(key, stored, len(view))
+
+        self._call(verb, key, request, len(view))
+
+    def _page(self, prefix: str, begin: str, token: str | None) -> tuple[Sequence[Entry], str | None]:
+        parameters = {"prefix": begin, "fields": "items(name,size,updated),nextPageToken", "maxResults": "1000"}
+        if token is not None:
+            parameters["pageToken"] = token
+
+        async def request(session: _Session, _: Deadline) -> dict[str, Any]:
+            async with session.call("GET", self._objects, parameters) as reply:
+                page: dict[str, Any] = json.loads(await reply.read())
+                return page
+
+        page = self._call("list", prefix, request)
+        entries = [_entry(found["name"][len(self._root) :], found) for found in page.get("items", ())]
+        return entries, page.get("nextPageToken")
+
+    # -- connection and errors ----------------------------------------------------------------------------------------
+
+    def _connect(self) -> _Session:
+        try:
+            return _Session(self._options)
+        except (TypeError, ValueError, KeyError) as exc:
+            raise OptionError(f"{self.url}: storage_options are not what gcsfs takes: {exc}") from exc
+
+    async def _open(self, client: _Session) -> None:
+        await client.open()
+
+    async def _disconnect(self, client: _Session) -> None:
+        await client.close()
+
+    def _failure(self, exc: Exception) -> RequestFailed | None:
+        if isinstance(exc, HttpError):  # gcsfs could not renew the token
+            return CredentialsExpired(401, "", str(exc))
+        if isinstance(exc, google.auth.exceptions.GoogleAuthError) and not self._is_transient(exc):
+            return RequestFailed(401, "", str(exc))
+        return None
+
+    def _is_transient(self, exc: Exception) -> bool:
+        if isinstance(exc, aiohttp.ClientSSLError):
+            return False
+        return isinstance(
+            exc,
+            aiohttp.ClientError
+            | google.auth.exceptions.TransportError
+            | requests.exceptions.RequestException
+            | json.JSONDecodeError
+            | ConnectionError
+            | EOFError,
+        )
+
+    def _advice(self, failure: RequestFailed, verb: str) -> str:
+        if failure.code in _CAUSES:
+            return _CAUSES[failure.code]
+        if failure.status in (401, 403):
+            return "the credentials do not allow this, or there are none: see the roles in docs/backends.md"
+        return ""
+
+
+def _entry(key: str, resource: Mapping[str, Any]) -> Entry:
+    return Entry(key, int(resource["size"]), datetime.fromisoformat(resource["updated"]).timestamp())
+
+
+def _failed(status: int, body: bytes) -> RequestFailed:
+    """Return what an answer says, which is JSON, or for a download plain text."""
+    text = body.decode(errors="replace")
+    code = ""
+    try:
+        error = json.loads(text)["error"]
+        text = error["message"]
+        code = error["errors"][0]["reason"]
+    except (ValueError, KeyError, TypeError, IndexError):
+        pass
+    if status == 404 and "bucket does not exist" in text:
+        code = NO_SUCH_ROOT
+    if status == 401:
+        return CredentialsExpired(status, code, text)
+    return RequestFailed(status, code, text[:500], transient=True if code in _RATE_LIMITS else None)

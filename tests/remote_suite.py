@@ -1,0 +1,109 @@
+"""What every backend over a network must stand, as a test class: requests broken by a proxy in every way."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import pytest
+
+from incckpt.backends import Backend
+from incckpt.backends.retry import RetryBackend
+from incckpt.errors import BackendTimeoutError, KeyExistsError
+from incckpt.testing.conformance import BackendConformance
+from tests.servers.fault_proxy import FaultProxy, Rule
+
+
+class MakeBackend(Protocol):
+    """Makes a backend over an empty root, whose requests go through the proxy; one attempt each."""
+
+    def __call__(self, root: str, **limits: float) -> Backend: ...
+
+
+def patient(backend: Backend) -> RetryBackend:
+    """Return a backend that repeats without waiting."""
+    return RetryBackend(backend, sleep=lambda _: None)
+
+
+ONE_OF_EACH: dict[str, Callable[[Backend], object]] = {
+    "get": lambda store: store.get("there") == b"value",
+    "head": lambda store: store.head("there").size == 5,
+    "put": lambda store: store.put("put", b"x" * 200_000) is None and store.get("put") == b"x" * 200_000,
+    "create": lambda store: store.create("created", b"y" * 200_000) is None and store.get("created") == b"y" * 200_000,
+    "list": lambda store: [entry.key for entry in store.list("th")] == ["there"],
+    "delete": lambda store: store.delete(["a", "b"]) is None,
+}
+"""An operation of each kind and whether it did what it should; they need ``there`` to be ``value``."""
+
+
+class RemoteFaults:
+    """Needs the fixtures `shared_proxy`, in front of the server, and `make`, of class or module scope."""
+
+    has_body = frozenset({"get", "list"})
+    """The operations whose replies have a body to break off."""
+
+    @pytest.fixture
+    def proxy(self, shared_proxy: FaultProxy) -> Iterator[FaultProxy]:
+        """Return the proxy with no rules."""
+        shared_proxy.rules = []
+        shared_proxy.seen.clear()
+        yield shared_proxy
+        shared_proxy.rules = []
+
+    @pytest.mark.parametrize("do", ["status", "reset", "lose_reply", "cut_upload", "truncate"])
+    def test_a_tenth_of_the_requests_broken_in_one_way(self, proxy: FaultProxy, make: MakeBackend, do: str) -> None:
+        """Every operation many times, each kind of fault at 10 %: all ends as if nothing had happened."""
+        values = {f"k/{number:02d}": bytes([number]) * (1 + number * 1_000) for number in range(30)}
+        with make(str(uuid.uuid4())) as backend:
+            rule = Rule(do, times=None, chance=0.1)
+            proxy.rules = [rule]
+            store = patient(backend)
+            for key, value in values.items():
+                store.create(key, value)
+                store.put(f"again/{key}", b"old")
+                store.put(f"again/{key}", value)
+                with pytest.raises(KeyExistsError):
+                    store.create(key, value + b"other")
+            assert {key: store.get(key) for key in values} == values
+            assert {key: store.get(f"again/{key}", 5, 500) for key in values} == {
+                k: v[5:500] for k, v in values.items()
+            }
+            found = {entry.key: entry.size for entry in store.list("k/")}
+            assert found == {key: len(value) for key, value in values.items()}
+            store.delete([f"again/{key}" for key in values])
+            store.delete(list(values)[:10])
+            assert sorted(entry.key for entry in store.list()) == sorted(values)[10:]
+            assert rule.struck > 3
+
+    @pytest.mark.parametrize("do", ["hang", "hang_upload", "hang_reply", "hang_download"])
+    def test_hangs_end_at_our_deadline(self, proxy: FaultProxy, make: MakeBackend, do: str) -> None:
+        """Before 100 Continue, after the body, after the work, in the middle of the reply."""
+        with make(str(uuid.uuid4()), timeout=0.3, min_rate=10 << 20) as backend:
+            store = patient(backend)
+            store.put("there", b"value")
+            for name, operation in ONE_OF_EACH.items():
+                if do != "hang_download" or name in self.has_body:
+                    rule = Rule(do)
+                    proxy.rules = [rule]
+                    assert operation(store), name
+                    assert rule.struck == 1
+            proxy.rules = [Rule(do, times=None)]
+            with pytest.raises(BackendTimeoutError, match=r"get 'there': no answer in time \(0\.3 s") as caught:
+                backend.get("there")
+            assert caught.value.transient
+
+
+class ConformanceUnderFaults(BackendConformance):
+    """The whole suite while a tenth of all requests breaks, in all ways in which one can without hanging."""
+
+    large_value = 1 << 20
+    many_keys = 60
+
+    @pytest.fixture
+    def backend(self, shared_proxy: FaultProxy, make: MakeBackend) -> Iterator[Backend]:
+        with patient(make(str(uuid.uuid4()))) as backend:
+            kinds = ("status", "reset", "lose_reply", "cut_upload", "truncate")
+            shared_proxy.rules = [Rule(do, times=None, chance=0.02) for do in kinds]
+            yield backend
+            shared_proxy.rules = []
