@@ -18,7 +18,7 @@ import torch
 from incckpt.build import Buffer, Builder, Bytes, MapLocation, device_available, set_generator_state
 from incckpt.entries import TensorEntry
 from incckpt.errors import PickleRefusedError, StateMismatchError
-from incckpt.live import Live, copy_into, find_destinations
+from incckpt.live import Live, copy_into, find_destinations, overlaps_itself
 from incckpt.plain import type_name
 from incckpt.rng import RngState
 from incckpt.stateful import (
@@ -343,8 +343,10 @@ class Assignment:
         shape = tuple(live.shape)
         if not same or shape != entry.shape:
             return f"is {kind} {dtype} {shape} here and {entry.kind} {entry.dtype} {entry.shape} in the checkpoint"
-        if any(size > 1 and step == 0 != old for size, step, old in zip(shape, stride, entry.stride, strict=True)):
-            return "is expanded here, and not in the checkpoint: several elements share one place in memory"
+        if overlaps_itself(live) and tuple(stride) != entry.stride:
+            return (
+                f"has stride {tuple(stride)} here, so that elements share memory, and {entry.stride} in the checkpoint"
+            )
         return ""
 
 

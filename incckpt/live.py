@@ -12,7 +12,7 @@ import torch
 from incckpt.entries import TensorEntry, byte_extent, byte_strides
 from incckpt.memory import overlap_groups, raw_array, raw_view
 
-__all__ = ["Live", "copy_into", "find_destinations"]
+__all__ = ["Live", "copy_into", "find_destinations", "overlaps_itself"]
 
 Live: TypeAlias = torch.Tensor | npt.NDArray[Any]
 
@@ -57,20 +57,39 @@ def find_destinations(
     return found
 
 
+def overlaps_itself(live: Live) -> bool:
+    """Whether several elements of `live` share one place in memory (expanded tensors, sliding windows)."""
+    _, strides, reach = _memory_of(live)
+    for step, size in sorted((abs(step), size) for size, step in zip(live.shape, strides, strict=True) if size > 1):
+        if step < reach:
+            return True
+        reach += (size - 1) * step
+    return False
+
+
 def copy_into(live: Live, source: Live) -> None:
-    """Copy `source`, of the same shape and dtype, bit for bit, unless it is that memory itself."""
+    """Copy `source`, of the same shape and dtype, bit for bit, unless it is that memory itself.
+
+    If `live` overlaps itself, `source` must do so in the same way.
+    """
     if isinstance(live, np.ndarray):
         assert isinstance(source, np.ndarray)
         if _memory_of(live) != _memory_of(source):
             raw_array(live)[...] = raw_array(source)
         return
     assert isinstance(source, torch.Tensor)
+    if live.is_cpu and _memory_of(live) == _memory_of(source):
+        return
     if (live.is_conj(), live.is_neg()) != (source.is_conj(), source.is_neg()):
         with torch.no_grad():
             live.copy_(source)
-    elif not live.is_cpu or _memory_of(live) != _memory_of(source):
-        once = tuple(slice(0, 1) if step == 0 else slice(None) for step in live.stride())  # expanded dimensions
-        raw_view(live)[once].copy_(raw_view(source)[once])
+        return
+    once = tuple(slice(0, 1) if step == 0 else slice(None) for step in live.stride())
+    target, origin = raw_view(live)[once], raw_view(source)[once]
+    if live.is_cpu and overlaps_itself(target):
+        target.numpy()[...] = origin.numpy()  # torch refuses
+    else:
+        target.copy_(origin)
 
 
 def _is_laid_out_alike(entry: TensorEntry, live: Live) -> bool:
