@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,27 @@ def test_sample_from_a_url_alone(demo: tuple[Path, str], tmp_path: Path, fragmen
     store, _ = demo
     output = run(ROOT / "examples" / "sample.py", f"file://{store}{fragment}", "--length", 9, cwd=tmp_path)
     assert output.startswith("def ")
+
+
+def test_readme_code_runs_and_resumes(tmp_path: Path) -> None:
+    program = tmp_path / "readme.py"
+    program.write_text("".join(re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)))
+    for attempts in (1, 2):
+        run(program, cwd=tmp_path)
+        assert len(list((tmp_path / "checkpoints" / "runs" / "default" / "attempts").glob("*.from"))) == attempts
+    with incckpt.CheckpointManager(tmp_path / "checkpoints", read_only=True) as manager:
+        assert [checkpoint.step for checkpoint in manager.list()] == [60, 70, 80, 90, 100]
+    with incckpt.CheckpointManager(tmp_path / "elsewhere", read_only=True) as manager:
+        assert [checkpoint.step for checkpoint in manager.list()] == [0, 1]
+
+
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
 def test_save_benchmark_runs(tmp_path: Path) -> None:
