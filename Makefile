@@ -19,7 +19,7 @@ demo: $(VENV)/built ## Train, kill in the middle of a save, resume, compare (two
 	$(BIN)/python examples/demo.py
 
 test: lint types ## Build, lint, check types, run all tests
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
 lint: $(VENV)/built ## Style, formatting, layers
 	$(BIN)/ruff check .
@@ -30,7 +30,10 @@ types: $(VENV)/built ## mypy, strict
 	$(BIN)/mypy
 
 bench: $(VENV)/built ## All benchmarks, each at its small size
-	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	$(BIN)/python benchmarks/bench_save.py --scale 0.2
+	$(BIN)/python benchmarks/bench_detect.py
+	$(BIN)/python benchmarks/bench_codec.py master
+	$(BIN)/python benchmarks/bench_bytes.py --saves 5
 
 clean: ## Remove what was built or downloaded, the environment included
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .ruff_cache .import_linter_cache .bench .demo

@@ -281,10 +281,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu", help="where the state is")
     parser.add_argument("--share", action="append", choices=SHARES, help="only this; may be repeated")
+    parser.add_argument("--only", choices=("time", "memory"), help="measure only this")
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the folder for temporary files)")
     options = parser.parse_args(arguments)
 
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        if options.only != "memory":
+            show_time(options, Path(folder))
+        if options.only != "time" and Path("/proc/self/statm").exists():
+            show_memory(options, Path(folder))
+
+
+def show_time(options: argparse.Namespace, folder: Path) -> None:
+    """Measure and print blocking and durable times."""
     state = transformer(options.scale, options.device)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(
@@ -293,18 +303,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print(f"{'':<29} {'blocked, ms':^26} {'durable':>8} {'ratio of':^15}")
     print(f"{'changed':<29} {'median':>8} {'least':>8} {'most':>8} {'median':>8} {'medians':>7} {'least':>7}")
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        for share in options.share or SHARES:
-            show(share, measure(state, share, options.rounds, options.device, Path(folder)))
-    del state
-    if Path("/proc/self/statm").exists():
-        print(f"\n{'memory / state':<18} {'first':>9} {'30% peak':>9} {'100% peak':>9} {'after':>9}")
-        for name in contenders(options.device):
-            with (
-                tempfile.TemporaryDirectory(dir=options.folder) as folder,
-                multiprocessing.get_context("spawn").Pool(1) as pool,
-            ):
-                print(pool.apply(memory, (name, options.scale, options.device, Path(folder))), flush=True)
+    for share in options.share or SHARES:
+        show(share, measure(state, share, options.rounds, options.device, folder))
+
+
+def show_memory(options: argparse.Namespace, folder: Path) -> None:
+    """Measure and print memory, each contender in a fresh process."""
+    print(f"\n{'memory / state':<18} {'first':>9} {'30% peak':>9} {'100% peak':>9} {'after':>9}")
+    for name in contenders(options.device):
+        place = folder / f"memory-{name}"
+        place.mkdir()
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            print(pool.apply(memory, (name, options.scale, options.device, place)), flush=True)
+        shutil.rmtree(place)
 
 
 if __name__ == "__main__":
