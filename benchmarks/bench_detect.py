@@ -3,8 +3,8 @@
 The shapes are those of the model's ``state_dict()``: embedding, 16 layers of 9 tensors, the last norm, and ``lm_head``
 as a tensor of its own (in the released model it is the embedding; counted apart they make 147 tensors and 1.498 G
 parameters). In part of the tensors every element differs from the base. Everything is timed in one run with the same
-number of threads, the best of several rounds each; speeds count the bytes of both copies, and the memory's own is
-that of the fastest kernel that reads them all.
+number of threads, in turn, the best of several rounds each; speeds count the bytes read and written, and the
+memory's own is that of the fastest kernel that reads both copies whole.
 
     python benchmarks/bench_detect.py                 # a quarter of the size
     python benchmarks/bench_detect.py --scale 1       # 6 GB, and 3 GB more for torch's temporaries
@@ -17,6 +17,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,13 @@ class Pair:
         )
         return np.sqrt(diff / base)
 
+    def copy(self, threads: int) -> None:
+        detect.copy(self.src, self.dst, self.sizes, threads=threads)
+
+    def torch_copy(self) -> None:
+        for c, b in zip(self.current, self.base, strict=True):
+            b.copy_(c)
+
     def torch_equal(self) -> npt.NDArray[np.bool_]:
         return np.array([not torch.equal(c, b) for c, b in zip(self.current, self.base, strict=True)])
 
@@ -107,14 +115,20 @@ def states(scale: float, seed: int) -> tuple[Pair, Pair]:
     return Pair(current, base), Pair(changed, base)
 
 
-def best(rounds: int, function: Callable[[], object]) -> float:
-    """Return the shortest time of a call, in seconds."""
-    times = []
-    for _ in range(rounds):
+@dataclass
+class Way:
+    """One row of the table: what is timed, the bytes it reads or writes, and the way that it is compared with."""
+
+    name: str
+    nbytes: int
+    call: Callable[[], object]
+    instead_of: str = ""
+    seconds: float = float("inf")
+
+    def time(self) -> None:
         start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        self.call()
+        self.seconds = min(self.seconds, time.perf_counter() - start)
 
 
 def processor() -> str:
@@ -140,31 +154,25 @@ def report(scale: float, threads: int, rounds: int, seed: int) -> None:
     staged = Pair(moved, [torch.ones_like(tensor) for tensor in moved])
 
     both = 2 * equal.nbytes
-    read = best(rounds, lambda: equal.read(threads))
-    exact = best(rounds, lambda: equal.exact(threads))
-    memory = both / min(read, exact)
-    plain_l2 = best(min(rounds, 2), part.torch_l2)
-    plain_equal = best(rounds, equal.torch_equal)
-    plain_part = best(rounds, part.torch_equal)
-    rows = [
-        ("read both copies", both, read, None),
-        ("exact, nothing changed", both, exact, plain_equal),
-        ("  torch.equal each", both, plain_equal, None),
-        ("exact, 30 % changed", both, best(rounds, lambda: part.exact(threads)), plain_part),
-        ("  torch.equal each", both, plain_part, None),
+    ways = [
+        Way("read both copies", both, lambda: equal.read(threads)),
+        Way("exact, nothing changed", both, lambda: equal.exact(threads), "torch.equal, nothing changed"),
+        Way("torch.equal, nothing changed", both, equal.torch_equal),
+        Way("exact, 30 % changed", both, lambda: part.exact(threads), "torch.equal, 30 % changed"),
+        Way("torch.equal, 30 % changed", both, part.torch_equal),
+        *(
+            Way(f"relative L2, {kernel}", both, partial(part.l2, threads, kernel), "relative L2, torch in float32")
+            for kernel in detect.KERNELS
+        ),
+        Way("relative L2, torch in float32", both, part.torch_l2),
+        Way("copy of the changed", 2 * staged.nbytes, lambda: staged.copy(threads), "Tensor.copy_ of the changed"),
+        Way("Tensor.copy_ of the changed", 2 * staged.nbytes, staged.torch_copy),
     ]
-    for kernel in detect.KERNELS:
-        seconds = best(rounds, lambda kernel=kernel: part.l2(threads, kernel))  # type: ignore[misc]
-        rows.append((f"relative L2, {kernel}", both, seconds, plain_l2))
-    rows.append(("  torch, in float32", both, plain_l2, None))
-    rows.append(
-        (
-            "copy of what changed",
-            2 * staged.nbytes,
-            best(rounds, lambda: detect.copy(staged.src, staged.dst, staged.sizes, threads=threads)),
-            best(rounds, lambda: [b.copy_(c) for c, b in zip(staged.current, staged.base, strict=True)]),
-        )
-    )
+    for _ in range(rounds):  # in turn, so that what else the machine does falls on all alike
+        for way in ways:
+            way.time()
+    seconds = {way.name: way.seconds for way in ways}
+    memory = both / min(seconds["read both copies"], seconds["exact, nothing changed"])
 
     parameters = sum(tensor.numel() for tensor in equal.base)
     print(f"{processor()}, {threads} threads; torch {torch.__version__}, numpy {np.__version__}")
@@ -172,11 +180,11 @@ def report(scale: float, threads: int, rounds: int, seed: int) -> None:
         f"{len(equal.base)} tensors, {parameters / 1e9:.3f} G parameters, bfloat16, 2 x {equal.nbytes / GIB:.2f} GiB; "
         f"{int(changed.sum())} tensors changed ({staged.nbytes / equal.nbytes:.0%} of the bytes)"
     )
-    print(f"{'':26}{'ms':>10}{'GB/s':>8}{'of memory':>11}{'x torch':>9}")
-    for name, nbytes, seconds, other in rows:
-        speed = nbytes / seconds
-        versus = "" if other is None else f"{other / seconds:.1f}"
-        print(f"{name:26}{seconds * 1e3:10.2f}{speed / 1e9:8.2f}{speed / memory:11.2f}{versus:>9}")
+    print(f"{'':30}{'ms':>10}{'GB/s':>8}{'of memory':>11}{'x torch':>9}")
+    for way in ways:
+        speed = way.nbytes / way.seconds
+        versus = f"{seconds[way.instead_of] / way.seconds:.1f}" if way.instead_of else ""
+        print(f"{way.name:30}{way.seconds * 1e3:10.2f}{speed / 1e9:8.2f}{speed / memory:11.2f}{versus:>9}")
 
 
 def main() -> None:
@@ -184,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--scale", type=float, default=0.25, help="rows of each tensor, relative to the model's")
     parser.add_argument("--threads", type=int, default=detect.default_threads())
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of which the fastest counts")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     report(options.scale, options.threads, options.rounds, options.seed)
