@@ -1,0 +1,79 @@
+"""A power cut at any system call of a save and prune loop, on a disk that keeps only what was synced."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+import incckpt
+from incckpt.backends.local import LocalBackend
+from incckpt.errors import SaveError
+from incckpt.manager import CheckpointManager
+from incckpt.testing.faults import PowerCut, StopAt, UnsyncedDisk
+from tests.children.save_loop import equals, state_at
+from tests.stores import orphans
+
+STEPS = 3
+
+
+def save_until_the_cut(root: Path, disk: UnsyncedDisk, nth: int) -> tuple[list[int], int]:
+    """Save and prune in a loop until the `nth` system call; return the steps announced and the calls made."""
+    calls = StopAt(nth, inner=disk)
+    announced: list[int] = []
+    try:
+        with CheckpointManager(LocalBackend(str(root / "store"), calls=calls), keep_last_n=1, threads=1) as manager:
+            for step in range(1, STEPS + 1):
+                manager.save(step, state_at(step)).result()
+                announced.append(step)
+    except (PowerCut, SaveError):
+        pass
+    return announced, calls.count
+
+
+@pytest.mark.parametrize("keep_entries", [False, True], ids=["nothing unsynced", "entries but not content"])
+def test_what_was_announced_survives(tmp_path: Path, keep_entries: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    root = tmp_path / "whole"
+    root.mkdir()
+    announced, calls = save_until_the_cut(root, UnsyncedDisk(root), 0)
+    assert announced == list(range(1, STEPS + 1))
+    for nth in range(2, calls, 11):
+        root = tmp_path / str(nth)
+        root.mkdir()
+        disk = UnsyncedDisk(root)
+        announced, _ = save_until_the_cut(root, disk, nth)
+        disk.crash(keep_entries=keep_entries)
+        store = root / "store"
+        with CheckpointManager(store, read_only=True) as reader:
+            listed = [checkpoint.step for checkpoint in reader.list()]
+        assert not announced or max(listed, default=0) >= announced[-1], (nth, announced, listed)
+        for step in listed:
+            assert equals(incckpt.load(store, step=step), step)
+        with CheckpointManager(store, keep_last_n=1) as manager:
+            manager.save(10, state_at(10)).result()
+        assert equals(incckpt.load(store), 10)
+        assert orphans(store) == set()
+
+
+def test_a_sync_left_out_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Leaving out one fsync of the last save loses it, for at least most of them: the model is no rubber stamp."""
+    caplog.set_level(logging.CRITICAL)
+    root = tmp_path / "whole"
+    root.mkdir()
+    disk = UnsyncedDisk(root)
+    save_until_the_cut(root, disk, 0)
+    lost = 0
+    for skipped in range(1, disk.fsyncs + 1):
+        root = tmp_path / str(skipped)
+        root.mkdir()
+        mutant = UnsyncedDisk(root, skip_fsync=skipped)
+        announced, _ = save_until_the_cut(root, mutant, 0)
+        assert announced[-1] == STEPS
+        mutant.crash()
+        try:
+            lost += not equals(incckpt.load(root / "store"), STEPS)
+        except incckpt.IncckptError:
+            lost += 1
+    assert lost >= 4, "the marker's, the last objects', the manifest's and the ref's syncs at least"
