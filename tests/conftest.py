@@ -5,9 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import aiobotocore.session
 import pytest
 
-from tests.servers.processes import python_server
+from tests.servers.installed import NotInstalled, azurite
+from tests.servers.processes import free_port, program_server, python_server
+
+
+@pytest.fixture(scope="session")
+def azure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Return the port of azurite, Microsoft's own emulator; installed from npm once for this Python environment."""
+    try:
+        program = azurite()
+    except NotInstalled as exc:
+        pytest.skip(str(exc))
+    port, folder = free_port(), tmp_path_factory.mktemp("azurite")
+    options = ["--inMemoryPersistence", "--silent", "--skipApiVersionCheck", "--disableTelemetry"]
+    command = [*program, "--blobHost", "127.0.0.1", "--blobPort", str(port), *options]
+    with program_server(command, port, folder / "log"):
+        yield port
 
 
 @pytest.fixture(scope="session")
@@ -21,4 +37,6 @@ def gcs_server() -> Iterator[int]:
 def s3_server() -> Iterator[dict[str, Any]]:
     """Return s3fs options for an S3 server with exact conditions."""
     with python_server("s3_server") as port:
-        yield {"key": "test", "secret": "testtest", "endpoint_url": f"http://127.0.0.1:{port}"}
+        # One session for all, because each would parse botocore's descriptions of S3 anew, for a quarter of a second.
+        session = aiobotocore.session.AioSession()
+        yield {"key": "test", "secret": "testtest", "endpoint_url": f"http://127.0.0.1:{port}", "session": session}

@@ -43,6 +43,9 @@ class RemoteFaults:
     has_body = frozenset({"get", "list"})
     """The operations whose replies have a body to break off."""
 
+    rounds = 30
+    """Values put, created, read and deleted while a tenth of the requests breaks."""
+
     @pytest.fixture
     def proxy(self, shared_proxy: FaultProxy) -> Iterator[FaultProxy]:
         """Return the proxy with no rules."""
@@ -54,7 +57,7 @@ class RemoteFaults:
     @pytest.mark.parametrize("do", ["status", "reset", "lose_reply", "cut_upload", "truncate"])
     def test_a_tenth_of_the_requests_broken_in_one_way(self, proxy: FaultProxy, make: MakeBackend, do: str) -> None:
         """Every operation many times, each kind of fault at 10 %: all ends as if nothing had happened."""
-        values = {f"k/{number:02d}": bytes([number]) * (1 + number * 1_000) for number in range(30)}
+        values = {f"k/{number:02d}": bytes([number]) * (1 + number * 1_000) for number in range(self.rounds)}
         with make(str(uuid.uuid4())) as backend:
             rule = Rule(do, times=None, chance=0.1)
             proxy.rules = [rule]

@@ -54,9 +54,9 @@ def options_for(proxy: FaultProxy, **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def make(shared_proxy: FaultProxy, bucket: str) -> MakeBackend:
+def make(shared_proxy: FaultProxy, bucket: str, s3_server: dict[str, Any]) -> MakeBackend:
     def make(root: str, **limits: float) -> Backend:
-        return S3Backend(bucket, root, options_for(shared_proxy), **limits)
+        return S3Backend(bucket, root, options_for(shared_proxy, session=s3_server["session"]), **limits)
 
     return make
 

@@ -27,9 +27,9 @@ _REMOTE = {
     "s3a": ("s3", ("s3fs",), ""),
     "gs": ("gcs", ("gcsfs",), "gcs"),
     "gcs": ("gcs", ("gcsfs",), "gcs"),
-    "az": ("azure", ("adlfs",), "azure"),
-    "abfs": ("azure", ("adlfs",), "azure"),
-    "abfss": ("azure", ("adlfs",), "azure"),
+    "az": ("azure", ("azure", "adlfs"), "azure"),
+    "abfs": ("azure", ("azure", "adlfs"), "azure"),
+    "abfss": ("azure", ("azure", "adlfs"), "azure"),
     "http": ("http", ("aiohttp",), "http"),
     "https": ("http", ("aiohttp",), "http"),
 }

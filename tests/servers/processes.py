@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -84,15 +83,3 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
-
-
-def cache_folder(name: str) -> Path:
-    """Return a folder inside this Python environment for what a test run installs once."""
-    folder = Path(sys.prefix) / "share" / "incckpt-tests" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def environment_without(*prefixes: str) -> dict[str, str]:
-    """Return this process's environment without the variables that begin so."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
