@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 
 from incckpt.checkpoint import read_refs, to_record
-from incckpt.errors import BackendError, CollectionError, DistributedError, OptionError
+from incckpt.errors import CollectionError, DistributedError, IncckptError, OptionError, SupersededError
 from incckpt.gc import Collector
 from incckpt.manifest import Manifest
 from incckpt.objects import manifest_keys
 from incckpt.pipeline import Pipeline
-from incckpt.refs import Ref, RefName, condemned_lists, list_pins
+from incckpt.refs import Ref, RefName
 from incckpt.retention import KeepAll, Policy
 from incckpt.runs import Lineage
 from incckpt.save import SaveReport, Snapshot, Writer
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class Attempt:
     """A new attempt at a run; starting it takes the run over from whoever wrote it before.
 
-    After construction `number` is the attempt's, and `lineage` shows what there is to continue; `continue_from` decides,
+    Once made, `number` is the attempt's, and `lineage` shows what there is to continue; `continue_from` decides,
     and only then can `write` be called.
 
     Parameters
@@ -60,22 +60,23 @@ class Attempt:
         self._run = store.run(run)
         self._policy: Policy = policy or KeepAll()
         # Killed predecessors leave pins, and collectors lists: then one full sweep after the first commit.
-        self._sweep = bool(list_pins(store.backend, run) or condemned_lists(store.backend))
-        self.number = self._run.start_attempt()
+        lists = store.condemned.read()
+        self.number, unfinished = self._run.start_attempt()
+        self._sweep = unfinished or bool(lists)
         self.lineage: Lineage = self._run.lineage()
         self._history: dict[RefName, Ref] = {}
-        self._abandoned: dict[RefName, Ref] = {}
+        self._abandoned: dict[RefName, Ref | None] = {}  # None: unreadable
         self._unreadable: set[RefName] = set()
         self._sealed = False
-        self._collector = Collector(store)
         self._writer = Writer(
             store, self._run, self.number, threads=threads, settle=settle, base_of=base_of, pipeline=pipeline
         )
+        self._collector = Collector(store, discard=self._writer.spent.extend)
 
     @property
     def last_step(self) -> int | None:
         """The step of the lineage's latest checkpoint; the next save's has to be beyond it."""
-        return max((ref.step for ref in self._history.values()), default=None)
+        return max((name.step for name in (*self._history, *self._unreadable)), default=None)
 
     def continue_from(self, name: RefName | None, manifest: Manifest | None = None) -> None:
         """Decide what this attempt continues: the lineage up to checkpoint `name`, or nothing.
@@ -85,13 +86,18 @@ class Attempt:
         manifest
             Of that checkpoint, where it was read: what it holds need not be put again.
         """
-        refs = read_refs(self._run, self.lineage, self.lineage.live, self._skip)
-        earlier = {ref.name: ref for ref in refs if name is not None and ref.step <= name.step}
-        later = {ref.name: ref for ref in refs if ref.name not in earlier}
-        abandoned = read_refs(self._run, self.lineage, self.lineage.abandoned, self._skip)
-        self._history = earlier
-        self._abandoned = {ref.name: ref for ref in abandoned} | later
-        self._run.seal(self.number, self._history.values(), self._abandoned.values())
+        assert not self._sealed
+        refs = self._read(self.lineage.live)
+        earlier = {other: ref for other, ref in refs.items() if name is not None and other.step <= name.step}
+        later = {other: ref for other, ref in refs.items() if other not in earlier}
+        self._history = {other: ref for other, ref in earlier.items() if ref is not None}
+        self._unreadable = {other for other, ref in earlier.items() if ref is None}
+        self._abandoned = self._read(self.lineage.abandoned) | later
+        self._run.seal(
+            self.number,
+            [ref or other for other, ref in earlier.items()],
+            [ref or other for other, ref in self._abandoned.items()],
+        )
         if name is not None:
             if manifest is None and name in self._history:
                 manifest = self._manifest_if_readable(self._history[name])
@@ -99,9 +105,15 @@ class Attempt:
                 self._writer.continue_from(name, manifest)
         self._sealed = True
 
-    def _skip(self, name: RefName, error: Exception) -> None:
-        self._unreadable.add(name)
-        log.error("the ref of step %d is unreadable; delete that step to be rid of it: %s", name.step, error)
+    def _read(self, names: Sequence[RefName]) -> dict[RefName, Ref | None]:
+        """Return the refs that still stand; ``None`` for an unreadable one, which stays in the lineage by its name."""
+        unreadable: dict[RefName, Ref | None] = {}
+
+        def skip(name: RefName, error: Exception) -> None:
+            unreadable[name] = None
+            log.error("the ref of step %d is unreadable; delete that step to be rid of it: %s", name.step, error)
+
+        return {ref.name: ref for ref in read_refs(self._run, self.lineage, names, skip)} | unreadable
 
     def _manifest_if_readable(self, ref: Ref) -> Manifest | None:
         try:
@@ -133,25 +145,41 @@ class Attempt:
             If the checkpoint was not committed. Trouble with pruning or collecting is logged; the next save goes on.
         """
         assert self._sealed
+        for ref, manifest in self._writer.settle_commits():
+            # An earlier save that was said to have failed is there after all.
+            if ref.step < snapshot.step:
+                self._take_up(ref, manifest)
+            else:
+                self._run.expire([ref.name])
+                self._sweep = True
         self.check_step(snapshot.step, self.last_step)
-        ref, manifest = self._writer.write(snapshot, report)
-        self._history[ref.name] = ref
-        self._collector.note(self._run.ref_key(ref.name), manifest_keys(manifest) | {ref.manifest})
+        try:
+            ref, manifest = self._writer.write(snapshot, report)
+        except SupersededError:
+            self._writer.delete_spent()
+            raise
+        self._take_up(ref, manifest)
         self._tidy(ref.step)
         return ref
+
+    def _take_up(self, ref: Ref, manifest: Manifest) -> None:
+        self._history[ref.name] = ref
+        self._collector.note(self._run.ref_key(ref.name), manifest_keys(manifest) | {ref.manifest})
 
     def _tidy(self, step: int) -> None:
         try:
             self._prune(step)
             self._collect()
-        except (BackendError, CollectionError) as error:
+        except IncckptError as error:
             log.warning("pruning or collecting after step %d failed; nothing needed was touched: %s", step, error)
+        self._writer.spent += self._run.take_tombstones()
+        self._writer.delete_spent()
 
     def _prune(self, step: int) -> None:
         """Expire what the policy does not keep, and what was abandoned and is passed by now."""
         kept = set(self._policy([to_record(ref) for ref in self._history.values()])) | {step}
         doomed = [ref.name for ref in self._history.values() if ref.step not in kept]
-        doomed += [ref.name for ref in self._abandoned.values() if ref.step <= step]
+        doomed += [name for name in self._abandoned if name.step <= step]
         self._expire(doomed)
 
     def _expire(self, doomed: Sequence[RefName]) -> None:
@@ -186,7 +214,10 @@ class Attempt:
         names = {name for name in (*self._history, *self._abandoned) if name.step == step}
         names |= {name for name in self._unreadable if name.step == step}
         self._expire(sorted(names))
-        self._collect()
+        try:
+            self._collect()
+        finally:
+            self._writer.delete_spent()
         return bool(names)
 
     def close(self) -> None:

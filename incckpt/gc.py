@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from incckpt.backends.base import Backend
-from incckpt.errors import CollectionError, FormatError, IncckptError
+from incckpt.errors import CollectionError, FormatError, IncckptError, KeyNotFoundError
 from incckpt.objects import DELTAS, OBJECTS, manifest_keys
-from incckpt.refs import Pin, Ref, Tombstone, condemn, condemned_lists, create_once, list_pins, list_refs, new_nonce
+from incckpt.refs import Pin, Ref, Tombstone, create_once, list_pins, list_refs
 from incckpt.store import Store
 
 __all__ = ["STALE_SECONDS", "Collected", "Collector"]
@@ -22,6 +22,8 @@ __all__ = ["STALE_SECONDS", "Collected", "Collector"]
 log = logging.getLogger(__name__)
 
 STALE_SECONDS = 3600.0
+
+_TOMBSTONES = frozenset(tombstone.value for tombstone in Tombstone)
 
 
 @dataclass
@@ -42,10 +44,21 @@ class Collected:
 
 @dataclass
 class _List:
-    """An own condemned list, and the saves in flight that may not have seen it (``None``: not looked yet)."""
+    """An own condemned list.
+
+    Attributes
+    ----------
+    keys
+        What is on it.
+    blockers
+        The refs of the saves in flight that may not have seen it; ``None``: not looked yet.
+    takes_over
+        Lists of others whose keys are on this one, too: which of their keys still exist.
+    """
 
     keys: frozenset[str]
     blockers: frozenset[str] | None = None
+    takes_over: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 class Collector:
@@ -57,22 +70,40 @@ class Collector:
         To collect in.
     stale_seconds
         How long after its last heartbeat (by the server's clock) a save in flight is given up.
+    discard
+        Called with keys, of lists and pins, that nobody needs any more, to delete them now or together with others.
     """
 
-    def __init__(self, store: Store, *, stale_seconds: float = STALE_SECONDS) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        stale_seconds: float = STALE_SECONDS,
+        discard: Callable[[list[str]], None] | None = None,
+    ) -> None:
         self._store = store
+        self._discard = discard or store.backend.delete
         self._stale_seconds = stale_seconds
         self._needs: dict[str, frozenset[str]] = {}
         self._users: Counter[str] = Counter()  # how many refs need a key, as far as `_needs` goes
+        self._buried: set[str] = set()  # keys of refs where a tombstone was seen
         self._lists: dict[str, _List] = {}
         self._looked = False
+        self._over: list[str] = []  # pins, of those last listed, whose saves are over
+        self._fresh: str | None = None  # what this process has put since it last looked at the time
 
     @property
     def _backend(self) -> Backend:
         return self._store.backend
 
+    # -- what is needed
+
     def note(self, ref_key: str, keys: frozenset[str]) -> None:
-        """Take note of what a ref needs, so that its manifest is not read again."""
+        """Take note of what a ref that was just committed needs, so that its manifest is not read again."""
+        self._know(ref_key, keys)
+        self._fresh = ref_key
+
+    def _know(self, ref_key: str, keys: frozenset[str]) -> None:
         self._drop(ref_key)
         self._needs[ref_key] = keys
         self._users.update(keys)
@@ -95,7 +126,7 @@ class Collector:
         if known is None:
             try:
                 data = self._backend.get(ref_key)
-                if any(data == tombstone.value for tombstone in Tombstone):
+                if data in _TOMBSTONES:
                     return frozenset()
                 ref = Ref.from_json(data, ref_key)
                 known = manifest_keys(self._store.manifest(ref)) | {ref.manifest}
@@ -105,19 +136,43 @@ class Collector:
                 raise self._refuse(ref_key, error) from error
             except IncckptError as error:
                 raise self._refuse(ref_key, error) from error
-            self.note(ref_key, known)
+            self._know(ref_key, known)
         return known
 
     def _stands(self, ref_key: str) -> bool:
-        return any(
-            entry.key == ref_key and entry.size > len(Tombstone.EXPIRED.value) for entry in self._backend.list(ref_key)
-        )
+        try:
+            return self._backend.get(ref_key) not in _TOMBSTONES
+        except KeyNotFoundError:
+            return False
 
     def _refuse(self, ref_key: str, error: Exception) -> CollectionError:
         advice = "update incckpt" if isinstance(error, FormatError) else "delete that checkpoint if it is lost"
         return CollectionError(
             f"nothing was collected at {self._backend.url}: what {ref_key} needs is not known ({error}); {advice}"
         )
+
+    def _look(self) -> set[str]:
+        """List the refs of every run, learn what new ones need, and return the keys of all, tombstones included."""
+        buried: set[str] = set()
+        live: set[str] = set()
+        for _, name, key, tombstone in list_refs(self._backend):
+            if name is None:
+                raise CollectionError(
+                    f"nothing was collected at {self._backend.url}: {key} is not a ref that this version knows; "
+                    "update incckpt"
+                )
+            (buried if tombstone else live).add(key)
+        for key in self._needs.keys() - live:
+            self._drop(key)
+        for key in sorted(live):
+            self.needs(key)
+        for key in sorted(buried - self._buried):
+            self.needs(key)  # the listing only tells the size; a damaged ref is not a tombstone
+        self._buried = buried
+        self._looked = True
+        return buried | live
+
+    # -- collecting
 
     def condemn(self, doomed: Sequence[str]) -> None:
         """Condemn what, as far as is known, only the refs at `doomed` need; they may be expired right after.
@@ -132,9 +187,12 @@ class Collector:
         freed = Counter(key for ref_key in doomed for key in self.needs(ref_key))
         keys = frozenset(key for key, count in freed.items() if self._users[key] <= count)
         if keys:
-            collection = new_nonce()
-            condemn(self._backend, collection, keys)
-            self._lists[collection] = _List(keys)
+            self._put_list(keys)
+
+    def _put_list(self, keys: frozenset[str], takes_over: Mapping[str, frozenset[str]] | None = None) -> None:
+        name = self._store.condemned.put(keys)
+        self._lists[name] = _List(keys, takes_over=takes_over or {})
+        self._fresh = self._store.condemned.key(name)
 
     def sweep(self, *, min_age: float = 0.0) -> Collected:
         """Collect in the whole store: what killed saves, killed collectors and lost pins have left, too.
@@ -143,27 +201,38 @@ class Collector:
         ----------
         min_age
             Leave objects younger than this, in seconds by the server's clock.
+
+        Raises
+        ------
+        CollectionError
+            If a ref or manifest is unreadable; nothing was deleted.
         """
-        self._look()
-        collection = new_nonce()
-        condemn(self._backend, collection, ())
-        now = self._backend.head(f"gc/{collection}/condemned").modified
-        inherited = {name: keys for name, keys in condemned_lists(self._backend).items() if name not in self._lists}
-        inherited.pop(collection, None)
-        garbage: set[str] = set()
-        there: set[str] = set()
+        self._look()  # what cannot be collected should be known before everything is listed
+        others = {name: keys for name, keys in self._store.condemned.read().items() if name not in self._lists}
+        now = self._server_time() if min_age > 0 else None
+        there: dict[str, float | None] = {}
         for space in (OBJECTS, DELTAS):
-            for entry in self._backend.list(space):
-                there.add(entry.key)
-                old = now is None or entry.modified is None or now - entry.modified >= min_age
-                if old and entry.key not in self._users:
-                    garbage.add(entry.key)
-        for keys in inherited.values():
-            garbage.update(key for key in keys & there if key not in self._users)
-        condemn(self._backend, collection, garbage)
-        self._lists[collection] = _List(frozenset(garbage))
+            there.update((entry.key, entry.modified) for entry in self._backend.list(space))
+        # In this order: whose save is over by the time the pins are listed has a ref to be seen.
+        in_flight = self._in_flight()
+        under_way = frozenset(ref_key.rpartition("-")[2] for ref_key in in_flight)
+
+        def is_garbage(key: str) -> bool:
+            modified = there[key]
+            old = now is None or modified is None or now - modified >= min_age
+            # What a save in flight has put would be spared anyway; condemning it would make the next one put it again.
+            return old and key not in self._users and key.rpartition(".")[2] not in under_way
+
+        garbage = {key for key in there if is_garbage(key)}
+        still = {name: keys & there.keys() for name, keys in others.items()}
+        for keys in still.values():
+            garbage.update(key for key in keys if key not in self._users)
+        if garbage:
+            self._put_list(frozenset(garbage), {name: keys for name, keys in still.items() if keys})
         collected = self.finish()
-        self._remove_remains(inherited, there - collected.deleted)
+        spent = [self._store.condemned.key(name) for name, keys in still.items() if not keys] + self._over
+        if spent:
+            self._discard(spent)
         return collected
 
     def finish(self) -> Collected:
@@ -177,67 +246,61 @@ class Collector:
         collected = Collected()
         if not self._lists:
             return collected
-        pins = list_pins(self._backend)  # after every list was put
-        existing = self._look()
-        in_flight = {pin.ref_key for pin in pins if pin.ref_key not in existing}
-        if in_flight:
-            in_flight -= self._give_up_stale([pin for pin in pins if pin.ref_key in in_flight])
-        done: list[str] = []
-        for collection, own in self._lists.items():
-            blockers = in_flight if own.blockers is None else own.blockers & in_flight
-            own.blockers = frozenset(blockers)
-            if blockers:
+        in_flight = self._in_flight()
+        done: dict[str, _List] = {}
+        for name, own in self._lists.items():
+            own.blockers = in_flight if own.blockers is None else own.blockers & in_flight
+            if own.blockers:
                 collected.waiting += len(own.keys)
             else:
                 collected.deleted.update(key for key in own.keys if key not in self._users)
-                done.append(collection)
-        if done:
-            if collected.deleted:
-                self._backend.delete(sorted(collected.deleted))
-            self._backend.delete([f"gc/{collection}/condemned" for collection in done])
-            for collection in done:
-                del self._lists[collection]
+                done[name] = own
+        if collected.deleted:
+            self._backend.delete(sorted(collected.deleted))
+        spent = list(done)
+        for own in done.values():
+            spent += [name for name, keys in own.takes_over.items() if keys <= collected.deleted]
+        if spent:
+            self._discard([self._store.condemned.key(name) for name in spent])
+        for name in done:
+            del self._lists[name]
         return collected
 
-    def _look(self) -> set[str]:
-        """List the refs of every run, learn what new ones need, and return the keys of all, tombstones included."""
-        existing: set[str] = set()
-        live: set[str] = set()
-        for _, name, key, tombstone in list_refs(self._backend):
-            if name is None:
-                raise CollectionError(
-                    f"nothing was collected at {self._backend.url}: {key} is not a ref that this version knows; "
-                    "update incckpt"
-                )
-            existing.add(key)
-            if not tombstone:
-                live.add(key)
-        for key in self._needs.keys() - live:
-            self._drop(key)
-        for key in live:
-            self.needs(key)
-        self._looked = True
-        return existing
+    def _in_flight(self) -> frozenset[str]:
+        """Return the keys of the refs that saves in flight will commit, after giving up those without a heartbeat.
+
+        Of every other save that was pinned it is known by now whether it was committed, and what it needs.
+        """
+        pins = list_pins(self._backend)
+        existing = self._look()  # after the pins: a save that ends in between has a ref here
+        waiting = [pin for pin in pins if pin.ref_key not in existing]
+        given_up = self._give_up_stale(waiting) if waiting else set()
+        in_flight = frozenset(pin.ref_key for pin in waiting if pin.ref_key not in given_up)
+        self._over = [pin.key for pin in pins if pin.ref_key not in in_flight]
+        return in_flight
 
     def _give_up_stale(self, pins: Iterable[Pin]) -> set[str]:
         """Abort saves without a heartbeat; return the keys of their refs."""
-        collection, own = next(iter(self._lists.items()))
-        condemn(self._backend, collection, own.keys)  # put again for its time: now, by the server's clock
-        now = self._backend.head(f"gc/{collection}/condemned").modified
+        now = self._server_time()
         given_up: set[str] = set()
         for pin in pins:
             if now is None or pin.modified is None or now - pin.modified < self._stale_seconds:
                 continue
             log.warning("giving up the save of step %d in run %r: no heartbeat", pin.name.step, pin.run)
-            if create_once(self._backend, pin.ref_key, Tombstone.ABORTED.value).found is not None:
+            if create_once(self._backend, pin.ref_key, Tombstone.ABORTED.value) is not None:
                 self.needs(pin.ref_key)  # it was committed just before: from here on its objects count as needed
             given_up.add(pin.ref_key)
         return given_up
 
-    def _remove_remains(self, inherited: Mapping[str, frozenset[str]], there: set[str]) -> None:
-        """Remove lists none of whose keys exists, and pins whose saves are over."""
-        spent = [f"gc/{name}/condemned" for name, keys in inherited.items() if not keys & there]
-        existing = {key for _, _, key, _ in list_refs(self._backend)}
-        spent += [pin.key for pin in list_pins(self._backend) if pin.ref_key in existing]
-        if spent:
-            self._backend.delete(spent)
+    def _server_time(self) -> float | None:
+        """Return the server's time: that of something put a moment ago, for the purpose if there is nothing else."""
+        fresh, self._fresh = self._fresh, None
+        if fresh is not None:
+            try:
+                return self._backend.head(fresh).modified
+            except KeyNotFoundError:
+                pass  # pruned by a successor
+        key = self._store.condemned.key(self._store.condemned.put(()))
+        modified = self._backend.head(key).modified
+        self._backend.delete([key])
+        return modified

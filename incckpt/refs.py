@@ -26,13 +26,11 @@ from incckpt.manifest import (
 )
 
 __all__ = [
-    "Created",
+    "CondemnedLists",
     "Pin",
     "Ref",
     "RefName",
     "Tombstone",
-    "condemn",
-    "condemned_lists",
     "create_once",
     "list_pins",
     "list_refs",
@@ -42,7 +40,7 @@ __all__ = [
 
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,127}")
 _REF = re.compile(r"([0-9]{6})-([0-9]{12})-([0-9a-f]{16})")
-_COLLECTION = re.compile(r"gc/([0-9a-f]{16})/condemned")
+_CONDEMNED = re.compile(r"gc/([0-9a-f]{16})/condemned")
 _MAX_STEP = 10**12 - 1
 _COMMIT_TRIES = 4
 
@@ -199,29 +197,18 @@ class Pin:
         return f"refs/{self.run}/{self.name}"
 
 
-@dataclass(frozen=True, slots=True)
-class Created:
-    """How an exclusive create ended.
-
-    Attributes
-    ----------
-    found
-        ``None`` if the key now holds the data (by this request, or by one whose reply was lost), else what it holds.
-    answered
-        Whether the only request sent was answered, so that no copy of it can still be under way.
-    """
-
-    found: bytes | None
-    answered: bool
-
-
-def create_once(backend: Backend, key: str, data: ReadableBuffer) -> Created:
+def create_once(backend: Backend, key: str, data: ReadableBuffer) -> bytes | None:
     """Create `key` exclusively, and settle what a conflict or a lost reply means by reading back.
+
+    Returns
+    -------
+    bytes or None
+        ``None`` if the key holds `data` now (by this request, or by one whose reply was lost), else what it holds.
 
     Raises
     ------
     BackendError
-        If it could not be created, nor found out why.
+        If it could not be created, nor found out why; a copy of the request may still be under way.
     """
     for left in reversed(range(_COMMIT_TRIES)):
         try:
@@ -234,8 +221,8 @@ def create_once(backend: Backend, key: str, data: ReadableBuffer) -> Created:
                 if left == 0 or not (isinstance(error, KeyExistsError) or error.transient):
                     raise error from None
                 continue
-            return Created(None if found == bytes(data) else found, answered=False)
-        return Created(None, answered=left == _COMMIT_TRIES - 1)
+            return None if found == bytes(data) else found
+        return None
     raise AssertionError("unreachable")
 
 
@@ -259,32 +246,61 @@ def list_pins(backend: Backend, run: str | None = None) -> list[Pin]:
     return pins
 
 
-def condemn(backend: Backend, collection: str, keys: Iterable[str]) -> None:
-    """Put the list of keys that collection `collection` (a nonce) is about to delete; from then on nobody uses them."""
-    document = {"format": FORMAT, "kind": "condemned", "keys": sorted(keys)}
-    backend.put(f"gc/{collection}/condemned", dump_json(document))
+class CondemnedLists:
+    """The lists of keys that collectors are about to delete; what is on one may not be used any more.
 
-
-def condemned_lists(backend: Backend) -> dict[str, frozenset[str]]:
-    """Return the condemned keys by collection: one listing, and a read for each list there is.
-
-    Raises
-    ------
-    CorruptionError, FormatError
-        If a list is unreadable: what it condemns is not known.
+    A list is put once, under a nonce of its own, and never changed: a copy of the put that lands late changes nothing,
+    and each list has to be read only once.
     """
-    lists: dict[str, frozenset[str]] = {}
-    for entry in backend.list("gc/"):
-        match = _COLLECTION.fullmatch(entry.key)
-        if match is None:
-            raise CorruptionError(f"not a condemned list: {entry.key} (written by a later version of incckpt?)")
-        try:
-            document = parse_json(backend.get(entry.key), entry.key)
-        except KeyNotFoundError:
-            continue  # its collector has finished since the listing
-        check_format(document, "condemned", entry.key)
-        keys = Fields(document, entry.key).list("keys")
-        if not all(isinstance(key, str) for key in keys):
-            raise CorruptionError(f"{entry.key}: a key is not a string")
-        lists[match[1]] = frozenset(keys)
-    return lists
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._known: dict[str, frozenset[str]] = {}
+
+    @staticmethod
+    def key(name: str) -> str:
+        """Where list `name` stands."""
+        return f"gc/{name}/condemned"
+
+    def put(self, keys: Iterable[str]) -> str:
+        """Put a list; from then on nobody uses its keys. Returns its name."""
+        name = new_nonce()
+        condemned = frozenset(keys)
+        self._backend.put(self.key(name), dump_json({"format": FORMAT, "kind": "condemned", "keys": sorted(condemned)}))
+        self._known[name] = condemned
+        return name
+
+    def read(self) -> dict[str, frozenset[str]]:
+        """Return the lists that there are, by name: one listing, and a request for each that is new.
+
+        Raises
+        ------
+        CorruptionError, FormatError
+            If a list is unreadable: what it condemns is not known.
+        """
+        lists: dict[str, frozenset[str]] = {}
+        for entry in self._backend.list("gc/"):
+            match = _CONDEMNED.fullmatch(entry.key)
+            if match is None:
+                raise CorruptionError(
+                    f"not a condemned list: {entry.key} (written by a later version of incckpt?); nothing can be saved "
+                    f"to {self._backend.url} or collected there as long as it stands"
+                )
+            known = self._known.get(match[1])
+            if known is None:
+                try:
+                    known = self._parse(self._backend.get(entry.key), entry.key)
+                except KeyNotFoundError:
+                    continue  # its collector has finished since the listing
+            lists[match[1]] = known
+        self._known = lists
+        return dict(lists)
+
+    @staticmethod
+    def _parse(data: bytes, key: str) -> frozenset[str]:
+        document = parse_json(data, key)
+        check_format(document, "condemned", key)
+        keys = Fields(document, key).list("keys")
+        if not all(isinstance(item, str) for item in keys):
+            raise CorruptionError(f"{key}: a key is not a string")
+        return frozenset(keys)

@@ -10,12 +10,13 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from incckpt.backends.base import Backend
 from incckpt.errors import CorruptionError, KeyNotFoundError, SupersededError
-from incckpt.manifest import FORMAT, Fields, check_format, dump_json, parse_json
+from incckpt.manifest import FORMAT, Fields, Json, as_mapping, check_format, dump_json, parse_json
 from incckpt.refs import Ref, RefName, Tombstone, create_once, list_pins, list_refs, new_nonce, validate_run
 
 __all__ = ["Lineage", "Run"]
@@ -23,6 +24,8 @@ __all__ = ["Lineage", "Run"]
 log = logging.getLogger(__name__)
 
 _ATTEMPT = re.compile(r"([0-9]{6})(\.from)?")
+
+COPY_SECONDS = 900.0  # no copy of a request takes effect longer than this after its client was done with it
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Lineage:
     abandoned
         Checkpoints that a later attempt went back behind, by step.
     known
-        Contents of those refs that the lineage lists (the others have to be read).
+        Contents of refs, as far as the lineage tells them (the others have to be read).
     """
 
     attempt: int
@@ -70,19 +73,34 @@ class Run:
         Of the run.
     clock
         Seconds since the epoch; only ever written down, never compared.
+    monotonic
+        Seconds since any moment, for this process's own patience.
     """
 
-    def __init__(self, backend: Backend, name: str, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        name: str,
+        *,
+        clock: Callable[[], float],
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.backend = backend
         self.name = validate_run(name)
         self._clock = clock
-        self._answered: set[RefName] = set()
+        self._monotonic = monotonic
+        self._committed: dict[RefName, float] = {}
+        self._buried: dict[RefName, float] = {}
 
     # -- looking
 
     def ref_key(self, name: RefName) -> str:
         """Where the ref stands."""
         return f"refs/{self.name}/{name}"
+
+    def pin_key(self, name: RefName) -> str:
+        """Where the pin of a save in flight stands."""
+        return f"pins/{self.name}/{name}"
 
     def attempts(self) -> tuple[int, int]:
         """Return the highest attempt, and the highest that has chosen what it continues (0 where there is none)."""
@@ -97,36 +115,51 @@ class Run:
         return highest, sealed
 
     def lineage(self) -> Lineage:
-        """Return the checkpoints of the run: two listings and one read, however long its history."""
-        attempt, sealed = self.attempts()
-        inherited: dict[RefName, Ref] = {}
-        left: dict[RefName, Ref] = {}
+        """Return the checkpoints of the run: two listings and one read, however long its history.
+
+        If another attempt took over in between, or if nothing shows where something might be, it looks again.
+        """
+        view, highest = self._look(*self.attempts())
+        while not view.live or highest > view.sealed:
+            attempt, sealed = self.attempts()
+            again, highest = self._look(attempt, sealed)
+            if sealed == view.sealed:
+                return again
+            view = again
+        return view
+
+    def _look(self, attempt: int, sealed: int) -> tuple[Lineage, int]:
+        """Return the lineage as attempt `sealed` has it, and the highest attempt that has a ref."""
+        inherited: dict[RefName, Ref | None] = {}
+        left: dict[RefName, Ref | None] = {}
         if sealed:
             inherited, left = self._read_seal(sealed)
         live: list[RefName] = []
         abandoned: list[RefName] = []
+        highest = 0
         for _, name, key, tombstone in list_refs(self.backend, self.name):
             if name is None:
                 log.warning("%s is not a ref that this version of incckpt knows; it is ignored", key)
-            elif tombstone:
                 continue
-            elif name.attempt == sealed or name in inherited:
+            highest = max(highest, name.attempt)
+            if tombstone:
+                continue
+            if name.attempt == sealed or name in inherited:
                 live.append(name)
             elif name in left:
                 abandoned.append(name)
-        by_step = sorted(live, key=lambda name: (name.step, name.attempt))
-        return Lineage(
-            attempt, sealed, tuple(by_step), tuple(sorted(abandoned, key=lambda n: n.step)), {**inherited, **left}
-        )
+        live.sort(key=lambda name: (name.step, name.attempt))
+        abandoned.sort(key=lambda name: (name.step, name.attempt))
+        known = {name: ref for name, ref in (inherited | left).items() if ref is not None}
+        return Lineage(attempt, sealed, tuple(live), tuple(abandoned), known), highest
 
-    def _read_seal(self, attempt: int) -> tuple[dict[RefName, Ref], dict[RefName, Ref]]:
+    def _read_seal(self, attempt: int) -> tuple[dict[RefName, Ref | None], dict[RefName, Ref | None]]:
         key = self._attempt_key(attempt) + ".from"
         document = parse_json(self.backend.get(key), key)
         check_format(document, "lineage", key)
         fields = Fields(document, key)
         inherited, abandoned = (
-            {ref.name: ref for ref in (Ref.from_item(item, key) for item in fields.list(part))}
-            for part in ("refs", "abandoned")
+            dict(_inherited_from_json(item, key) for item in fields.list(part)) for part in ("refs", "abandoned")
         )
         return inherited, abandoned
 
@@ -153,29 +186,37 @@ class Run:
     def _attempt_key(self, attempt: int) -> str:
         return f"runs/{self.name}/attempts/{attempt:06d}"
 
-    def start_attempt(self) -> int:
+    def start_attempt(self) -> tuple[int, bool]:
         """Become the run's writer: create the next attempt, then abort whatever lower attempts have in flight.
 
         The caller chooses what to continue from a `lineage` read afterwards, and says so with `seal`.
+
+        Returns
+        -------
+        attempt, unfinished
+            The attempt, and whether a lower one has left a pin.
         """
         me = {"time": self._clock(), "host": socket.gethostname(), "pid": os.getpid(), "nonce": new_nonce()}
         document = dump_json({"format": FORMAT, "kind": "attempt", **me})
         attempt = self.attempts()[0] + 1
-        while create_once(self.backend, self._attempt_key(attempt), document).found is not None:
+        while create_once(self.backend, self._attempt_key(attempt), document) is not None:
             attempt += 1
-        for pin in list_pins(self.backend, self.name):
-            if pin.name.attempt < attempt:
-                self.abort(pin.name)
-        return attempt
+        lower = [pin.name for pin in list_pins(self.backend, self.name) if pin.name.attempt < attempt]
+        for name in lower:
+            self.abort(name)
+        return attempt, bool(lower)
 
-    def seal(self, attempt: int, inherited: Iterable[Ref], abandoned: Iterable[Ref]) -> None:
-        """Write down what `attempt` continues; from here on this is the run's lineage."""
+    def seal(self, attempt: int, inherited: Iterable[Ref | RefName], abandoned: Iterable[Ref | RefName]) -> None:
+        """Write down what `attempt` continues; from here on this is the run's lineage.
+
+        Of a ref that cannot be read there is only the name.
+        """
         document = {
             "format": FORMAT,
             "kind": "lineage",
             "attempt": attempt,
-            "refs": [ref.to_item() for ref in inherited],
-            "abandoned": [ref.to_item() for ref in abandoned],
+            "refs": [_inherited_to_json(ref) for ref in inherited],
+            "abandoned": [_inherited_to_json(ref) for ref in abandoned],
         }
         self.backend.put(self._attempt_key(attempt) + ".from", dump_json(document))
 
@@ -200,11 +241,7 @@ class Run:
     def pin(self, name: RefName) -> None:
         """Announce the ref that a save will commit; putting it again is the heartbeat."""
         body = {"time": self._clock(), "host": socket.gethostname(), "pid": os.getpid()}
-        self.backend.put(f"pins/{self.name}/{name}", dump_json({"format": FORMAT, "kind": "pin", **body}))
-
-    def unpin(self, names: Sequence[RefName]) -> None:
-        """Remove pins."""
-        self.backend.delete([f"pins/{self.name}/{name}" for name in names])
+        self.backend.put(self.pin_key(name), dump_json({"format": FORMAT, "kind": "pin", **body}))
 
     def commit(self, ref: Ref) -> Tombstone | None:
         """Create the ref: the checkpoint exists when, and only when, this has happened.
@@ -221,15 +258,14 @@ class Run:
             If it could not be found out; it may still be committed by a request under way.
         """
         key = self.ref_key(ref.name)
-        created = create_once(self.backend, key, ref.to_json())
-        if created.answered:
-            self._answered.add(ref.name)
-        if created.found is None:
+        found = create_once(self.backend, key, ref.to_json())
+        if found is None:
+            self._committed[ref.name] = self._monotonic()
             return None
         for tombstone in Tombstone:
-            if created.found == tombstone.value:
+            if found == tombstone.value:
                 return tombstone
-        raise CorruptionError(f"{key} holds what no save has put there: {created.found[:80]!r}")
+        raise CorruptionError(f"{key} holds what no save has put there: {found[:80]!r}")
 
     def abort(self, name: RefName) -> bool:
         """Make sure that a ref that is not committed yet never will be.
@@ -239,20 +275,51 @@ class Run:
         bool
             Whether it is aborted; ``False`` if it was committed before.
         """
-        return create_once(self.backend, self.ref_key(name), Tombstone.ABORTED.value).found is None
+        return create_once(self.backend, self.ref_key(name), Tombstone.ABORTED.value) is None
 
     def expire(self, names: Iterable[RefName]) -> None:
         """Prune checkpoints.
 
-        A ref that this object created, with an answer, is deleted. Of any other a create may still be under way, which
-        would bring the checkpoint back without its objects: it is overwritten with ``EXPIRED``.
+        A create of the ref may still be under way, which would bring the checkpoint back without its objects: so it is
+        overwritten with ``EXPIRED``. A ref that this process committed long enough ago is deleted.
         """
+        now = self._monotonic()
         deletable: list[RefName] = []
         for name in names:
-            if name in self._answered:
+            committed = self._committed.get(name)
+            if committed is not None and now - committed >= COPY_SECONDS:
                 deletable.append(name)
             else:
                 self.backend.put(self.ref_key(name), Tombstone.EXPIRED.value)
+                if committed is not None:
+                    self._buried[name] = committed
+                    del self._committed[name]
         if deletable:
             self.backend.delete([self.ref_key(name) for name in deletable])
-            self._answered.difference_update(deletable)
+            for name in deletable:
+                del self._committed[name]
+
+    def take_tombstones(self) -> list[str]:
+        """Return, once, the keys of tombstones that may go: nothing can bring their checkpoints back any more."""
+        if not self._buried:
+            return []
+        now = self._monotonic()
+        done = [name for name, committed in self._buried.items() if now - committed >= COPY_SECONDS]
+        for name in done:
+            del self._buried[name]
+        return [self.ref_key(name) for name in done]
+
+
+def _inherited_to_json(ref: Ref | RefName) -> Json:
+    return ref.to_item() if isinstance(ref, Ref) else {"ref": str(ref)}
+
+
+def _inherited_from_json(item: Json, where: str) -> tuple[RefName, Ref | None]:
+    fields = as_mapping(item, where)
+    if fields.keys() == {"ref"}:
+        name = RefName.parse(Fields(fields, where).string("ref"))
+        if name is None:
+            raise CorruptionError(f"{where}: not the name of a ref: {fields['ref']!r:.80}")
+        return name, None
+    ref = Ref.from_item(fields, where)
+    return ref.name, ref

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 
@@ -16,7 +16,7 @@ from incckpt.errors import BackendError, SupersededError
 from incckpt.manifest import Chunk, Json, Manifest, Range, Stored
 from incckpt.objects import ObjectKey, chunk_keys, manifest_keys
 from incckpt.pipeline import Pipeline
-from incckpt.refs import Ref, RefName, Tombstone, condemned_lists
+from incckpt.refs import Ref, RefName, Tombstone
 from incckpt.runs import Run
 from incckpt.staging import Content, Layout
 from incckpt.store import Store
@@ -26,6 +26,7 @@ __all__ = ["SaveReport", "Snapshot", "Writer"]
 log = logging.getLogger(__name__)
 
 _ABORTED_TRIES = 3
+_REMEMBERED = 1 << 16  # chunks of the past; forgetting one costs at most that it is put again
 _DELTA_WORTHWHILE = 0.95  # of a full object's size; above, a delta is not worth that a restore reads two objects
 
 
@@ -130,6 +131,13 @@ class SaveReport:
         return sum(self.seconds.get(phase, 0.0) for phase in ("wait", "flatten", "stage"))
 
 
+class _CommitUnknownError(Exception):
+    """Whether the checkpoint is committed could not be found out, because of `error`."""
+
+    def __init__(self, error: BackendError) -> None:
+        self.error = error
+
+
 class _Heartbeat:
     """Puts a pin again every minute while a save is written, so that nobody takes the writer for dead."""
 
@@ -186,6 +194,11 @@ class Writer:
         What takes chunks through hashing, encoding and putting; a new one, with 256 MiB in flight, if none is given.
     heartbeat_seconds
         How often the pin of a save in flight is put again.
+
+    Attributes
+    ----------
+    spent
+        Keys that nobody needs any more, pins of saves that are over first of all; `delete_spent` deletes them.
     """
 
     def __init__(
@@ -200,6 +213,7 @@ class Writer:
         pipeline: Pipeline | None = None,
         heartbeat_seconds: float = 60.0,
     ) -> None:
+        self.spent: list[str] = []
         self._store = store
         self._run = run
         self.attempt = attempt
@@ -212,12 +226,17 @@ class Writer:
         self._by_identity: dict[str, Chunk] = {}
         self._previous: tuple[RefName, frozenset[str]] | None = None
         self._look_up = True
-        self._stray_pins: list[RefName] = []
+        self._unsettled: list[tuple[Ref, Manifest]] = []
 
     def continue_from(self, name: RefName, manifest: Manifest) -> None:
         """Take a checkpoint of the lineage as the previous one: what it holds need not be put again."""
         self._previous = (name, manifest_keys(manifest))
-        self._by_identity.update((chunk.identity, chunk) for chunk in manifest.chunks)
+        self._remember(manifest.chunks)
+
+    def _remember(self, chunks: Iterable[Chunk]) -> None:
+        self._by_identity.update((chunk.identity, chunk) for chunk in chunks)
+        for identity in list(self._by_identity)[:-_REMEMBERED]:
+            del self._by_identity[identity]
 
     def forget(self, keys: Iterable[str]) -> None:
         """Forget objects that were collected."""
@@ -260,57 +279,85 @@ class Writer:
     def _write_as(self, name: RefName, snapshot: Snapshot, report: SaveReport) -> tuple[Ref, Manifest] | None:
         started = time.perf_counter()
         report.restart()
-        self._run.pin(name)
-        with _Heartbeat(self._run, name, self._heartbeat_seconds):
-            try:
+        pin = self._run.pin_key(name)
+        try:
+            self._run.pin(name)
+            with _Heartbeat(self._run, name, self._heartbeat_seconds):
                 self._run.check_not_superseded(self.attempt)
-                known = _Known(frozenset().union(*condemned_lists(self._store.backend).values()), self._vouched())
+                known = _Known(frozenset().union(*self._store.condemned.read().values()), self._vouched())
                 storing = time.perf_counter()
                 chunks = self._store_all(snapshot.contents, name.nonce, known, report)
                 report.spent("store", time.perf_counter() - storing)
                 manifest = self._manifest(name, snapshot, chunks)
                 ref = self._put_manifest(name, manifest, report)
-            except BaseException:
-                self._stray_pins.append(name)  # nothing was committed: the next save removes the pin with its own
-                raise
-            # If the outcome of the commit stays unknown, the pin has to stand: a late commit needs its objects.
-            outcome = self._commit(ref)
-        self._unpin(name)
+                outcome = self._commit(ref, manifest)
+        except _CommitUnknownError as unknown:
+            raise unknown.error from unknown  # the pin has to stand: the commit may come yet, and needs its objects
+        except BaseException:
+            self.spent.append(pin)
+            raise
+        self.spent.append(pin)
         report.spent("commit", time.perf_counter() - started - report.seconds["store"])
         if outcome is Tombstone.ABORTED:
             return None
         self._previous = (name, manifest_keys(manifest))
-        self._by_identity.update((chunk.identity, chunk) for chunk in chunks)
+        self._remember(chunks)
         self._look_up = False
         for index, content in enumerate(snapshot.contents):
             self._settle(index, content)
         return ref, manifest
 
-    def _commit(self, ref: Ref) -> Tombstone | None:
+    def _commit(self, ref: Ref, manifest: Manifest) -> Tombstone | None:
         try:
             return self._run.commit(ref)
         except BackendError as error:
             # Commit and abort race for one key, so aborting finds out.
             log.warning("the commit of step %d got no clear answer (%s); settling it", ref.step, error)
-            if self._run.abort(ref.name):
-                self._stray_pins.append(ref.name)
+            try:
+                aborted = self._run.abort(ref.name)
+            except BackendError:
+                self._unsettled.append((ref, manifest))
+                raise _CommitUnknownError(error) from error
+            if aborted:
                 raise
             return None
 
-    def _unpin(self, name: RefName) -> None:
-        try:
-            self._run.unpin([*self._stray_pins, name])
-            self._stray_pins.clear()
-        except BackendError as error:
-            log.warning("could not remove the pin of step %d, trying again with the next save: %s", name.step, error)
-            self._stray_pins.append(name)
+    def settle_commits(self) -> Iterator[tuple[Ref, Manifest]]:
+        """Find out about earlier commits whose outcome was unknown; yields those that were committed after all.
+
+        Raises
+        ------
+        BackendError
+            If that cannot be found out now either.
+        """
+        while self._unsettled:
+            ref, manifest = self._unsettled[0]
+            aborted = self._run.abort(ref.name)
+            del self._unsettled[0]
+            self.spent.append(self._run.pin_key(ref.name))
+            if not aborted:
+                yield ref, manifest
+
+    def delete_spent(self) -> None:
+        """Delete what is `spent`; if that fails, the next call tries again."""
+        if self.spent:
+            try:
+                self._store.backend.delete(self.spent)
+            except BackendError as error:
+                log.warning("could not remove %s, trying again after the next save: %s", ", ".join(self.spent), error)
+            else:
+                self.spent.clear()
 
     def _vouched(self) -> frozenset[str]:
         """Return the keys that the previous checkpoint needs, if its ref lives now."""
         if self._previous is None:
             return frozenset()
         name, keys = self._previous
-        return keys if isinstance(self._run.read(name), Ref) else frozenset()
+        try:
+            return keys if isinstance(self._run.read(name), Ref) else frozenset()
+        except ValueError as error:
+            log.error("the ref of step %d is unreadable; what it needs is looked up one by one: %s", name.step, error)
+            return frozenset()
 
     # -- chunks
 

@@ -23,7 +23,7 @@ from incckpt.errors import (
 )
 from incckpt.manifest import FORMAT, Manifest, check_format, dump_json, parse_json
 from incckpt.objects import ObjectKey, Objects
-from incckpt.refs import Ref, create_once, validate_run
+from incckpt.refs import CondemnedLists, Ref, create_once, validate_run
 from incckpt.runs import Run
 
 __all__ = ["DEFAULT_RUN", "Location", "Store", "parse_location"]
@@ -86,12 +86,22 @@ class Store:
         Bytes by key.
     clock
         Seconds since the epoch; only ever written down.
+    monotonic
+        Seconds since any moment, for this process's own patience.
     """
 
-    def __init__(self, backend: Backend, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.backend = backend
         self.objects = Objects(backend)
+        self.condemned = CondemnedLists(backend)
         self._clock = clock
+        self._monotonic = monotonic
         self._checked = False
 
     @classmethod
@@ -101,7 +111,7 @@ class Store:
 
     def run(self, name: str) -> Run:
         """Return a run, whether it exists or not."""
-        return Run(self.backend, name, clock=self._clock)
+        return Run(self.backend, name, clock=self._clock, monotonic=self._monotonic)
 
     def manifest(self, ref: Ref) -> Manifest:
         """Read the manifest of a checkpoint (one request).
@@ -152,7 +162,7 @@ class Store:
             found: bytes | None = self.backend.get(MARKER)
         except KeyNotFoundError:
             marker = dump_json({"format": FORMAT, "kind": "store", "id": secrets.token_hex(16)})
-            found = create_once(self.backend, MARKER, marker).found
+            found = create_once(self.backend, MARKER, marker)
         if found is not None:
             self._check_marker(found)
         self._checked = True
