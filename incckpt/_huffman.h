@@ -1,8 +1,8 @@
 /* Bytes to a zstd frame (RFC 8878) of nothing but Huffman-coded literals.
  *
  * Byte planes of floating-point numbers hold no matches worth having, only a skewed distribution. zstd itself cannot be
- * told to look for none: it finds short ones by chance, which take twice the time and make the result longer. Whatever is
- * written here, any zstd decoder reads.
+ * told to look for none: it finds short ones by chance, which take twice the time and save nothing. What is written here,
+ * any zstd decoder reads.
  *
  * Huffman codes: section 4.2 of the RFC; their table: 4.2.1; its coding by FSE: 4.1 and 4.2.1.2; literals: 3.1.1.3.1.
  */
@@ -24,7 +24,7 @@ enum {
     HUFFMAN_DESCRIPTION = 128 /* bytes of the longest table */
 };
 
-/* ---- bits, written from the lowest on ----------------------------------------------------------------------------- */
+/* ---- bits, written from the lowest on ---------------------------------------------------------------------------- */
 
 typedef struct {
     uint64_t bits;
@@ -40,7 +40,7 @@ static void huffman_put(huffman_bits *stream, unsigned value, unsigned count)
         *stream->at++ = (uint8_t)stream->bits;
 }
 
-/* ---- the code: lengths from counts, codes from lengths ------------------------------------------------------------ */
+/* ---- the code: lengths from counts, codes from lengths ----------------------------------------------------------- */
 
 /* Sort symbols of nonzero count (below 2^16) by count; return how many. Two passes of radix sort. */
 static unsigned huffman_sort(const uint32_t *counts, uint8_t *symbols)
@@ -67,8 +67,8 @@ static unsigned huffman_sort(const uint32_t *counts, uint8_t *symbols)
     return m;
 }
 
-/* Depths of the leaves of the Huffman tree for m >= 2 ascending weights, in their place: Moffat and Katajainen, "In-place
- * calculation of minimum-redundancy codes", 1995. */
+/* Depths of the leaves of the Huffman tree for m >= 2 ascending weights, in their place: Moffat and Katajainen,
+ * "In-place calculation of minimum-redundancy codes", 1995. */
 static void huffman_depths(uint32_t *weights, int m)
 {
     int root = 0, leaf = 2, next;
@@ -116,7 +116,7 @@ static int huffman_limit(uint32_t *lengths, int m)
             lengths[i] = HUFFMAN_LIMIT;
         excess += 1 << (HUFFMAN_LIMIT - lengths[i]);
     }
-    /* Lengthen the rarest symbols that can be, then give what that was too much to the commonest of the longest codes. */
+    /* Lengthen the rarest symbols that can be; what that was too much goes to the commonest that it is enough for. */
     for (int i = 0; excess > 0 && i < m;) {
         if (lengths[i] == HUFFMAN_LIMIT)
             i++;
@@ -136,12 +136,13 @@ static int huffman_limit(uint32_t *lengths, int m)
     return excess == 0;
 }
 
-/* ---- the table, as it is stored ----------------------------------------------------------------------------------- */
+/* ---- the table, as it is stored ---------------------------------------------------------------------------------- */
 
-/* Code n weights of at most `most` by FSE, with two states taking turns. Return the bytes written, 0 if there is no room. */
+/* Code n weights of at most `most` by FSE, two states taking turns. Return the bytes written, 0 if there is no room. */
 static size_t huffman_fse(const uint8_t *weights, int n, int most, uint8_t *out, size_t room)
 {
-    unsigned counts[HUFFMAN_LIMIT + 1] = {0}, shares[HUFFMAN_LIMIT + 1], starts[HUFFMAN_LIMIT + 1], rest = HUFFMAN_STATES;
+    unsigned counts[HUFFMAN_LIMIT + 1] = {0}, shares[HUFFMAN_LIMIT + 1], starts[HUFFMAN_LIMIT + 1];
+    unsigned rest = HUFFMAN_STATES;
     uint8_t states[HUFFMAN_STATES], spread[HUFFMAN_STATES];
     huffman_bits stream = {0, 0, out, out + room};
     int largest = 0;
@@ -186,8 +187,8 @@ static size_t huffman_fse(const uint8_t *weights, int n, int most, uint8_t *out,
     for (unsigned i = 0; i < HUFFMAN_STATES; i++)
         states[starts[spread[i]] + filled[spread[i]]++] = (uint8_t)i;
 
-    /* From the last weight to the first. The first state of a weight needs the most bits to leave: a decoder that has none
-     * left knows that it is done. */
+    /* From the last weight to the first. A weight's first state takes the most bits to leave: a decoder that finds none
+     * knows that it is done. */
     unsigned state[2];
     for (int i = n - 1; i >= 0; i--) {
         const unsigned w = weights[i];
@@ -209,7 +210,7 @@ static size_t huffman_fse(const uint8_t *weights, int n, int most, uint8_t *out,
     return stream.count ? 0 : (size_t)(stream.at - out);
 }
 
-/* Write the description of a code whose last symbol is `last`, at most HUFFMAN_DESCRIPTION bytes; return its size or 0. */
+/* Describe a code whose last symbol is `last` in at most HUFFMAN_DESCRIPTION bytes; return how many, or 0. */
 static size_t huffman_describe(const uint8_t *weights, int last, int most, uint8_t *out)
 {
     const size_t size = last > 1 ? huffman_fse(weights, last, most, out + 1, HUFFMAN_DESCRIPTION - 1) : 0;
@@ -225,7 +226,7 @@ static size_t huffman_describe(const uint8_t *weights, int last, int most, uint8
     return 1 + (size_t)(last + 1) / 2;
 }
 
-/* ---- blocks ------------------------------------------------------------------------------------------------------- */
+/* ---- blocks ------------------------------------------------------------------------------------------------------ */
 
 /* One of a block's four streams. The codes not yet written are the highest `count` bits, the latest in front. */
 typedef struct {
@@ -310,8 +311,8 @@ __attribute__((target("bmi2"))) static void huffman_streams_bmi2(huffman_stream 
 
 typedef void (*huffman_coder)(huffman_stream *, const uint64_t *);
 
-/* Write a block of compressed literals, without its head, of at least two different bytes; return its size, or 0 if it is
- * not smaller than n. */
+/* Write a block of compressed literals, without its head, of at least two different bytes; return its size, or 0 if
+ * that is not less than n. */
 static size_t huffman_block(huffman_coder coder, const uint8_t *bytes, size_t n, uint8_t *out)
 {
     uint32_t counts[4][256], total[256], lengths[256];
@@ -391,7 +392,8 @@ static size_t huffman_frame(huffman_coder coder, const uint8_t *bytes, size_t n,
     enum { RAW, REPEATED, COMPRESSED };
     uint8_t block[HUFFMAN_BLOCK];
     /* Magic; a single segment, content size in 4 bytes. */
-    const uint8_t head[9] = {0x28, 0xb5, 0x2f, 0xfd, 0xa0, (uint8_t)n, (uint8_t)(n >> 8), (uint8_t)(n >> 16), (uint8_t)(n >> 24)};
+    const uint8_t head[9] = {0x28, 0xb5, 0x2f, 0xfd, 0xa0, (uint8_t)n, (uint8_t)(n >> 8), (uint8_t)(n >> 16),
+                             (uint8_t)(n >> 24)};
     size_t at = sizeof head;
     if (room < at)
         return 0;

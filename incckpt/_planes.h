@@ -40,7 +40,7 @@ typedef struct {
     double commonest;
 } planes_statistics;
 
-/* ---- elements <-> planes ------------------------------------------------------------------------------------------ */
+/* ---- elements <-> planes ----------------------------------------------------------------------------------------- */
 
 /* Bodies for elements of W bytes. Intra: rotate left by one bit, so that a float's exponent fills the top byte. Delta:
  * map both numbers to integers in the order of their float values, subtract, move the sign to the lowest bit. The block
@@ -123,7 +123,7 @@ PLANES_INLINE void join_body(const uint8_t *const *planes, const uint8_t *base, 
     }
 }
 
-/* ---- bytes unlike the commonest ----------------------------------------------------------------------------------- */
+/* ---- bytes unlike the commonest ---------------------------------------------------------------------------------- */
 
 PLANES_INLINE int constant_body(const uint8_t *bytes, size_t n)
 {
@@ -197,7 +197,7 @@ PLANES_INLINE size_t popcount_body(const uint8_t *bitmap, size_t n)
     return count;
 }
 
-/* ---- one set of functions per instruction set --------------------------------------------------------------------- */
+/* ---- one set of functions per instruction set -------------------------------------------------------------------- */
 
 #define PLANES_VARIANT(NAME, TARGET)                                                                                   \
     TARGET static void split_##NAME(const uint8_t *raw, const uint8_t *base, size_t n, int itemsize,                   \
@@ -311,7 +311,7 @@ static int planes_usable(void)
 #endif
 }
 
-/* ---- statistics of a sample --------------------------------------------------------------------------------------- */
+/* ---- statistics of a sample -------------------------------------------------------------------------------------- */
 
 /* Entropy with Miller and Madow's correction (half a nat for every further symbol, per byte seen): a sample of 4096
  * uniform bytes would otherwise look like 7.955 bits. */
@@ -340,16 +340,20 @@ static void planes_count(const uint8_t *bytes, size_t n, planes_statistics *foun
             commonest = b;
         }
     }
-    found->bits = n ? log2((double)n) - sum / (double)n + (double)(symbols - 1) / (2.0 * 0.6931471805599453 * (double)n) : 0.0;
-    if (found->bits > 8.0)
-        found->bits = 8.0;
-    found->share = n ? (double)most / (double)n : 1.0;
+    found->bits = 0.0;
+    found->share = 1.0;
     found->commonest = (double)commonest;
+    if (n) {
+        const double total = (double)n, nats = (double)(symbols - 1) / 2.0;
+        found->bits = log2(total) - sum / total + nats / (0.6931471805599453 * total);
+        found->bits = found->bits < 8.0 ? found->bits : 8.0;
+        found->share = (double)most / total;
+    }
 }
 
-/* Statistics of each byte plane, from SAMPLE elements in SAMPLE_RUNS runs spread evenly (of all, if there are no more). */
-static void planes_survey(const planes_variant *variant, const uint8_t *raw, const uint8_t *base, size_t n, int itemsize,
-                          planes_statistics *found)
+/* Statistics of each byte plane, from SAMPLE elements in SAMPLE_RUNS runs spread evenly; from all, if there are fewer. */
+static void planes_survey(const planes_variant *variant, const uint8_t *raw, const uint8_t *base, size_t n,
+                          int itemsize, planes_statistics *found)
 {
     uint8_t sample[8 * SAMPLE], base_sample[8 * SAMPLE], bytes[8 * SAMPLE];
     uint8_t *planes[8] = {bytes};

@@ -88,7 +88,7 @@ def split(const uint8_t[::1] raw not None, const uint8_t[::1] base, planes, int 
     base
         ``uint8[w * n]`` for a delta, or ``None``.
     planes
-        ``w`` times ``uint8[n]``: 1, 2, 4 or 8 planes, the lowest byte's first. None of them may overlap `raw` or `base`.
+        ``w`` times ``uint8[n]``: 1, 2, 4 or 8 planes, the lowest byte's first; apart from each other, `raw` and `base`.
     variant
         Index into ``VARIANTS``.
 

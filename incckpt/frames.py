@@ -5,7 +5,7 @@ byte planes); *delta* (each element's difference to the base's, in the order of 
 or *zstd* (the whole frame). A plane is stored as a block: *raw*, *constant*, *masked* (a bitmap of the bytes unlike the
 commonest, and those bytes) or *zstd* (used as an entropy coder). The layout is in ``docs/objects.md``.
 
-Everything that takes time lets go of the interpreter's lock. Compressors and scratch memory (about 2 MiB) are kept per
+Everything that takes time lets go of the interpreter's lock. Compressors and scratch memory (about 6 MiB) are kept per
 thread.
 """
 
@@ -125,7 +125,7 @@ def encode_frame(raw: memoryview, base: memoryview | None, itemsize: int, out: m
                 planes, cost, way = differences, delta_cost, DELTA
         if zstd_cost < _ZSTD_GAIN * min(cost, 1.0):
             coded = encode_text(raw, out)
-            if coded.nbytes < _WORTHWHILE * nbytes:
+            if coded.nbytes < min(_WORTHWHILE, cost) * nbytes:  # the piece may have been unlike the rest
                 return coded
         if cost < 1.0:
             size = _write_planes(body, base if way == DELTA else None, planes, raw[elements:], out)

@@ -302,6 +302,16 @@ def test_the_way_taken(kind: Kind, itemsize: int, way: str, most: float) -> None
     assert encoded.full_nbytes == len(encoded.data)
 
 
+def test_a_piece_unlike_the_rest_does_not_mislead() -> None:
+    raw = floats(FRAME_BYTES, np.random.default_rng(0))
+    middle = slice(FRAME_BYTES // 2 - (8 << 10), FRAME_BYTES // 2 + (8 << 10))
+    raw[middle] = 0  # what fast zstd is tried on
+    assert list(encode(raw, 4)[0].ways) == ["intra"]
+    raw = np.zeros(FRAME_BYTES, np.uint8)
+    raw[middle] = noise(16 << 10, np.random.default_rng(0))
+    assert len(encode(raw, 4)[0].data) < FRAME_BYTES // 32
+
+
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
 def test_a_delta_is_taken_where_it_is_smaller(itemsize: int) -> None:
     generator = np.random.default_rng(0)
