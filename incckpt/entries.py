@@ -277,9 +277,10 @@ def entry_to_json(entry: TensorEntry) -> dict[str, Json]:
     if entry.stride != _row_major(entry.shape, 1 if entry.kind == "torch" else entry.itemsize):
         node["stride"] = list(entry.stride)
     if entry.range >= 0:
-        node["range"] = entry.range
-    if entry.offset:
-        node["offset"] = entry.offset
+        piece = {"range": entry.range}
+        if entry.offset:
+            piece["offset"] = entry.offset
+        node["pieces"] = [piece]
     if entry.device != "cpu":
         node["device"] = entry.device
     if any(entry[-len(_FLAGS) :]):
@@ -306,6 +307,7 @@ def entry_from_json(node: Json) -> TensorEntry:
         dtype, unit = _dtype(kind, fields.pop("dtype", None))
         shape = tuple([_natural(size) for size in _integers(fields.pop("shape", None))])
         stride = tuple(_integers(fields.pop("stride"))) if "stride" in fields else _row_major(shape, unit)
+        range_, offset = _place(fields.pop("pieces", []))
         flags = fields.pop("flags", [])
         if not isinstance(flags, list) or any(flag not in _FLAGS for flag in flags):
             raise CorruptionError(f"unknown flags: {flags!r:.200}")
@@ -315,8 +317,8 @@ def entry_from_json(node: Json) -> TensorEntry:
             dtype=dtype,
             shape=shape,
             stride=stride,
-            range=_natural(fields.pop("range")) if "range" in fields else -1,
-            offset=_natural(fields.pop("offset", 0)),
+            range=range_,
+            offset=offset,
             device=_text(fields.pop("device", "cpu")),
             **dict.fromkeys(flags, True),
         )
@@ -325,6 +327,21 @@ def entry_from_json(node: Json) -> TensorEntry:
     except (CorruptionError, FormatError) as error:
         raise type(error)(f"tensor entry {name!r:.200}: {error}") from error
     return entry
+
+
+def _place(pieces: Json) -> tuple[int, int]:
+    """Return range and offset of the one piece that a whole tensor is; an empty one has none."""
+    if not isinstance(pieces, list) or not all(isinstance(piece, dict) for piece in pieces):
+        raise CorruptionError(f"pieces: not a list of objects: {pieces!r:.80}")
+    if not pieces:
+        return -1, 0
+    piece = dict(pieces[0])
+    if len(pieces) > 1 or "at" in piece:
+        raise FormatError(f"it is stored in {len(pieces)} pieces, as sharded states are, which needs a later incckpt")
+    place = _natural(piece.pop("range", None)), _natural(piece.pop("offset", 0))
+    if piece:
+        raise CorruptionError(f"unknown fields of a piece: {sorted(piece)!r:.200}")
+    return place
 
 
 def _dtype(kind: Json, dtype: Json) -> tuple[str, int]:

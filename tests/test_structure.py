@@ -106,7 +106,7 @@ def test_a_changed_document_is_refused_or_stays_inside_its_bytes(data: st.DataOb
         elif action == "near" and type(container[key]) is int:
             container[key] += data.draw(st.sampled_from([-1, 1, -4, 4, 1 << 20, 1 << 40, -(1 << 62), 1 << 62, 1 << 64]))
         elif action == "add" and isinstance(container, dict):
-            container[data.draw(st.sampled_from(["flags", "offset", "range", *TAGS]))] = data.draw(any_json())
+            container[data.draw(st.sampled_from(["flags", "offset", "pieces", "range", *TAGS]))] = data.draw(any_json())
         else:
             container[key] = data.draw(any_json())
     try:
@@ -231,12 +231,12 @@ def base_dtype(depth: int) -> Any:
 
 
 FAULTS: list[tuple[dict[str, Any], str]] = [
-    ({"range": 1}, "there is no range 1"),
-    ({"offset": 4}, r"bytes \[4, 44\) of a range of 40"),
-    ({"offset": -4}, "non-negative"),
+    ({"pieces": [{"range": 1}]}, "there is no range 1"),
+    ({"pieces": [{"range": 0, "offset": 4}]}, r"bytes \[4, 44\) of a range of 40"),
+    ({"pieces": [{"range": 0, "offset": -4}]}, "non-negative"),
     ({"shape": [11]}, r"bytes \[0, 44\) of a range of 40"),
     ({"shape": [5], "stride": [3]}, "of a range of 40"),
-    ({"shape": [5], "stride": [-1], "offset": 16}, "negative stride"),
+    ({"shape": [5], "stride": [-1], "pieces": [{"range": 0, "offset": 16}]}, "negative stride"),
     ({"shape": [2**62, 2**62], "stride": [0, 0]}, "too large"),
     ({"shape": [2**63]}, "64-bit"),
     ({"shape": [2], "stride": [2**64]}, "out of bounds"),
@@ -260,16 +260,21 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"flags": [[]]}, "unknown flags"),
     ({"dtype": "int32", "flags": ["requires_grad"]}, "requires_grad on int32"),
     ({"flags": ["packed"], "shape": [9]}, "does not fill its range"),
-    ({"flags": ["packed"], "offset": 4}, "does not fill its range"),
+    ({"flags": ["packed"], "pieces": [{"range": 0, "offset": 4}]}, "does not fill its range"),
     ({"name": None}, "not a string"),
     ({"colour": 1}, "unknown fields"),
-    ({"range": "0"}, "non-negative"),
+    ({"pieces": [{"range": "0"}]}, "non-negative"),
+    ({"pieces": [{}]}, "non-negative"),
+    ({"pieces": {"range": 0}}, "list of objects"),
+    ({"pieces": [0]}, "list of objects"),
+    ({"pieces": [{"range": 0, "colour": 1}]}, "unknown fields of a piece"),
+    ({"pieces": [{"range": 0, "at": [0], "shape": [5]}, {"range": 1, "at": [5], "shape": [5]}]}, "sharded"),
 ]
 
 
 @pytest.mark.parametrize(("change", "reason"), FAULTS, ids=str)
 def test_a_tensor_that_does_not_fit_its_range_is_refused(change: dict[str, Any], reason: str) -> None:
-    good = {"name": "w", "dtype": "float32", "shape": [10], "range": 0}
+    good = {"name": "w", "dtype": "float32", "shape": [10], "pieces": [{"range": 0}]}
     check_entries([entry_from_json(good)], [40])
     with pytest.raises(REFUSED, match=reason) as caught:
         check_entries([entry_from_json({**good, **change})], [40])
@@ -277,7 +282,14 @@ def test_a_tensor_that_does_not_fit_its_range_is_refused(change: dict[str, Any],
 
 
 def test_one_range_is_packed_in_one_way() -> None:
-    packed = {"name": "w", "dtype": "float32", "shape": [5], "stride": [2], "range": 0, "flags": ["packed"]}
+    packed = {
+        "name": "w",
+        "dtype": "float32",
+        "shape": [5],
+        "stride": [2],
+        "pieces": [{"range": 0}],
+        "flags": ["packed"],
+    }
     check_entries([entry_from_json(packed), entry_from_json({**packed, "dtype": "int32"})], [20])
     for other in ({"stride": [3]}, {"flags": [], "stride": [1]}):
         with pytest.raises(CorruptionError, match="packed"):
@@ -292,7 +304,7 @@ def test_dtypes_nested_too_deeply_are_refused() -> None:
 
 def test_an_entry_of_a_dtype_this_torch_has_not_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch, "float8_e8m0fnu")
-    entries = [entry_from_json({"name": "w", "dtype": "float8_e8m0fnu", "shape": [4], "range": 0})]
+    entries = [entry_from_json({"name": "w", "dtype": "float8_e8m0fnu", "shape": [4], "pieces": [{"range": 0}]})]
     with pytest.raises(FormatError, match=r"'w'.*has no dtype float8_e8m0fnu"):
         build(parse({"tensor": 0}, 1), entries, [new_buffer(4)])
 
@@ -307,7 +319,7 @@ def test_an_entry_is_what_its_json_says(views: Any) -> None:
 
 def test_plain_entries_are_short() -> None:
     node = entry_to_json(flatten({"w": torch.zeros(3, 4)}).tensors[0])
-    assert node == {"name": "w", "dtype": "float32", "shape": [3, 4], "range": 0}
+    assert node == {"name": "w", "dtype": "float32", "shape": [3, 4], "pieces": [{"range": 0}]}
 
 
 # --- selection --------------------------------------------------------------------------------------------------------
