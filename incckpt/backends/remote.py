@@ -67,7 +67,8 @@ class Deadline:
 
     def expect(self, nbytes: int) -> None:
         """Start the clock again: from now, `nbytes` are still to come."""
-        self._timeout.reschedule(asyncio.get_running_loop().time() + self._patience + nbytes / self._rate)
+        if not self._timeout.expired():  # a part of the request may get here while the whole is being cancelled
+            self._timeout.reschedule(asyncio.get_running_loop().time() + self._patience + nbytes / self._rate)
 
 
 class RequestFailed(Exception):
@@ -315,13 +316,13 @@ def byte_range(start: int, end: int | None) -> dict[str, str]:
 
 def open_http(**options: Any) -> aiohttp.ClientSession:
     """Return a pool of connections whose requests have no deadlines but ours."""
-    defaults = {
+    defaults: dict[str, Any] = {
         "connector": aiohttp.TCPConnector(limit=POOL),
         "timeout": aiohttp.ClientTimeout(total=None, sock_connect=_CONNECTING),
         "auto_decompress": False,
-        "headers": {"Accept-Encoding": "identity", "User-Agent": "incckpt"},
     }
-    return aiohttp.ClientSession(**{**defaults, **options})
+    headers = {"Accept-Encoding": "identity", "User-Agent": "incckpt", **options.pop("headers", {})}
+    return aiohttp.ClientSession(**{**defaults, **options, "headers": headers})
 
 
 async def pieces(view: memoryview) -> AsyncIterator[memoryview]:
