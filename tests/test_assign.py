@@ -177,13 +177,32 @@ def test_other_layouts_are_copied_into() -> None:
 
 
 def test_memory_between_the_elements_is_not_the_checkpoints() -> None:
-    stored = Stored([torch.arange(10)[0::2], torch.arange(10)[1:3]])
-    base = torch.arange(20)
-    outside = base.clone()
+    saved = torch.arange(10)
+    stored = Stored([saved[0::2], saved[1:3]])  # one range, with bytes in it that belong to no tensor
+    base = torch.arange(100, 120)
     stored.restore([base[0:10:2], base[10:12]])
-    stored.restore([base[10:20:2], base[3:5]])
-    assert base[1].item() == outside[1].item()
-    assert base[11:20:2].tolist() == [2, *outside[13:20:2].tolist()]
+    assert base[0:10:2].tolist() == [0, 2, 4, 6, 8]
+    assert base[10:12].tolist() == [1, 2]
+    assert base[1:10:2].tolist() == [101, 103, 105, 107, 109]
+    assert base[12:].tolist() == list(range(112, 120))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device must not be there")
+def test_what_was_saved_on_a_device_is_restored_where_the_target_is(caplog: pytest.LogCaptureFixture) -> None:
+    job = Job(0, torch.optim.AdamW, torch.float32)
+    job.train(2)
+    stored = Stored({**job.state, "w": torch.ones(3), "new": torch.ones(2)})
+    for node in stored.document["tensors"]:
+        if "kind" not in node:
+            node["device"] = "cuda:3"
+    other = Job(1, torch.optim.AdamW, torch.float32)
+    target: dict[str, Any] = {**other.state, "w": torch.zeros(3), "new": None}
+    with caplog.at_level(logging.WARNING, "incckpt"):
+        stored.restore(target)
+    assert "tensors saved on cuda:3 go to the CPU" in caplog.text
+    assert difference(job.optimizer.state_dict(), other.optimizer.state_dict()) == ""
+    assert target["w"].tolist() == [1, 1, 1]
+    assert target["new"].tolist() == [1, 1]
 
 
 def test_ties_of_the_target_and_of_the_checkpoint_need_not_be_the_same() -> None:

@@ -83,7 +83,7 @@ def _facts(value: Any) -> object:
         case complex():
             return struct.pack("<dd", value.real, value.imag)
         case set() | frozenset():
-            return sorted((type(item).__name__, repr(item)) for item in value)
+            return sorted(map(_in_order, value))
         case defaultdict():
             return value.default_factory
         case deque():
@@ -93,6 +93,14 @@ def _facts(value: Any) -> object:
         case tuple() if not isinstance(value, torch.Size):
             return None
     return value
+
+
+def _in_order(item: object) -> str:
+    """Return a text for an element of a set; ``repr`` shows frozensets in the order of their hash table."""
+    if isinstance(item, (tuple, frozenset)):
+        parts = map(_in_order, item)
+        return f"{type(item).__name__}({', '.join(sorted(parts) if isinstance(item, frozenset) else parts)})"
+    return f"{type(item).__name__}({item!r})"
 
 
 def _raw_bytes(value: torch.Tensor | npt.NDArray[Any]) -> bytes:
