@@ -26,6 +26,7 @@ __all__ = [
     "check_format",
     "decode_metrics",
     "dump_json",
+    "encode_float",
     "encode_metrics",
     "parse_json",
 ]

@@ -6,14 +6,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import TracebackType
 
 from incckpt import codec
 from incckpt.codec import Encoded, WayBytes
 from incckpt.entries import TensorEntry, entry_to_json
 from incckpt.errors import BackendError, SupersededError
-from incckpt.manifest import Chunk, Json, Manifest, Range, Stored
+from incckpt.manifest import Chunk, Json, Manifest, Range, Stored, encode_float
 from incckpt.objects import ObjectKey, chunk_keys, manifest_keys
 from incckpt.pipeline import Pipeline
 from incckpt.refs import Ref, RefName, Tombstone
@@ -124,6 +124,17 @@ class SaveReport:
             for way, one in encoded.ways.items():
                 total = self.by_way.get(way, WayBytes(0, 0))
                 self.by_way[way] = WayBytes(total.raw + one.raw, total.stored + one.stored)
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the report as JSON-able values."""
+        document: dict[str, Json] = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.name not in ("_lock", "by_way", "norms")
+        }
+        document["by_way"] = {way: one._asdict() for way, one in self.by_way.items()}
+        document["norms"] = {name: [encode_float(value) for value in pair] for name, pair in self.norms.items()}
+        return document
 
     @property
     def blocked_seconds(self) -> float:

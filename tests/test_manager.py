@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -525,3 +526,20 @@ def test_keys_read_only_what_they_need(tmp_path: Path) -> None:
     backend.reset()
     assert_same(incckpt.load(backend, keys="model.*"), {"model": state["model"]})
     assert backend.bytes_got < (1 << 19) * 4 + 5000
+
+
+def test_the_report_says_what_a_save_did(tmp_path: Path) -> None:
+    state = {"w": torch.randn(1 << 20), "v": torch.zeros(4)}
+    with incckpt.CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            state["v"].fill_(step)
+            state["w"][:100] += 1
+            manager.save(step, state)
+        manager.wait()
+        first, second = (json.loads(json.dumps(report.to_json())) for report in manager.history)
+    assert (first["step"], first["chunks"], first["changed_chunks"], first["put_objects"]) == (1, 2, 2, 2)
+    assert first["changed_bytes"] == first["nbytes"] == 4 * (1 << 20) + 16
+    assert sum(way["raw"] for way in first["by_way"].values()) == first["nbytes"]
+    assert second["by_way"]["delta"]["raw"] > 0
+    assert 0 < second["put_bytes"] < first["put_bytes"] / 100
+    assert set(first["seconds"]) >= {"wait", "flatten", "stage", "hash", "encode", "put", "store", "commit"}
