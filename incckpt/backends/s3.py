@@ -217,7 +217,12 @@ class S3Backend(RemoteBackend[_Session]):
         while True:
 
             async def request(session: _Session, _: Deadline) -> dict[str, Any]:
-                return await session.call("list_multipart_uploads", Prefix=self._root, **markers)  # noqa: B023
+                try:
+                    return await session.call("list_multipart_uploads", Prefix=self._root, **markers)  # noqa: B023
+                except botocore.exceptions.ClientError as exc:
+                    if _status(exc) in (404, 501) and _code(exc) != NO_SUCH_ROOT:
+                        return {}  # a server that has no multipart uploads, or says so when there is none
+                    raise
 
             reply = self._call("list the uploads below", self._root, request)
             for upload in reply.get("Uploads", []):
