@@ -296,9 +296,9 @@ def entry_from_json(node: Json) -> TensorEntry:
     Raises
     ------
     CorruptionError
-        If a field is missing, unknown or malformed.
+        If a field is missing or malformed.
     FormatError
-        If the dtype is unknown to this version.
+        If a field, flag or dtype is unknown to this version.
     """
     fields = dict(node) if isinstance(node, dict) else {}
     name = fields.pop("name", None)
@@ -310,7 +310,7 @@ def entry_from_json(node: Json) -> TensorEntry:
         range_, offset = _place(fields.pop("pieces", []))
         flags = fields.pop("flags", [])
         if not isinstance(flags, list) or any(flag not in _FLAGS for flag in flags):
-            raise CorruptionError(f"unknown flags: {flags!r:.200}")
+            raise FormatError(f"unknown flags: {flags!r:.200}")
         entry = TensorEntry(
             name=_text(name),
             kind=kind,
@@ -323,7 +323,7 @@ def entry_from_json(node: Json) -> TensorEntry:
             **dict.fromkeys(flags, True),
         )
         if fields:
-            raise CorruptionError(f"unknown fields: {sorted(fields)!r:.200}")
+            raise FormatError(f"unknown fields: {sorted(fields)!r:.200}")
     except (CorruptionError, FormatError) as error:
         raise type(error)(f"tensor entry {name!r:.200}: {error}") from error
     return entry
@@ -340,7 +340,7 @@ def _place(pieces: Json) -> tuple[int, int]:
         raise FormatError(f"it is stored in {len(pieces)} pieces, as sharded states are, which needs a later incckpt")
     place = _natural(piece.pop("range", None)), _natural(piece.pop("offset", 0))
     if piece:
-        raise CorruptionError(f"unknown fields of a piece: {sorted(piece)!r:.200}")
+        raise FormatError(f"unknown fields of a piece: {sorted(piece)!r:.200}")
     return place
 
 
@@ -350,7 +350,7 @@ def _dtype(kind: Json, dtype: Json) -> tuple[str, int]:
         text = json.dumps(dtype, separators=(",", ":")) if isinstance(dtype, dict) else _text(dtype)
         return text, numpy_dtype_from_text(text).itemsize
     if kind != "torch":
-        raise CorruptionError(f"unknown kind {kind!r:.80}")
+        raise FormatError(f"unknown kind {kind!r:.80}")
     if _text(dtype) not in TORCH_DTYPES:
         raise FormatError(f"unknown dtype {dtype!r:.80}: update incckpt")
     return dtype, 1

@@ -32,6 +32,7 @@ from incckpt.plain import (
 
 __all__ = [
     "DEFAULT_FACTORIES",
+    "FORMS",
     "GeneratorRef",
     "MappingNode",
     "Pickled",
@@ -162,7 +163,7 @@ class _Parser:
                 except (ValueError, TypeError, OverflowError, RuntimeError) as error:
                     kind = FormatError if isinstance(error, FormatError) else CorruptionError
                     raise Malformed(f"not a {tag}: {excerpt(payload)} ({error})", kind) from error
-        form = _FORMS.get(frozenset(node))
+        form = FORMS.get(frozenset(node))
         if form is None:
             raise Malformed(f"unknown kind of node: {excerpt(node)}; update incckpt", FormatError)
         self._depth += 1
@@ -272,7 +273,7 @@ def _named_tuple_type(name: str, fields: tuple[str, ...]) -> type[tuple[Any, ...
     return collections.namedtuple(name, fields, module=__name__)
 
 
-_FORMS: dict[frozenset[str], Callable[[_Parser, Json], Tree]] = {
+FORMS: dict[frozenset[str], Callable[[_Parser, Json], Tree]] = {
     frozenset(members): form
     for members, form in (
         (("list",), lambda parser, node: parser.sequence("list", node)),

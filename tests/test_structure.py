@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from incckpt.build import Builder, build
-from incckpt.entries import check_entries, entry_from_json, entry_to_json
+from incckpt.entries import TORCH_DTYPES, check_entries, entry_from_json, entry_to_json
 from incckpt.errors import CorruptionError, FormatError, StateMismatchError
+from incckpt.plain import DECODERS, MAX_DEPTH
 from incckpt.state import flatten
-from incckpt.structure import parse, references
+from incckpt.structure import DEFAULT_FACTORIES, FORMS, parse, references
 from incckpt.testing import strategies as states
 from incckpt.testing.compare import assert_same_state
 from tests.states import Stored, new_buffer
@@ -378,3 +380,25 @@ def test_every_name_selects_its_value(state: Any, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(names))
     entries = stored.entries()
     assert name in {entries[index].name for index in references(stored.tree(name))}
+
+
+# --- the documentation ------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[1] / "docs" / "structure.md").read_text()
+
+
+def test_the_example_of_the_documentation_is_true() -> None:
+    code, document = (PAGE.split(f"```{language}\n")[1].split("```")[0] for language in ("python", "json"))
+    state = eval(code, {"torch": torch})
+    assert Stored(state).document == json.loads(document)
+
+
+def test_every_kind_of_node_and_dtype_is_documented() -> None:
+    for members in [*([tag] for tag in DECODERS), *FORMS]:
+        for member in members:
+            assert f'"{member}":' in PAGE or f"member `{member}`" in PAGE, member
+    for name in TORCH_DTYPES:
+        assert f"`{name}`" in PAGE or name[:-1] in ("int", "uint")
+    for factory in DEFAULT_FACTORIES:
+        assert f"`{factory}`" in PAGE
+    assert f"at most {MAX_DEPTH} deep" in PAGE
