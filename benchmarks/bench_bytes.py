@@ -139,7 +139,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor
     logits = model(batch[:, :-1])
     loss = functional.cross_entropy(logits.reshape(-1, VOCABULARY).float(), batch[:, 1:].reshape(-1))
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return loss.item()
 
@@ -235,7 +235,7 @@ def lora(base: LanguageModel, saves: int, folder: str) -> list[Rival]:
     """Train adapters of rank 1 on one projection of each block; the base is frozen, and in the state."""
     model = copy.deepcopy(base).requires_grad_(False)
     for block in model.blocks:
-        block.qkv = LoRALinear(block.qkv, 1)  # type: ignore[assignment, arg-type]
+        block.qkv = LoRALinear(block.qkv, 1)  # type: ignore[arg-type]
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(adapters, lr=1e-3)
     states: dict[str, Callable[[], State]] = {
@@ -255,8 +255,8 @@ def embedding(base: LanguageModel, saves: int, folder: str) -> list[Rival]:
         for _ in range(GAP):
             touched = torch.randint(50_000, (30,))
             optimizer.zero_grad()
-            functional.mse_loss(table(touched), torch.randn(30, 32)).backward()
-            optimizer.step()
+            functional.mse_loss(table(touched), torch.randn(30, 32)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()  # type: ignore[no-untyped-call]
         if save >= 3:
             contests[0].save(table.state_dict())
             contests[1].save({"table": table.state_dict(), "optimizer": optimizer.state_dict()})
