@@ -70,7 +70,7 @@ def beside_a_save(name: str, make: Callable[[float], Any], megabytes: int, round
                 value.mul_(1.0001)
             alone_before = make(1.0)(lambda: False)
             saved: Future[Any] = manager.save(step, state)
-            beside = make(0.0)(lambda saved=saved: not saved.done())  # type: ignore[misc]
+            beside = make(0.0)(lambda saved=saved: not saved.done())
             manager.wait()
             alone_after = make(1.0)(lambda: False)
             slowdowns.append(1 - beside / statistics.mean([alone_before, alone_after]))

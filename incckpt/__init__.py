@@ -12,6 +12,7 @@ from incckpt.manager import CheckpointManager
 from incckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast
 from incckpt.rng import RngState
 from incckpt.save import SaveReport
+from incckpt.verify import verify
 
 __version__ = "0.1.0"
 
@@ -29,4 +30,5 @@ __all__ = [
     "errors",
     "load",
     "save",
+    "verify",
 ]
