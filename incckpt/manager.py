@@ -364,7 +364,7 @@ class CheckpointManager:
             raise SaveError(f"an earlier save to {self._store.backend.url} failed: {error}") from error
 
     def delete(self, step: int) -> bool:
-        """Delete the checkpoints of `step`, abandoned and unreadable ones included, and the objects that only they need.
+        """Delete the checkpoints of `step`, abandoned and unreadable ones included, and what only they need.
 
         Returns
         -------
