@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import gc
+import logging
 import pathlib
 import random
 import warnings
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from incckpt.entries import TORCH_DTYPES
-from incckpt.errors import OptionError, PickleRefusedError, StateError
+from incckpt.errors import CorruptionError, OptionError, PickleRefusedError, StateError, StateMismatchError
 from incckpt.memory import CARRIERS, raw_array, raw_view
 from incckpt.rng import RngState
 from incckpt.state import flatten
@@ -363,6 +364,44 @@ def test_the_rng_state_covers_python_numpy_and_torch() -> None:
     RngState().load_state_dict(stored.load()["rng"])
     assert draw() == expected
     assert sum(len(value) for value in map(str, stored.document["structure"]["dict"])) < 2000  # arrays are no JSON
+
+
+@pytest.mark.parametrize(
+    ("saved", "there", "said"), [(3, 2, "first 2 were set"), (2, 3, "first 2"), (2, 0, "none was set")]
+)
+def test_another_number_of_devices_is_made_the_best_of_and_logged(
+    saved: int, there: int, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    states_there: dict[int, int] = {}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_rng_state_all", lambda: [torch.tensor([i], dtype=torch.uint8) for i in range(saved)]
+    )
+    stored = Stored({"rng": RngState()}).load()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, index: states_there.update({index: state.item()}))
+    with caplog.at_level(logging.WARNING, "incckpt"):
+        RngState().load_state_dict(stored["rng"])
+    assert states_there == {index: index for index in range(min(saved, there))}
+    assert f"of {saved} CUDA devices were saved, there are {there} here" in caplog.text
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change", [{"python": None}, {"torch": torch.zeros(3, dtype=torch.uint8)}, {"numpy": {}}, {"cuda": 3}]
+)
+def test_a_random_state_of_another_kind_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(StateMismatchError, match="random number generators"):
+        RngState().load_state_dict({**RngState().state_dict(), **change})
+
+
+def test_a_generator_state_that_is_none_is_corrupt() -> None:
+    for state in (torch.zeros(5, dtype=torch.uint8), torch.zeros(5), np.zeros(5, np.uint8)):
+        stored = Stored([state])
+        stored.document["structure"] = {"torch.Generator": 0, "device": "cpu"}
+        with pytest.raises(CorruptionError, match="the state of generator '0'"):
+            stored.load()
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
