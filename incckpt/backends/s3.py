@@ -42,7 +42,7 @@ from incckpt.backends.remote import (
 )
 from incckpt.errors import BackendError, IncckptError, OptionError
 
-__all__ = ["S3Backend", "open_url"]
+__all__ = ["S3Backend", "client_config", "open_url"]
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class _Session:
         self._fs = s3fs.S3FileSystem(
             **{
                 **options,
-                "config_kwargs": {**_known_options(), **options.get("config_kwargs", {})},
+                "config_kwargs": {**client_config(), **options.get("config_kwargs", {})},
                 "use_listings_cache": False,
                 "skip_instance_cache": True,
             }
@@ -377,8 +377,8 @@ _CONNECTION_ERRORS = (
 )
 
 
-def _known_options() -> dict[str, Any]:
-    """Return our client configuration without what an older botocore does not know."""
+def client_config() -> dict[str, Any]:
+    """Return our settings for botocore's client, as s3fs takes them in ``config_kwargs``; only those that it knows."""
     known = botocore.config.Config.OPTION_DEFAULTS
     return {name: value for name, value in _CONFIG.items() if name in known}
 

@@ -1,0 +1,161 @@
+"""How fast objects go to an S3 store and come back, beside s3fs moving the same bytes in the same run.
+
+    python benchmarks/bench_remote.py                                     # against the tests' server, on this machine
+    python benchmarks/bench_remote.py --url s3://bucket/scratch           # with the environment's credentials
+    python benchmarks/bench_remote.py --url s3://b/x --endpoint http://127.0.0.1:8055 --key test --secret testtest
+
+Contenders, each warm, in another order every round:
+
+- ``incckpt``: the backend that a store uses, called from `--threads` threads, as a save and a restore do;
+- ``s3fs``: ``pipe`` and ``cat`` of all objects in one call, as s3fs comes;
+- ``s3fs tuned``: the same with our connection settings and as many requests at once.
+
+A server on the same machine takes its share of the processors: then the figures compare, and say little by themselves.
+CPU is that of this process, all its threads, per GiB moved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import s3fs
+
+from incckpt.backends.s3 import S3Backend, client_config
+
+ROOT = Path(__file__).resolve().parents[1]
+MIB = 1 << 20
+
+
+@contextmanager
+def own_server() -> Iterator[dict[str, Any]]:
+    """Run the tests' S3 server; yield s3fs options for it."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.servers.s3_server"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        options = {"key": "test", "secret": "testtest", "endpoint_url": f"http://127.0.0.1:{port}"}
+        s3fs.S3FileSystem(**options).mkdir("bench")
+        yield options  # the server ends when its standard input does
+
+
+class Incckpt:
+    """incckpt's backend."""
+
+    def __init__(self, bucket: str, path: str, options: Mapping[str, Any], threads: int) -> None:
+        self.backend = S3Backend(bucket, path, options)
+        self.pool = ThreadPoolExecutor(threads)
+
+    def put(self, values: Mapping[str, bytes]) -> None:
+        list(self.pool.map(self.backend.put, values, values.values()))
+
+    def get(self, keys: list[str]) -> list[bytes]:
+        return list(self.pool.map(self.backend.get, keys))
+
+    def close(self) -> None:
+        self.backend.delete([entry.key for entry in self.backend.list()])
+        self.backend.close()
+        self.pool.shutdown()
+
+
+class S3fs:
+    """s3fs, all objects in one call."""
+
+    def __init__(self, bucket: str, path: str, options: Mapping[str, Any], batch: int | None = None) -> None:
+        self.fs = s3fs.S3FileSystem(**options, skip_instance_cache=True, use_listings_cache=False)
+        self.root = f"{bucket}/{path}".rstrip("/")
+        self.more = {} if batch is None else {"batch_size": batch}
+
+    def put(self, values: Mapping[str, bytes]) -> None:
+        self.fs.pipe({f"{self.root}/{key}": value for key, value in values.items()}, **self.more)
+
+    def get(self, keys: list[str]) -> list[bytes]:
+        found = self.fs.cat([f"{self.root}/{key}" for key in keys], **self.more)
+        return [found[f"{self.root}/{key}"] for key in keys]
+
+    def close(self) -> None:
+        self.fs.rm(self.root, recursive=True)
+
+
+def measure(work: Callable[[], object], nbytes: int) -> tuple[float, float]:
+    """Return MiB per second and CPU seconds per GiB of `work`."""
+    cpu, start = time.process_time(), time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    return nbytes / MIB / seconds, (time.process_time() - cpu) / (nbytes / 1024 / MIB)
+
+
+def run(bucket: str, path: str, options: Mapping[str, Any], arguments: argparse.Namespace) -> None:
+    """Measure and print."""
+    tuned = {**options, "config_kwargs": client_config(), "max_concurrency": 1}
+    contenders: dict[str, Incckpt | S3fs] = {
+        "incckpt": Incckpt(bucket, f"{path}/incckpt", options, arguments.threads),
+        "s3fs": S3fs(bucket, f"{path}/s3fs", options),
+        "s3fs tuned": S3fs(bucket, f"{path}/tuned", tuned, arguments.threads),
+    }
+    nbytes = arguments.objects * arguments.mib * MIB
+    generator = random.Random(0)
+    values = {f"objects/{number:04d}": generator.randbytes(arguments.mib * MIB) for number in range(arguments.objects)}
+    keys = list(values)
+    figures: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    try:
+        for number in range(arguments.rounds + 1):
+            names = list(contenders)
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                contender = contenders[name]
+                put = measure(lambda: contender.put(values), nbytes)  # noqa: B023
+                got: list[bytes] = []
+                get = measure(lambda: got.extend(contender.get(keys)), nbytes)  # noqa: B023
+                if got != list(values.values()):
+                    raise SystemExit(f"{name}: what came back is not what was put")
+                if number:  # the first round warms up
+                    figures.setdefault((name, "put"), []).append(put)
+                    figures.setdefault((name, "get"), []).append(get)
+    finally:
+        for contender in contenders.values():
+            contender.close()
+    print(f"{arguments.objects} objects of {arguments.mib} MiB, {arguments.rounds} rounds, s3fs {s3fs.__version__}")
+    print(f"{'':12} {'':4} {'MiB/s':>7} {'min':>7} {'max':>7} {'CPU s/GiB':>10}")
+    for (name, what), found in figures.items():
+        rates, cpus = zip(*found, strict=True)
+        print(
+            f"{name:12} {what:4} {statistics.median(rates):7.0f} {min(rates):7.0f} {max(rates):7.0f} "
+            f"{statistics.median(cpus):10.2f}"
+        )
+
+
+def main() -> None:
+    """Parse the arguments and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="", help="s3://bucket/path to write below; a server is started without it")
+    parser.add_argument("--endpoint", default="", help="the server's URL, if it is not Amazon")
+    parser.add_argument("--key", default="")
+    parser.add_argument("--secret", default="")
+    parser.add_argument("--objects", type=int, default=32)
+    parser.add_argument("--mib", type=int, default=8, help="of each object")
+    parser.add_argument("--threads", type=int, default=16, help="requests at once")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    if not arguments.url:
+        with own_server() as options:
+            run("bench", "x", options, arguments)
+        return
+    bucket, _, path = arguments.url.removeprefix("s3://").partition("/")
+    given = {"key": arguments.key, "secret": arguments.secret, "endpoint_url": arguments.endpoint}
+    run(
+        bucket, f"{path}/{uuid.uuid4()}".lstrip("/"), {name: value for name, value in given.items() if value}, arguments
+    )
+
+
+if __name__ == "__main__":
+    main()
