@@ -433,10 +433,10 @@ def test_a_module_with_hooks_decides_for_itself() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.new = torch.nn.Linear(2, 2)
-            self.register_load_state_dict_pre_hook(self.rename)  # type: ignore[no-untyped-call]
+            self._register_load_state_dict_pre_hook(self.rename)  # type: ignore[no-untyped-call]
 
         @staticmethod
-        def rename(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        def rename(state: dict[str, Any], prefix: str, *_: Any) -> None:
             for key in [key for key in state if key.startswith(f"{prefix}old.")]:
                 state[key.replace("old.", "new.")] = state.pop(key)
 

@@ -19,8 +19,8 @@ __all__ = ["NUMPY_DTYPES", "arrays", "keys", "plain_values", "shared_memory", "s
 NUMPY_DTYPES = [
     *map(np.dtype, ("|b1", "|i1", "<i2", ">i4", "<i8", "|u1", ">u2", "<u4", "<u8", "<f2", ">f4", "<f8", "<c8", ">c16")),
     *map(np.dtype, ("<M8[ns]", ">M8[D]", "<m8[25s]", "<m8", "|S3", "<U2", ">U3", "|V5")),
-    np.dtype(np.longdouble),
-    np.dtype(np.clongdouble),
+    # Where a long double is a double, it comes back as one.
+    *map(np.dtype, (np.longdouble, np.clongdouble) if np.dtype(np.longdouble).itemsize > 8 else ()),
     np.dtype([("a", "<f4"), ("b", "|u1"), ("c", ">i2", (2,))]),
     np.dtype([("x", "|u1"), ("y", "<f8")], align=True),
     np.dtype({"names": ["p", "q"], "formats": ["<f4", [("r", "<i8")]], "offsets": [4, 9], "itemsize": 20}),
