@@ -19,7 +19,7 @@ demo: $(VENV)/built ## Train, kill in the middle of a save, resume, compare (two
 	$(BIN)/python examples/demo.py
 
 test: lint types ## Build, lint, check types, run all tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
 lint: $(VENV)/built ## Style, formatting, layers
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(*command: object, cwd: Path) -> str:
     """Run a script of this repository in a folder of its own; return what it printed."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "PYTHONWARNINGS": "default"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS": "default"}
     words = [sys.executable, *map(str, command)]
     done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
