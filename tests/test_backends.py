@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,36 +153,28 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         open_backend("gs://bucket/x")
 
 
-class _Point:
-    """An entry point as an installed package would declare one."""
-
-    value = "third.party:open"
-
-    def __init__(self, result: object) -> None:
-        self.result = result
-        self.seen: list[tuple[str, Mapping[str, Any]]] = []
-
-    def load(self) -> Any:
-        def opener(url: str, options: Mapping[str, Any]) -> object:
-            self.seen.append((url, options))
-            return self.result
-
-        return opener
-
-
-def test_a_third_party_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = MemoryBackend("third-party")
-    point = _Point(mine)
-    monkeypatch.setattr(
-        registry_module,
-        "entry_points",
-        lambda group, name: [point] if (group, name) == ("incckpt.backends", "mine") else [],
+def test_a_third_party_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package says in its metadata which scheme it opens; here one is installed for the time of the test."""
+    metadata = tmp_path / "third_party-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[incckpt.backends]\nmine = third_party:open_memory\nwrong = third_party:open_nothing\ns3 = third_party:none\n"
     )
-    assert open_backend("mine://a/b", {"token": "t"}) is mine
-    assert point.seen == [("mine://a/b", {"token": "t"})]
-    point.result = "not a backend"
-    with pytest.raises(OptionError, match=r"third\.party:open"):
-        open_backend("mine://a/b")
+    (tmp_path / "third_party.py").write_text(
+        "from incckpt.backends.memory import MemoryBackend\n"
+        "def open_memory(url, options):\n"
+        "    return MemoryBackend(url.partition('://')[2] + options['suffix'])\n"
+        "def open_nothing(url, options):\n"
+        "    return url\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    name = str(uuid.uuid4())
+    open_backend(f"mine://{name}", {"suffix": "-x"}).put("k", b"v")
+    assert MemoryBackend(f"{name}-x").get("k") == b"v"
+    with pytest.raises(OptionError, match="third_party:open_nothing"):
+        open_backend("wrong://x")
+    assert open_backend("s3://bucket/x").url == "s3://bucket/x"  # ours cannot be taken over
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

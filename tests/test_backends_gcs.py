@@ -165,6 +165,17 @@ def test_expired_credentials_are_renewed_once(proxy: FaultProxy, bucket: str) ->
         assert len(proxy.seen) == 2
 
 
+def test_a_request_that_meets_a_retired_connection_takes_another(gcs_server: int, bucket: str) -> None:
+    """As when another thread renews the credentials just after this one took the connection."""
+    with GCSBackend(bucket, f"run/{uuid.uuid4()}", options_for(gcs_server)) as backend:
+        backend.put("k", b"1")
+        retired = backend._connected()
+        backend._retire(retired)
+        backend._connection = retired
+        assert backend.get("k") == b"1"
+        assert backend._connected() is not retired
+
+
 def test_the_requester_pays(proxy: FaultProxy, bucket: str) -> None:
     for given, named in ((True, "mine"), ("other", "other")):
         options = options_for(proxy.port, requester_pays=given, project="mine")

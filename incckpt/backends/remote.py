@@ -105,6 +105,10 @@ class _Connection(Generic[C]):
         self.retired = False
 
 
+class _RetiredError(Exception):
+    """The connection may not be used for new requests."""
+
+
 Request: TypeAlias = Callable[[C, Deadline], Coroutine[Any, Any, T]]
 
 
@@ -173,8 +177,8 @@ class RemoteBackend(Backend, Generic[C]):
                 if isinstance(exc, IncckptError):
                     raise
                 failure = exc if isinstance(exc, RequestFailed) else self._failure(exc)
-                if isinstance(failure, CredentialsExpired) and not renewed:
-                    renewed = True
+                if isinstance(exc, _RetiredError) or (isinstance(failure, CredentialsExpired) and not renewed):
+                    renewed = renewed or failure is not None
                     self._retire(connection)
                     continue
                 raise self._error(exc, failure, verb, key) from exc
@@ -183,6 +187,8 @@ class RemoteBackend(Backend, Generic[C]):
                 raise
 
     async def _bounded(self, connection: _Connection[C], request: Request[C, T], nbytes: int) -> T:
+        if connection.retired:  # by another thread, between our taking it and now
+            raise _RetiredError
         connection.users += 1
         try:
             async with connection.slots:
