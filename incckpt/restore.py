@@ -19,10 +19,11 @@ from incckpt.assign import Assignment
 from incckpt.build import MapLocation, build
 from incckpt.entries import TensorEntry, check_entries, entry_from_json
 from incckpt.errors import CodecError, CorruptionError, MissingObjectError
+from incckpt.hostmem import HostBuffer, new_buffer
 from incckpt.manifest import Chunk, Manifest, Stored
 from incckpt.objects import ObjectKey, chunk_keys
 from incckpt.pipeline import Pipeline
-from incckpt.staging import Base, Content, HostBuffer
+from incckpt.staging import Base, Content
 from incckpt.store import Store
 from incckpt.structure import Tree, parse, references, select
 
@@ -31,8 +32,6 @@ __all__ = ["ChunkRead", "Contents", "MapLocation", "Reader", "load_state", "read
 log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
-
-_ALIGNMENT = 64
 
 
 @dataclass
@@ -256,13 +255,6 @@ class Contents:
             if entry.range >= 0:
                 names[entry.range].append(entry.name)
         return names
-
-
-def new_buffer(nbytes: int) -> Bytes:
-    """Return new memory for a range, ``uint8[nbytes]``, aligned to 64 bytes."""
-    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + nbytes]
 
 
 @contextmanager

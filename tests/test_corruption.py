@@ -1,4 +1,4 @@
-"""Damage: a clear error naming the key and the tensor, nothing that was good is lost, an earlier checkpoint restores."""
+"""Damage: a clear error names the key and the tensor, nothing good is lost, an earlier checkpoint restores."""
 
 from __future__ import annotations
 
