@@ -23,7 +23,8 @@ def test_every_checkpoint_restores(store: Path) -> None:
     for step in (1, 2, 3):
         assert_same_state(incckpt.load(store, step=step), state_at(step))
     assert torch.equal(incckpt.load(f"{store}#second@10")["other"], torch.arange(3))
-    assert incckpt.load(f"{store}#default@best", metric="loss", keys="scalar")["scalar"] == 2**53 + 3  # of equal ones, the later
+    best = incckpt.load(f"{store}#default@best", metric="loss", keys="scalar")
+    assert best["scalar"] == 2**53 + 3, "of equally good ones, the later"
     assert all(result.ok for result in verify(store))
 
 
