@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint import staging
 
 import incckpt
 
@@ -89,6 +90,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
+@pytest.mark.skipif(not hasattr(staging, "DefaultStager"), reason="compares with what later versions of torch have")
 def test_save_benchmark_runs(tmp_path: Path) -> None:
     benchmark = ROOT / "benchmarks" / "bench_save.py"
     output = run(benchmark, "--scale", 0.001, "--rounds", 1, "--folder", tmp_path, cwd=tmp_path)
