@@ -63,6 +63,8 @@ class Attempt:
         lists = store.condemned.read()
         self.number, unfinished = self._run.start_attempt()
         self._sweep = unfinished or bool(lists)
+        # Without exclusive creation no collector can stop a save that it took for dead: nothing may be collected.
+        self._collects = store.backend.exclusive
         self.lineage: Lineage = self._run.lineage()
         self._history: dict[RefName, Ref] = {}
         self._abandoned: dict[RefName, Ref | None] = {}  # None: unreadable
@@ -188,7 +190,8 @@ class Attempt:
         self._run.check_not_superseded(self.number)
         try:
             # Before they are expired: killed in between, the list tells the next attempt that there is garbage.
-            self._collector.condemn([self._run.ref_key(name) for name in doomed])
+            if self._collects:
+                self._collector.condemn([self._run.ref_key(name) for name in doomed])
         except CollectionError as error:
             self._sweep = True
             log.warning("pruning without collecting for now: %s", error)
@@ -199,6 +202,8 @@ class Attempt:
         self._unreadable.difference_update(doomed)
 
     def _collect(self) -> None:
+        if not self._collects:
+            return
         collected = self._collector.sweep() if self._sweep else self._collector.finish()
         self._sweep = False
         self._writer.forget(collected.deleted)

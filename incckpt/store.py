@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import time
@@ -27,6 +28,8 @@ from incckpt.refs import CondemnedLists, Ref, create_once, validate_run
 from incckpt.runs import Run
 
 __all__ = ["DEFAULT_RUN", "Location", "Store", "parse_location"]
+
+log = logging.getLogger(__name__)
 
 MARKER = "incckpt.json"
 DEFAULT_RUN = "default"
@@ -147,7 +150,7 @@ class Store:
                 ) from error
 
     def create(self) -> None:
-        """Check the store as `check` does, after making it if it is not there.
+        """Check the store as `check` does, after making it if it is not there; find out whether it is exclusive.
 
         Raises
         ------
@@ -166,6 +169,12 @@ class Store:
         if found is not None:
             self._check_marker(found)
         self._checked = True
+        if self.backend.remote and not self.backend.probe_exclusive():
+            log.warning(
+                "%s cannot create exclusively: only one process may write to it, which is not checked, and the objects "
+                "of pruned checkpoints stay",
+                self.backend.url,
+            )
 
     def _check_marker(self, data: bytes) -> None:
         where = f"{self.backend.url}/{MARKER}"
