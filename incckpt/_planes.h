@@ -19,7 +19,7 @@
 #error "incckpt reads tensor bytes as little-endian elements; this processor is big-endian"
 #endif
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(INCCKPT_GENERIC_ONLY)
 #include <immintrin.h>
 #define PLANES_X86 1
 #else
