@@ -21,6 +21,7 @@ import torch
 from incckpt import detect
 from incckpt.chunking import ChunkTable, check_chunk_bytes, plan
 from incckpt.codec import Digest
+from incckpt.device import DeviceCopies
 from incckpt.hostmem import HostBuffer, HostPool
 from incckpt.manifest import Chunk, Range
 from incckpt.state import ByteRange, FlatState
@@ -195,8 +196,8 @@ class Base:
     _slots: list[_Slot] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     pool: HostPool = field(default_factory=HostPool)
-    _pinned: HostPool = field(default_factory=lambda: HostPool(pinned=True))
-    _stream: torch.cuda.Stream | None = None
+    _pinned: HostPool = field(default_factory=lambda: HostPool(pinned=torch.cuda.is_available()))
+    _copies: DeviceCopies = field(default_factory=DeviceCopies)
 
     def __post_init__(self) -> None:
         check_chunk_bytes(self.chunk_bytes)
@@ -252,7 +253,7 @@ class Base:
         table = layout.table
         with self._lock:
             held = [slot.comparable for slot in self._slots]
-        on_device = np.fromiter((item.device.type != "cpu" for item in flat.ranges), np.bool_, len(flat.ranges))
+        on_device = np.fromiter((item.tensor is not None for item in flat.ranges), np.bool_, len(flat.ranges))
         device_chunks = np.unique(table.seg_chunk[on_device[table.seg_range]])
         host = np.ones(len(held), np.bool_)
         host[device_chunks] = False
@@ -383,34 +384,30 @@ class Base:
         chunks: Sequence[int],
         ranges: Sequence[ByteRange],
     ) -> dict[int, Content]:
-        """Stage chunks that lie, at least in part, in CUDA memory: copy on a side stream, then compare on the host."""
+        """Stage chunks that lie, at least in part, in device memory: copy to the host, then compare there."""
         staged: dict[int, Content] = {}
         if not chunks:
             return staged
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(torch.cuda.current_stream())
         first = np.searchsorted(table.seg_chunk, np.arange(len(held) + 1))
         batch: list[tuple[int, HostBuffer]] = []
         pending = 0
         for position, index in enumerate(chunks):
             buffer = self._pinned.take(int(table.chunk_nbytes[index]))
             host = torch.from_numpy(buffer.array)
-            with torch.cuda.stream(self._stream):
-                for segment in range(int(first[index]), int(first[index + 1])):
-                    offset, nbytes = int(table.seg_chunk_offset[segment]), int(table.seg_nbytes[segment])
-                    item = ranges[int(table.seg_range[segment])]
-                    if item.tensor is None:
-                        one = slice(segment, segment + 1)
-                        target = np.array([buffer.array.ctypes.data + offset], np.uintp)
-                        detect.copy(source[one], target, table.seg_nbytes[one], threads=1)
-                    else:
-                        start = int(table.seg_range_offset[segment])
-                        host[offset : offset + nbytes].copy_(item.tensor[start : start + nbytes], non_blocking=True)
+            for segment in range(int(first[index]), int(first[index + 1])):
+                offset, nbytes = int(table.seg_chunk_offset[segment]), int(table.seg_nbytes[segment])
+                item = ranges[int(table.seg_range[segment])]
+                if item.tensor is None:
+                    one = slice(segment, segment + 1)
+                    target = np.array([buffer.array.ctypes.data + offset], np.uintp)
+                    detect.copy(source[one], target, table.seg_nbytes[one], threads=1)
+                else:
+                    start = int(table.seg_range_offset[segment])
+                    self._copies.copy(host[offset : offset + nbytes], item.tensor[start : start + nbytes])
             batch.append((index, buffer))
             pending += buffer.array.nbytes
             if pending >= _DEVICE_BATCH or position == len(chunks) - 1:
-                self._stream.synchronize()
+                self._copies.synchronize()
                 staged.update(self._keep_changed(table, held, batch))
                 batch, pending = [], 0
         return staged
@@ -432,7 +429,7 @@ class Base:
 
 @functools.cache
 def _warn_exact_on_device() -> None:
-    log.warning("thresholds do not apply to CUDA tensors yet: these are stored whenever a bit of them changed")
+    log.warning("thresholds do not apply to tensors on a device yet: these are stored whenever a bit of them changed")
 
 
 def contents_of(flat: FlatState, layout: Layout, pool: HostPool) -> list[Content]:
