@@ -1,0 +1,177 @@
+"""A store of many checkpoints and objects: what saving, collecting, opening and sweeping cost then.
+
+Runs of ten checkpoints each are put straight into the backend, as saves would have left them, and one more run is saved
+to and pruned by the real code, with its requests counted.
+
+    python benchmarks/bench_scale.py                              # 10,000 checkpoints, 1,000,000 objects, in memory
+    python benchmarks/bench_scale.py --local --checkpoints 1000   # on the disk
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import resource
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+import incckpt
+from incckpt import codec
+from incckpt.backends.base import Backend, Entry, ReadableBuffer
+from incckpt.backends.local import LocalBackend
+from incckpt.errors import KeyExistsError, KeyNotFoundError
+from incckpt.gc import Collector
+from incckpt.manifest import Chunk, Manifest
+from incckpt.objects import ObjectKey, chunk_keys
+from incckpt.refs import Ref, RefName
+from incckpt.store import Store
+from incckpt.testing.faults import CountingBackend
+
+PAGE = 1000
+PER_RUN = 10
+
+
+class PagedBackend(Backend):
+    """A dict, by first folder, that counts listings as S3 does: a request for each thousand keys."""
+
+    def __init__(self) -> None:
+        self.url = "simulated://"
+        self.remote = False
+        self.pages = 0
+        self._folders: dict[str, dict[str, bytes]] = {}
+        self._lock = threading.Lock()
+
+    def _folder(self, key: str) -> dict[str, bytes]:
+        return self._folders.setdefault(key.split("/")[0], {})
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        try:
+            return self._folder(key)[key][start:end]
+        except KeyError:
+            raise KeyNotFoundError(f"no key {key}") from None
+
+    def put(self, key: str, data: ReadableBuffer) -> None:
+        self._folder(key)[key] = bytes(data)
+
+    def create(self, key: str, data: ReadableBuffer) -> None:
+        with self._lock:
+            if key in self._folder(key):
+                raise KeyExistsError(f"key {key} exists")
+            self._folder(key)[key] = bytes(data)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._folder(key).pop(key, None)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        found = [Entry(k, len(v), 0.0) for k, v in list(self._folder(prefix).items()) if k.startswith(prefix)]
+        self.pages += max(1, -(-len(found) // PAGE))
+        return iter(found)
+
+    def head(self, key: str) -> Entry:
+        return Entry(key, len(self.get(key)), 0.0)
+
+
+def put_fast(backend: Backend, key: str, data: bytes) -> None:
+    """Put without the durability that a benchmark's preparation does not need."""
+    if isinstance(backend, LocalBackend):
+        path = Path(backend.url.removeprefix("file://")) / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    else:
+        backend.put(key, data)
+
+
+def fill(backend: Backend, checkpoints: int, objects: int) -> None:
+    """Put runs of ten checkpoints, each with objects of its own, as their saves would have."""
+    each = objects // checkpoints
+    for number in range(checkpoints):
+        run, step = f"run{number // PER_RUN}", number % PER_RUN
+        nonce = f"{number:016x}"
+        names = (hashlib.sha256(f"{number} {index}".encode()).hexdigest() for index in range(each))
+        chunks = tuple(Chunk(name, 1 << 20, 4, nonce, 1) for name in names)
+        for chunk in chunks:
+            put_fast(backend, str(chunk_keys(chunk)[0]), b"x")
+        manifest = Manifest(run, 1, step, nonce, 0.0, {}, 16 << 20, {}, (), (), chunks).to_json()
+        digest = codec.digest(manifest)
+        data = codec.encode_document(manifest, digest=digest)
+        key = str(ObjectKey(digest.identity.hex(), nonce))
+        put_fast(backend, key, data)
+        ref = Ref(RefName(1, step, nonce), 0.0, {}, key, len(data), each << 20, each)
+        put_fast(backend, f"refs/{run}/{ref.name}", ref.to_json())
+        if step == 0:
+            put_fast(backend, f"runs/{run}/attempts/000001", b"{}")
+            seal = b'{"format":1,"kind":"lineage","attempt":1,"refs":[],"abandoned":[]}'
+            put_fast(backend, f"runs/{run}/attempts/000001.from", seal)
+
+
+def described(calls: Counter[str]) -> str:
+    """Return the counts by operation."""
+    return ", ".join(f"{count} {name}" for name, count in sorted(calls.items())) or "nothing"
+
+
+def measure(backend: Backend, name: str) -> None:
+    """Save to one more run and prune it; open, list and sweep; print what each asked and took."""
+    counting = CountingBackend(backend)
+    state = {"w": torch.zeros(1000)}
+
+    def step(label: str, started: float) -> None:
+        seconds = time.perf_counter() - started
+        small = Counter({op: n for op, n in counting.calls.items() if n})
+        pages = f", {backend.pages} pages listed" if isinstance(backend, PagedBackend) else ""
+        print(f"{name:22} {label:34} {seconds:8.3f} s   {described(small)}{pages}", flush=True)
+        counting.reset()
+        if isinstance(backend, PagedBackend):
+            backend.pages = 0
+
+    with incckpt.CheckpointManager(counting, run="mine", keep_last_n=2, threads=1) as manager:
+        started = time.perf_counter()
+        manager.save(1, state).result()
+        step("first save (opens the run)", started)
+        for number in (2, 3, 4, 5):
+            state["w"].fill_(number)
+            started = time.perf_counter()
+            manager.save(number, state).result()
+            labels = {2: "save", 3: "save, first prune (reads manifests)"}
+            step(labels.get(number, "save and prune"), started)
+    with incckpt.CheckpointManager(counting, run="run0", read_only=True) as reader:
+        started = time.perf_counter()
+        assert len(reader.list()) == PER_RUN
+        step("list a run", started)
+    collector = Collector(Store(counting))
+    started = time.perf_counter()
+    collector.sweep()
+    step("full sweep", started)
+
+
+def main() -> None:
+    """Print the figures of an empty store and of a full one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoints", type=int, default=10_000)
+    parser.add_argument("--objects", type=int, default=1_000_000)
+    parser.add_argument("--local", action="store_true")
+    arguments = parser.parse_args()
+    counts = (PER_RUN, arguments.checkpoints)
+    per_checkpoint = max(1, arguments.objects // arguments.checkpoints)
+    for checkpoints in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            backend: Backend = LocalBackend(folder) if arguments.local else PagedBackend()
+            started = time.perf_counter()
+            fill(backend, checkpoints, checkpoints * per_checkpoint)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            print(
+                f"{checkpoints} checkpoints, {checkpoints * per_checkpoint} objects: {time.perf_counter() - started:.0f} s"
+            )
+            measure(backend, f"{checkpoints} checkpoints")
+            used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+            print(f"memory beyond the store itself, at most: {used:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
