@@ -165,9 +165,8 @@ def main() -> None:
             started = time.perf_counter()
             fill(backend, checkpoints, checkpoints * per_checkpoint)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            print(
-                f"{checkpoints} checkpoints, {checkpoints * per_checkpoint} objects: {time.perf_counter() - started:.0f} s"
-            )
+            objects = checkpoints * per_checkpoint
+            print(f"{checkpoints} checkpoints, {objects} objects, put in {time.perf_counter() - started:.0f} s")
             measure(backend, f"{checkpoints} checkpoints")
             used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
             print(f"memory beyond the store itself, at most: {used:.0f} MiB")
