@@ -14,6 +14,7 @@ import argparse
 import copy
 import hashlib
 import io
+import math
 import re
 import sys
 import tempfile
@@ -151,12 +152,17 @@ def train(
     seed: int,
     states: dict[str, Callable[[], State]],
     folder: str,
+    final: float | None = None,
 ) -> list[Rival]:
-    """Train, and save every `GAP` steps what each of `states` returns."""
+    """Train, and save every `GAP` steps what each of `states` returns; the rate falls to `final`, if that is given."""
+    rate = optimizer.param_groups[0]["lr"]
     contests = {name: Contest(name, folder) for name in states}
     source = batches(seed)
     for save in range(saves):
         loss = 0.0
+        if final is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = final + (rate - final) * (1 + math.cos(math.pi * save / saves)) / 2
         for _ in range(GAP):
             loss = train_step(model, optimizer, next(source))
         for name, state in states.items():
@@ -179,7 +185,7 @@ def pretrained() -> LanguageModel:
 
 
 def full_training(base: LanguageModel, saves: int, folder: str) -> list[Rival]:
-    """Go on training, in float32 and mixed precision."""
+    """Go on training, in float32 and mixed precision: the second half of a schedule that ends at a tenth of its peak."""
     model = copy.deepcopy(base)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.999))
 
@@ -195,7 +201,7 @@ def full_training(base: LanguageModel, saves: int, folder: str) -> list[Rival]:
             "optimizer": optimizer.state_dict(),
         },
     }
-    return train(model, optimizer, saves, 2, states, folder)
+    return train(model, optimizer, saves, 2, states, folder, final=2e-4)
 
 
 def bf16_fine_tune(base: LanguageModel, saves: int, folder: str) -> list[Rival]:
@@ -275,7 +281,7 @@ SCENARIOS = {
 def table_of(results: list[Rival], saves: int) -> str:
     """Return the results as a Markdown table."""
     lines = [
-        f"Stored over raw bytes of the state, averaged over {saves - 1} saves after the first, {GAP} steps apart,"
+        f"Stored over raw bytes of the state, averaged over {saves - 1} saves after the first, {GAP} steps apart, "
         "manifests and full objects included. The last columns are incckpt's first save, and its last one.",
         "",
         "| state | " + " | ".join(CONTENDERS) + " | first | last |",
