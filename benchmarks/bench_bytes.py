@@ -185,7 +185,7 @@ def pretrained() -> LanguageModel:
 
 
 def full_training(base: LanguageModel, saves: int, folder: str) -> list[Rival]:
-    """Go on training, in float32 and mixed precision: the second half of a schedule that ends at a tenth of its peak."""
+    """Go on training, in float32 and mixed precision: the end of a schedule, down to a tenth of its peak."""
     model = copy.deepcopy(base)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.999))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from incckpt.backends.base import Backend
-from incckpt.errors import CollectionError, FormatError, IncckptError, KeyNotFoundError
+from incckpt.errors import CollectionError, CorruptionError, FormatError, KeyNotFoundError
 from incckpt.objects import DELTAS, OBJECTS, manifest_keys
 from incckpt.refs import Pin, Ref, Tombstone, create_once, list_pins, list_refs
 from incckpt.store import Store
@@ -124,20 +124,26 @@ class Collector:
         """
         known = self._needs.get(ref_key)
         if known is None:
-            try:
-                data = self._backend.get(ref_key)
-                if data in _TOMBSTONES:
-                    return frozenset()
-                ref = Ref.from_json(data, ref_key)
-                known = manifest_keys(self._store.manifest(ref)) | {ref.manifest}
-            except FileNotFoundError as error:
-                if not self._stands(ref_key):
-                    return frozenset()  # pruned since it was listed
-                raise self._refuse(ref_key, error) from error
-            except IncckptError as error:
-                raise self._refuse(ref_key, error) from error
+            known = self._read_needs(ref_key)
+            if known is None:
+                return frozenset()
             self._know(ref_key, known)
         return known
+
+    def _read_needs(self, ref_key: str) -> frozenset[str] | None:
+        """Return what a ref needs, read anew; ``None`` if it is a tombstone, or pruned since it was listed."""
+        try:
+            data = self._backend.get(ref_key)
+            if data in _TOMBSTONES:
+                return None
+            ref = Ref.from_json(data, ref_key)
+            return manifest_keys(self._store.manifest(ref)) | {ref.manifest}
+        except FileNotFoundError as error:
+            if not self._stands(ref_key):
+                return None
+            raise self._refuse(ref_key, error) from error
+        except (CorruptionError, FormatError) as error:
+            raise self._refuse(ref_key, error) from error
 
     def _stands(self, ref_key: str) -> bool:
         try:
@@ -164,10 +170,11 @@ class Collector:
             (buried if tombstone else live).add(key)
         for key in self._needs.keys() - live:
             self._drop(key)
-        for key in sorted(live):
-            self.needs(key)
-        for key in sorted(buried - self._buried):
-            self.needs(key)  # the listing only tells the size; a damaged ref is not a tombstone
+        # Of tombstones the listing only tells the size; a damaged ref is none.
+        unknown = sorted((live - self._needs.keys()) | (buried - self._buried))
+        for key, known in zip(unknown, self._store.each(self._read_needs, unknown), strict=True):
+            if known is not None:
+                self._know(key, known)
         self._buried = buried
         self._looked = True
         return buried | live

@@ -6,10 +6,11 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from incckpt import codec
 from incckpt.backends.base import Backend
@@ -30,6 +31,11 @@ from incckpt.runs import Run
 __all__ = ["DEFAULT_RUN", "Location", "Store", "parse_location"]
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+_READS = 32
 
 MARKER = "incckpt.json"
 DEFAULT_RUN = "default"
@@ -133,6 +139,13 @@ class Store:
             raise MissingObjectError(f"the manifest of step {ref.step} is missing: {error}") from error
         except CorruptionError as error:
             raise CorruptionError(f"the manifest of step {ref.step} ({key}) is damaged: {error}") from error
+
+    def each(self, read: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+        """Return `read` of every item; many at once where requests cross a network."""
+        if not self.backend.remote or len(items) < 2:
+            return [read(item) for item in items]
+        with ThreadPoolExecutor(min(_READS, len(items)), "incckpt-read") as pool:
+            return list(pool.map(read, items))
 
     def check(self) -> None:
         """Check that there is a store of a format that this version reads.
