@@ -9,17 +9,27 @@ BIN := $(VENV)/bin
 EXTRAS := dev,gcs,azure,http
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: help demo test lint types bench clean
+CEPH_PORT ?= 8055
+
+.PHONY: help demo test test-ceph soak lint types bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/built ## Train, kill in the middle of a save, resume, compare (two minutes)
 	$(BIN)/python examples/demo.py
 
 test: lint types ## Build, lint, check types, run all tests
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
+
+test-ceph: $(VENV)/built ## The S3 tests against a Ceph gateway (needs its programs, see tests/servers/ceph-up.sh)
+	tests/servers/ceph-up.sh $(VENV)/ceph $(CEPH_PORT)
+	INCCKPT_CEPH_URL=http://127.0.0.1:$(CEPH_PORT) $(BIN)/python -m pytest tests/test_backends_ceph.py; \
+	status=$$?; tests/servers/ceph-up.sh $(VENV)/ceph stop; exit $$status
+
+soak: $(VENV)/built ## Processes killed at random on one store, for ten minutes and 2,000 kills
+	$(BIN)/python -m tests.soak
 
 lint: $(VENV)/built ## Style, formatting, layers
 	$(BIN)/ruff check .
@@ -34,6 +44,8 @@ bench: $(VENV)/built ## All benchmarks, each at its small size
 	$(BIN)/python benchmarks/bench_detect.py
 	$(BIN)/python benchmarks/bench_codec.py master
 	$(BIN)/python benchmarks/bench_bytes.py --saves 5
+	$(BIN)/python benchmarks/bench_background.py --megabytes 80 --rounds 3
+	$(BIN)/python benchmarks/bench_scale.py --checkpoints 1000 --objects 20000
 
 clean: ## Remove what was built or downloaded, the environment included
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .ruff_cache .import_linter_cache .bench .demo
