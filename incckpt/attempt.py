@@ -160,6 +160,9 @@ class Attempt:
         except SupersededError:
             self._writer.delete_spent()
             raise
+        except BaseException:
+            self._sweep = True  # what it has put and the next save does not use would lie there for ever
+            raise
         self._take_up(ref, manifest)
         self._tidy(ref.step)
         return ref
@@ -196,12 +199,15 @@ class Attempt:
             self._sweep = True
             log.warning("pruning without collecting for now: %s", error)
         self._run.expire(doomed)
+        self._collector.expired([self._run.ref_key(name) for name in doomed])
         for name in doomed:
             self._history.pop(name, None)
             self._abandoned.pop(name, None)
         self._unreadable.difference_update(doomed)
 
     def _collect(self) -> None:
+        if self._sweep:
+            self._writer.delete_spent()  # the pins of failed saves would be waited for
         if not self._collects:
             return
         collected = self._collector.sweep() if self._sweep else self._collector.finish()

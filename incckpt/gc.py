@@ -7,7 +7,7 @@ over read the refs again and delete what is still not needed. ``docs/safety.md``
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -85,7 +85,9 @@ class Collector:
         self._discard = discard or store.backend.delete
         self._stale_seconds = stale_seconds
         self._needs: dict[str, frozenset[str]] = {}
-        self._users: Counter[str] = Counter()  # how many refs need a key, as far as `_needs` goes
+        # How many refs need a key, as far as `_needs` goes: of any run, and by run.
+        self._users: Counter[str] = Counter()
+        self._users_in: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._buried: set[str] = set()  # keys of refs where a tombstone was seen
         self._lists: dict[str, _List] = {}
         self._looked = False
@@ -106,13 +108,22 @@ class Collector:
     def _know(self, ref_key: str, keys: frozenset[str]) -> None:
         self._drop(ref_key)
         self._needs[ref_key] = keys
-        self._users.update(keys)
+        for users in (self._users, self._users_in[_run_of(ref_key)]):
+            users.update(keys)
 
     def _drop(self, ref_key: str) -> None:
-        for key in self._needs.pop(ref_key, ()):
-            self._users[key] -= 1
-            if not self._users[key]:
-                del self._users[key]
+        keys = self._needs.pop(ref_key, frozenset())
+        for users in (self._users, self._users_in[_run_of(ref_key)]):
+            for key in keys:
+                users[key] -= 1
+                if not users[key]:
+                    del users[key]
+
+    def expired(self, ref_keys: Iterable[str]) -> None:
+        """Take note that these refs need nothing any more."""
+        for ref_key in ref_keys:
+            self._drop(ref_key)
+            self._buried.add(ref_key)
 
     def needs(self, ref_key: str) -> frozenset[str]:
         """Return what the ref at `ref_key` needs: its manifest object and all that the manifest lists.
@@ -182,7 +193,10 @@ class Collector:
     # -- collecting
 
     def condemn(self, doomed: Sequence[str]) -> None:
-        """Condemn what, as far as is known, only the refs at `doomed` need; they may be expired right after.
+        """Condemn what no refs of the same run but those at `doomed` need; they may be expired right after.
+
+        Whether another run needs it is looked up when it is to be deleted: two runs that prune their last users of one
+        key at a time would otherwise leave it to each other.
 
         Raises
         ------
@@ -191,10 +205,14 @@ class Collector:
         """
         if not self._looked:
             self._look()
-        freed = Counter(key for ref_key in doomed for key in self.needs(ref_key))
-        keys = frozenset(key for key, count in freed.items() if self._users[key] <= count)
+        freed: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for ref_key in doomed:
+            freed[_run_of(ref_key)].update(self.needs(ref_key))
+        keys = {
+            key for run, counts in freed.items() for key, count in counts.items() if self._users_in[run][key] <= count
+        }
         if keys:
-            self._put_list(keys)
+            self._put_list(frozenset(keys))
 
     def _put_list(self, keys: frozenset[str], takes_over: Mapping[str, frozenset[str]] | None = None) -> None:
         name = self._store.condemned.put(keys)
@@ -311,3 +329,7 @@ class Collector:
         modified = self._backend.head(key).modified
         self._backend.delete([key])
         return modified
+
+
+def _run_of(ref_key: str) -> str:
+    return ref_key.split("/")[1]
