@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 
 from incckpt.checkpoint import read_refs, to_record
-from incckpt.errors import CollectionError, DistributedError, IncckptError, OptionError, SupersededError
+from incckpt.errors import BackendError, CollectionError, DistributedError, IncckptError, OptionError, SupersededError
 from incckpt.gc import Collector
 from incckpt.manifest import Manifest
 from incckpt.objects import manifest_keys
@@ -149,19 +149,14 @@ class Attempt:
         assert self._sealed
         for ref, manifest in self._writer.settle_commits():
             # An earlier save that was said to have failed is there after all.
-            if ref.step < snapshot.step:
-                self._take_up(ref, manifest)
-            else:
-                self._run.expire([ref.name])
-                self._sweep = True
+            self._take_up(ref, manifest)
+            if ref.step >= snapshot.step:
+                self._expire([ref.name])
         self.check_step(snapshot.step, self.last_step)
         try:
             ref, manifest = self._writer.write(snapshot, report)
         except SupersededError:
-            self._writer.delete_spent()
-            raise
-        except BaseException:
-            self._sweep = True  # what it has put and the next save does not use would lie there for ever
+            self._leave()
             raise
         self._take_up(ref, manifest)
         self._tidy(ref.step)
@@ -171,8 +166,18 @@ class Attempt:
         self._history[ref.name] = ref
         self._collector.note(self._run.ref_key(ref.name), manifest_keys(manifest) | {ref.manifest})
 
+    def _leave(self) -> None:
+        """Leave the run to its new writer, with a list of what this one has put for nothing."""
+        try:
+            self._collector.condemn_keys(self._writer.take_wasted())
+        except BackendError as error:
+            log.warning("could not tell what the superseded save has put; its pin stays, as a sign: %s", error)
+        else:
+            self._writer.delete_spent()
+
     def _tidy(self, step: int) -> None:
         try:
+            self._collector.condemn_keys(self._writer.take_wasted())
             self._prune(step)
             self._collect()
         except IncckptError as error:

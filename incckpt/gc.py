@@ -214,6 +214,12 @@ class Collector:
         if keys:
             self._put_list(frozenset(keys))
 
+    def condemn_keys(self, keys: Iterable[str]) -> None:
+        """Condemn objects, but for those that a ref is known to need."""
+        condemned = frozenset(key for key in keys if key not in self._users)
+        if condemned:
+            self._put_list(condemned)
+
     def _put_list(self, keys: frozenset[str], takes_over: Mapping[str, frozenset[str]] | None = None) -> None:
         name = self._store.condemned.put(keys)
         self._lists[name] = _List(keys, takes_over=takes_over or {})

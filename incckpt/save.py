@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from types import TracebackType
 
 from incckpt import codec
+from incckpt.backends.base import ReadableBuffer
 from incckpt.codec import Encoded, WayBytes
 from incckpt.entries import TensorEntry, entry_to_json
 from incckpt.errors import BackendError, SupersededError
@@ -237,7 +238,9 @@ class Writer:
         self._by_identity: dict[str, Chunk] = {}
         self._previous: tuple[RefName, frozenset[str]] | None = None
         self._look_up = True
-        self._unsettled: list[tuple[Ref, Manifest]] = []
+        self._unsettled: list[tuple[Ref, Manifest, list[str]]] = []
+        self._tried: list[str] = []  # keys that this save has put, or tried to
+        self._wasted: set[str] = set()  # those of saves that came to nothing
 
     def continue_from(self, name: RefName, manifest: Manifest) -> None:
         """Take a checkpoint of the lineage as the previous one: what it holds need not be put again."""
@@ -290,6 +293,7 @@ class Writer:
     def _write_as(self, name: RefName, snapshot: Snapshot, report: SaveReport) -> tuple[Ref, Manifest] | None:
         started = time.perf_counter()
         report.restart()
+        self._tried = []
         pin = self._run.pin_key(name)
         try:
             self._run.pin(name)
@@ -306,10 +310,12 @@ class Writer:
             raise unknown.error from unknown  # the pin has to stand: the commit may come yet, and needs its objects
         except BaseException:
             self.spent.append(pin)
+            self._wasted.update(self._tried)
             raise
         self.spent.append(pin)
         report.spent("commit", time.perf_counter() - started - report.seconds["store"])
         if outcome is Tombstone.ABORTED:
+            self._wasted.update(self._tried)
             return None
         self._previous = (name, manifest_keys(manifest))
         self._remember(chunks)
@@ -327,7 +333,7 @@ class Writer:
             try:
                 aborted = self._run.abort(ref.name)
             except BackendError:
-                self._unsettled.append((ref, manifest))
+                self._unsettled.append((ref, manifest, self._tried))
                 raise _CommitUnknownError(error) from error
             if aborted:
                 raise
@@ -342,12 +348,19 @@ class Writer:
             If that cannot be found out now either.
         """
         while self._unsettled:
-            ref, manifest = self._unsettled[0]
+            ref, manifest, tried = self._unsettled[0]
             aborted = self._run.abort(ref.name)
             del self._unsettled[0]
             self.spent.append(self._run.pin_key(ref.name))
-            if not aborted:
+            if aborted:
+                self._wasted.update(tried)
+            else:
                 yield ref, manifest
+
+    def take_wasted(self) -> set[str]:
+        """Return, once, the keys of objects put by saves that came to nothing; later saves may use some of them."""
+        wasted, self._wasted = self._wasted, set()
+        return wasted
 
     def delete_spent(self) -> None:
         """Delete what is `spent`; if that fails, the next call tries again."""
@@ -457,10 +470,14 @@ class Writer:
             full.deltas.add(len(encoded.data))
             base_stored = Stored(full.stored.identity, full.stored.nonce, full.stored.size)
         chunk = Chunk(identity, content.nbytes, content.itemsize, nonce, len(encoded.data), base_stored)
-        self._store.objects.put(chunk_keys(chunk)[0], encoded.data)
+        self._put_object(chunk_keys(chunk)[0], encoded.data)
         report.spent("put", time.perf_counter() - started)
         report.put(encoded)
         return chunk
+
+    def _put_object(self, key: ObjectKey, data: ReadableBuffer) -> None:
+        self._tried.append(str(key))
+        self._store.objects.put(key, data)
 
     # -- manifest
 
@@ -485,7 +502,7 @@ class Writer:
         digest = codec.digest(document)
         data = codec.encode_document(document, digest=digest)
         key = ObjectKey(digest.identity.hex(), name.nonce)
-        self._store.objects.put(key, data)
+        self._put_object(key, data)
         report.manifest_bytes = len(data)
         return Ref(
             name=name,
