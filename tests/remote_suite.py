@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import pytest
@@ -12,6 +14,7 @@ from incckpt.backends import Backend
 from incckpt.backends.retry import RetryBackend
 from incckpt.errors import BackendTimeoutError, KeyExistsError
 from incckpt.testing.conformance import BackendConformance
+from tests.forks import exit_code, fork, forks
 from tests.servers.fault_proxy import FaultProxy, Rule
 
 
@@ -95,6 +98,33 @@ class RemoteFaults:
             with pytest.raises(BackendTimeoutError, match=r"get 'there': no answer in time \(0\.3 s") as caught:
                 backend.get("there")
             assert caught.value.transient
+
+    @forks
+    def test_use_after_a_fork(self, proxy: FaultProxy, make: MakeBackend) -> None:
+        """A child goes on with its parent's backend, and neither disturbs the other."""
+        with make(str(uuid.uuid4())) as backend:
+            backend.put("parent", b"1")
+
+            def child() -> None:
+                backend.put("child", backend.get("parent"))
+                backend.close()
+
+            assert exit_code(fork(child)) == 0
+            assert backend.get("child") == b"1"
+            backend.put("parent", b"2")
+
+    @forks
+    def test_use_in_a_child_forked_while_requests_are_under_way(self, proxy: FaultProxy, make: MakeBackend) -> None:
+        with make(str(uuid.uuid4())) as backend, ThreadPoolExecutor(4) as pool:
+            backend.put("parent", b"1")
+            proxy.rules = [Rule("hang_reply", times=4)]
+            waiting = [pool.submit(patient(backend).get, "parent") for _ in range(4)]
+            while len(proxy.seen) < 5:
+                threading.Event().wait(0.01)
+            assert exit_code(fork(lambda: backend.put("child", b"1"))) == 0
+            assert backend.get("child") == b"1"
+            proxy.release()
+            assert [future.result() for future in waiting] == [b"1"] * 4
 
 
 class ConformanceUnderFaults(BackendConformance):

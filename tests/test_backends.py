@@ -26,6 +26,7 @@ from incckpt.backends.wrapper import WrapperBackend
 from incckpt.errors import KeyExistsError, KeyNotFoundError, MissingExtraError, OptionError, UnsupportedOperationError
 from incckpt.testing.conformance import BackendConformance
 from incckpt.testing.faults import CountingBackend
+from tests.forks import exit_code, fork, forks
 
 
 class TestLocalConformance(BackendConformance):
@@ -189,7 +190,7 @@ def test_memory_is_shared_by_name() -> None:
         open_backend(f"memory://{name}/k").get("k")
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@forks
 def test_memory_survives_a_fork_while_it_is_locked() -> None:
     """A child forked while another thread is in the middle of a put must not wait for that thread for ever."""
     from incckpt.backends import memory
@@ -206,12 +207,10 @@ def test_memory_survives_a_fork_while_it_is_locked() -> None:
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait(60)
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0 if backend.get("k") == b"v" else 1)
+    child = fork(lambda: backend.put("k", backend.get("k")))
     release.set()
     thread.join()
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert exit_code(child) == 0
 
 
 # -- exclusive creation -----------------------------------------------------------------------------------------------

@@ -223,19 +223,3 @@ def test_no_account(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     with open_backend("az://box/x") as backend, pytest.raises(OptionError, match="AZURE_STORAGE_ACCOUNT_NAME"):
         backend.get("k")
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_use_after_a_fork(azure_server: int, container: str) -> None:
-    with AzureBackend(container, f"run/{uuid.uuid4()}", options_for(azure_server)) as backend:
-        backend.put("parent", b"1")
-        pid = os.fork()
-        if pid == 0:
-            try:
-                backend.put("child", backend.get("parent"))
-                backend.close()
-                os._exit(0)
-            finally:
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert backend.get("child") == b"1"

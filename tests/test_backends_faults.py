@@ -28,8 +28,9 @@ from incckpt.testing.faults import (
     StopAt,
     UnsyncedDisk,
 )
+from tests.forks import exit_code, fork, forks
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # it forks
+pytestmark = forks
 
 
 def memory() -> MemoryBackend:
@@ -97,15 +98,13 @@ def test_call_sees_the_operation() -> None:
 
 @pytest.mark.parametrize("after_work", [False, True])
 def test_kill_is_a_kill(tmp_path: Path, after_work: bool) -> None:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            store = FaultyBackend(LocalBackend(tmp_path), [Fault("put", nth=2, do=Kill(after_work=after_work))])
-            store.put("1", b"")
-            store.put("2", b"")
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    store = FaultyBackend(LocalBackend(tmp_path), [Fault("put", nth=2, do=Kill(after_work=after_work))])
+
+    def put_three() -> None:
+        for key in ("1", "2", "3"):
+            store.put(key, b"")
+
+    assert exit_code(fork(put_three)) == -signal.SIGKILL
     assert sorted(entry.key for entry in LocalBackend(tmp_path).list()) == (["1", "2"] if after_work else ["1"])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import traceback
 import urllib.request
 import uuid
@@ -208,19 +207,3 @@ def test_options_that_gcsfs_does_not_take(bucket: str) -> None:
         open_backend(f"gs://{bucket}/x", {"token": 17, "endpoint_url": "http://127.0.0.1:1"}) as backend,
     ):
         backend.get("k")
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_use_after_a_fork(gcs_server: int, bucket: str) -> None:
-    with GCSBackend(bucket, f"run/{uuid.uuid4()}", options_for(gcs_server)) as backend:
-        backend.put("parent", b"1")
-        pid = os.fork()
-        if pid == 0:
-            try:
-                backend.put("child", backend.get("parent"))
-                backend.close()
-                os._exit(0)
-            finally:
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert backend.get("child") == b"1"

@@ -6,9 +6,11 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,9 @@ from incckpt.errors import (
 )
 from incckpt.testing.conformance import BackendConformance
 from incckpt.testing.faults import PowerCut, StopAt, UnsyncedDisk, kill_process
+from tests.forks import exit_code, fork, forks
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # it forks
+pytestmark = forks
 
 OLD, NEW = b"old" * 1_000, b"new value" * 2_000
 
@@ -86,25 +89,20 @@ def files(root: Path) -> list[str]:
 def test_create_has_one_winner_among_processes(tmp_path: Path) -> None:
     """Eight processes that start together create the same twenty keys; each key has exactly one winner."""
     gate, opener = os.pipe()
-    racers = []
-    for me in range(8):
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.close(opener)
-                os.read(gate, 1)  # until the parent closes its end
-                backend = LocalBackend(tmp_path / "store")
-                for number in range(20):
-                    with contextlib.suppress(KeyExistsError):
-                        backend.create(f"race/{number}", bytes([me]) * 10_000)
-                        LocalBackend(tmp_path / "won").put(f"{number}/{me}", b"")
-                os._exit(0)
-            finally:
-                os._exit(1)
-        racers.append(pid)
+
+    def race(me: int) -> None:
+        os.close(opener)
+        os.read(gate, 1)  # until the parent closes its end
+        backend = LocalBackend(tmp_path / "store")
+        for number in range(20):
+            with contextlib.suppress(KeyExistsError):
+                backend.create(f"race/{number}", bytes([me]) * 10_000)
+                LocalBackend(tmp_path / "won").put(f"{number}/{me}", b"")
+
+    racers = [fork(partial(race, me)) for me in range(8)]
     os.close(gate)
     os.close(opener)
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in racers] == [0] * 8
+    assert [exit_code(pid) for pid in racers] == [0] * 8
     won = [entry.key.split("/") for entry in LocalBackend(tmp_path / "won").list()]
     assert sorted(int(key) for key, _ in won) == list(range(20))
     for key, winner in won:
@@ -258,13 +256,7 @@ def test_kill_at_every_system_call(tmp_path: Path, write: Callable[[Backend], No
     for nth in range(1, calls + 1):
         root = tmp_path / str(nth)
         LocalBackend(root).put("pins/default", OLD)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                write(LocalBackend(root, calls=StopAt(nth, kill_process)))
-            finally:
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
+        assert exit_code(fork(partial(write, LocalBackend(root, calls=StopAt(nth, kill_process))))) == -signal.SIGKILL
         after = LocalBackend(root)
         assert _value(after, key) in (before, NEW)
         leftovers = list(after.leftovers())

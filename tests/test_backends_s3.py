@@ -329,20 +329,3 @@ def test_urls_that_are_not_of_a_bucket(url: str) -> None:
 def test_options_that_s3fs_does_not_take(bucket: str, options: dict[str, Any]) -> None:
     with pytest.raises(OptionError), open_backend(f"s3://{bucket}/x", options) as backend:
         backend.get("k")
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_use_after_a_fork(s3_server: dict[str, Any], bucket: str) -> None:
-    with S3Backend(bucket, f"run/{uuid.uuid4()}", s3_server) as backend:
-        backend.put("parent", b"1")
-        pid = os.fork()
-        if pid == 0:
-            try:
-                backend.put("child", backend.get("parent"))
-                backend.close()
-                os._exit(0)
-            finally:
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert backend.get("child") == b"1"
-        backend.put("parent", b"2")

@@ -123,6 +123,7 @@ class FaultProxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault proxy", daemon=True)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._hanging: set[asyncio.Event] = set()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -173,7 +174,7 @@ class FaultProxy:
         if do == "reset":
             connection.reset()
         if do == "hang":
-            await asyncio.Event().wait()
+            await self._hang(connection)
         if rule is not None and do == "status":
             await self._refuse(connection, request, method, rule)
         await connection.connect(self._upstream)
@@ -194,7 +195,7 @@ class FaultProxy:
             connection.up_writer.write(piece)
             await connection.up_writer.drain()
         if do == "hang_upload":
-            await asyncio.Event().wait()
+            await self._hang(connection)
         await self._reply(connection, method, do)
 
     async def _reply(self, connection: _Connection, method: str, do: str | None) -> None:
@@ -206,7 +207,7 @@ class FaultProxy:
             async for _ in pieces:
                 pass
             if do == "hang_reply":
-                await asyncio.Event().wait()
+                await self._hang(connection)
             connection.reset()
         connection.writer.write(reply.raw)
         half = int(reply.headers.get("content-length", 0)) // 2
@@ -216,7 +217,7 @@ class FaultProxy:
                 connection.writer.write(piece[: max(0, half - sent)])
                 await connection.writer.drain()
                 if do == "hang_download":
-                    await asyncio.Event().wait()
+                    await self._hang(connection)
                 raise _Break
             if do == "corrupt" and sent <= half < sent + len(piece):
                 changed = bytearray(piece)
@@ -239,6 +240,20 @@ class FaultProxy:
         connection.writer.write(head.encode() + b"Connection: close\r\n\r\n" + (b"" if method == "HEAD" else body))
         await connection.writer.drain()
         raise _Break
+
+    def release(self) -> None:
+        """Break the connections of all requests that hang."""
+        for hanging in list(self._hanging):
+            self._loop.call_soon_threadsafe(hanging.set)
+
+    async def _hang(self, connection: _Connection) -> None:
+        released = asyncio.Event()
+        self._hanging.add(released)
+        try:
+            await released.wait()
+        finally:
+            self._hanging.discard(released)
+        connection.reset()
 
     def _rule(self, method: str, target: str, head: str) -> Rule | None:
         for rule in self.rules:
