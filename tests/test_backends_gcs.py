@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 import traceback
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -58,8 +60,8 @@ def make(shared_proxy: FaultProxy, bucket: str) -> MakeBackend:
 
 
 @pytest.fixture
-def broken(proxy: FaultProxy, make: MakeBackend) -> Iterator[Backend]:
-    with make(str(uuid.uuid4())) as backend:
+def broken(proxy: FaultProxy, bucket: str) -> Iterator[GCSBackend]:
+    with GCSBackend(bucket, str(uuid.uuid4()), options_for(proxy.port)) as backend:
         yield backend
 
 
@@ -173,6 +175,23 @@ def test_a_request_that_meets_a_retired_connection_takes_another(gcs_server: int
         backend._connection = retired
         assert backend.get("k") == b"1"
         assert backend._connected() is not retired
+
+
+def test_a_retired_connection_closes_when_its_last_request_is_done(proxy: FaultProxy, broken: GCSBackend) -> None:
+    broken.put("k", b"1")
+    connection = broken._connected()
+    http = connection.client._http
+    assert http is not None
+    proxy.rules = [Rule("hang_reply")]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(patient(broken).get, "k")
+        while len(proxy.seen) < 2:
+            threading.Event().wait(0.01)
+        broken._retire(connection)
+        assert not http.closed
+        proxy.release()
+        assert waiting.result() == b"1"
+    assert http.closed
 
 
 def test_the_requester_pays(proxy: FaultProxy, bucket: str) -> None:
