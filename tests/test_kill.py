@@ -76,6 +76,7 @@ def check(folder: Path, announced: list[int]) -> None:
         assert equals(incckpt.load(folder, step=step), step)
 
 
+@pytest.mark.timeout(1500)
 def test_kill_at_200_instants(saver: Saver, tmp_path: Path) -> None:
     how, announced, calls = saver.run(tmp_path / "whole", 0)
     assert (how, announced) == ("finished", list(range(1, STEPS + 1)))

@@ -32,6 +32,7 @@ def save_until_the_cut(root: Path, disk: UnsyncedDisk, nth: int) -> tuple[list[i
     return announced, calls.count
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("keep_entries", [False, True], ids=["nothing unsynced", "entries but not content"])
 def test_what_was_announced_survives(tmp_path: Path, keep_entries: bool, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL)
@@ -57,6 +58,7 @@ def test_what_was_announced_survives(tmp_path: Path, keep_entries: bool, caplog:
         assert orphans(store) == set()
 
 
+@pytest.mark.timeout(900)
 def test_a_sync_left_out_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Leaving out one fsync of the last save loses it, for at least most of them: the model is no rubber stamp."""
     caplog.set_level(logging.CRITICAL)
