@@ -332,7 +332,10 @@ class Collector:
             except KeyNotFoundError:
                 pass  # pruned by a successor
         key = self._store.condemned.key(self._store.condemned.put(()))
-        modified = self._backend.head(key).modified
+        try:
+            modified = self._backend.head(key).modified
+        except KeyNotFoundError:
+            return None  # another collector has swept it up, an empty list; the next turn asks again
         self._backend.delete([key])
         return modified
 

@@ -128,16 +128,13 @@ class Soak:
             os.kill(processes[name], signal.SIGKILL)
             _, status = os.waitpid(processes[name], 0)
             if not os.WIFSIGNALED(status):
-                break  # it had ended by itself, which none should
+                del processes[name]  # it had ended by itself, which none should: `check` says why
+                break
             self.kills += 1
             processes[name] = self.start(name)
         for process in processes.values():
             os.kill(process, signal.SIGKILL)
-        for process in processes.values():
-            try:
-                os.waitpid(process, 0)
-            except ChildProcessError:
-                pass
+            os.waitpid(process, 0)
 
     def check(self) -> dict[str, Any]:
         """Check everything; return the figures.
