@@ -117,31 +117,33 @@ class Run:
     def lineage(self) -> Lineage:
         """Return the checkpoints of the run: two listings and one read, however long its history.
 
-        If another attempt took over in between, or if nothing shows where something might be, it looks again.
+        A listing takes time. If nothing shows, or another attempt has taken over meanwhile, it looks again, until it
+        sees something or the same as before.
         """
-        view, highest = self._look(*self.attempts())
-        while not view.live or highest > view.sealed:
+        before = None
+        while True:
             attempt, sealed = self.attempts()
-            again, highest = self._look(attempt, sealed)
-            if sealed == view.sealed:
-                return again
-            view = again
-        return view
+            view, listed = self._look(attempt, sealed)
+            if view.live and all(name.attempt <= sealed for name, _ in listed):
+                return view
+            if (sealed, listed) == before:
+                return view
+            before = sealed, listed
 
-    def _look(self, attempt: int, sealed: int) -> tuple[Lineage, int]:
-        """Return the lineage as attempt `sealed` has it, and the highest attempt that has a ref."""
+    def _look(self, attempt: int, sealed: int) -> tuple[Lineage, frozenset[tuple[RefName, bool]]]:
+        """Return the lineage as attempt `sealed` has it, and all refs listed, with whether they are tombstones."""
         inherited: dict[RefName, Ref | None] = {}
         left: dict[RefName, Ref | None] = {}
         if sealed:
             inherited, left = self._read_seal(sealed)
         live: list[RefName] = []
         abandoned: list[RefName] = []
-        highest = 0
+        listed: set[tuple[RefName, bool]] = set()
         for _, name, key, tombstone in list_refs(self.backend, self.name):
             if name is None:
                 log.warning("%s is not a ref that this version of incckpt knows; it is ignored", key)
                 continue
-            highest = max(highest, name.attempt)
+            listed.add((name, tombstone))
             if tombstone:
                 continue
             if name.attempt == sealed or name in inherited:
@@ -151,7 +153,7 @@ class Run:
         live.sort(key=lambda name: (name.step, name.attempt))
         abandoned.sort(key=lambda name: (name.step, name.attempt))
         known = {name: ref for name, ref in (inherited | left).items() if ref is not None}
-        return Lineage(attempt, sealed, tuple(live), tuple(abandoned), known), highest
+        return Lineage(attempt, sealed, tuple(live), tuple(abandoned), known), frozenset(listed)
 
     def _read_seal(self, attempt: int) -> tuple[dict[RefName, Ref | None], dict[RefName, Ref | None]]:
         key = self._attempt_key(attempt) + ".from"

@@ -1,0 +1,432 @@
+"""Every order in which processes can make their requests, tried exactly: model checking of the code itself.
+
+A process is a deterministic function of the replies that it has had, so its next request is found by running it again
+from the start with those replies, and a state of the whole is the server's content and how far each process has come.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from incckpt.testing.simulation import (
+    LOST,
+    WRITES,
+    Failure,
+    Process,
+    Program,
+    Reply,
+    Request,
+    Server,
+    Violation,
+    running_as,
+)
+
+__all__ = ["Explored", "Explorer"]
+
+
+class _Reached(BaseException):
+    """A replayed process has come to a request that has not been answered yet."""
+
+
+@dataclass(slots=True)
+class _Point:
+    """How far a process has come: its next request (``None``: it has ended), and what it told on the way there."""
+
+    before: tuple[int, Reply] | None
+    request: Request | None
+    events: tuple[object, ...]
+    after: dict[Reply, int] = field(default_factory=dict)
+
+
+class _Replayed:
+    """A program as a table: from the replies so far to the next request."""
+
+    def __init__(self, name: str, number: int, program: Program) -> None:
+        self.name = name
+        self._number = number
+        self._program = program
+        self.points: list[_Point] = []
+        self.requests: set[Request] = set()
+        self._add(None)
+
+    def follow(self, point: int, reply: Reply) -> int:
+        """Return the point where the process is after `reply`."""
+        after = self.points[point].after
+        found = after.get(reply)
+        if found is None:
+            found = after[reply] = self._add((point, reply))
+        return found
+
+    def _add(self, before: tuple[int, Reply] | None) -> int:
+        replies: list[Reply] = []
+        step = before
+        while step is not None:
+            replies.append(step[1])
+            step = self.points[step[0]].before
+        replies.reverse()
+        asked = 0
+        told = 0
+        reached: Request | None = None
+
+        def exchange(request: Request) -> Reply:
+            nonlocal asked, told, reached
+            if reached is not None:
+                raise _Reached  # a clean-up on the way out: this process is not running any more
+            if asked == len(replies):
+                reached = request
+                raise _Reached
+            asked += 1
+            if asked == len(replies):
+                told = len(process.events)
+            return replies[asked - 1]
+
+        process = Process(self.name, self._number, exchange)
+        with running_as(process), suppress(_Reached):
+            self._program(process)
+        assert asked == len(replies), f"{self.name} is not deterministic"
+        self.points.append(_Point(before, reached, tuple(process.events[told:])))
+        if reached is not None:
+            self.requests.add(reached)
+        return len(self.points) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    server: Server
+    points: tuple[int, ...]
+    deleted: tuple[int, ...]  # how many keys of the delete under way are gone, by process
+    copies: tuple[Request, ...]  # requests that nobody waits for any more, and that may still be done
+    faults: int
+    advances: int
+    told: frozenset[object]
+    running: int
+    switches: int
+
+    @property
+    def mark(self) -> int:
+        return hash(
+            (
+                self.server.mark,
+                self.server.time,
+                self.points,
+                self.deleted,
+                self.copies,
+                self.faults,
+                self.advances,
+                self.told,
+                (self.running, self.switches) if self.switches >= 0 else None,
+            )
+        )
+
+
+class _Label(NamedTuple):
+    """What a step was, for people."""
+
+    who: str
+    request: Request | None = None
+    reply: Reply = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        request = "" if self.request is None else f": {self.request}"
+        reply = f" -> {self.reply.message}" if isinstance(self.reply, Failure) else ""
+        return f"{self.who}{request}{reply}{self.note}"
+
+
+@dataclass
+class Explored:
+    """What an exploration covered.
+
+    Attributes
+    ----------
+    states
+        Different states seen.
+    steps
+        Steps taken from one state to the next, each of them a request or a fault.
+    histories
+        Different sequences of replies that processes had.
+    complete
+        Whether every state within the bounds was seen.
+    """
+
+    states: int = 0
+    steps: int = 0
+    histories: int = 0
+    complete: bool = True
+
+    def __add__(self, other: Explored) -> Explored:
+        return Explored(
+            self.states + other.states,
+            self.steps + other.steps,
+            self.histories + other.histories,
+            self.complete and other.complete,
+        )
+
+
+class _MetConflictError(Exception):
+    """A request was found that conflicts with one of another process that had been taken for nobody's business."""
+
+
+class Explorer:
+    """Tries every order in which processes can make their requests.
+
+    Orders that differ only in requests that nobody can tell apart are tried once: a request is done at once when it
+    conflicts with none that any other process makes, in any order. Which those are turns out on the way; where a
+    request was taken for such a one wrongly, the exploration starts again.
+
+    Parameters
+    ----------
+    server
+        What there is at the start.
+    programs
+        The processes, by name. Each must be deterministic but for the replies it gets.
+    check
+        Called in every state with the server and all that processes have told so far; raises `Violation`.
+    changed
+        Called with the server before and after every step that changes it; what it returns is told, too.
+    faults
+        How many faults there may be: a request dropped, its reply lost, or done later than its process waits.
+    faulty
+        Which they are of ``dropped`` (an error, and nothing done), ``lost`` (done, and an error), ``late`` (an error,
+        and done later) and ``again`` (a delete is answered, and done once more later).
+    faulty_at
+        How the keys begin at which there are faults.
+    advances
+        How often the server's clock may jump by `jump` seconds. No copy of a put or create outlives that.
+    switches
+        How often a process may be interrupted by another that could go on; unlimited by default.
+    limit
+        States after which to give up.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        programs: Mapping[str, Program],
+        *,
+        check: Callable[[Server, frozenset[object]], None],
+        changed: Callable[[Server, Server, Request], Iterable[object]] = lambda before, after, request: (),
+        faults: int = 0,
+        faulty: Collection[str] = ("dropped", "lost", "late", "again"),
+        faulty_at: tuple[str, ...] = ("",),
+        advances: int = 0,
+        jump: int = 7200,
+        switches: int | None = None,
+        limit: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self._processes = [_Replayed(name, n, program) for n, (name, program) in enumerate(programs.items(), 16)]
+        self._check = check
+        self._changed = changed
+        self._faulty = frozenset(faulty)
+        self._faulty_at = faulty_at
+        self._private: list[dict[Request, bool]] = [{} for _ in programs]
+        self._checked = [0] * len(self._processes)
+        self._met_conflict = False
+        self._jump = jump
+        self._limit = limit
+        self._random = None if seed is None else random.Random(seed)
+        points = (0,) * len(self._processes)
+        bound = -1 if switches is None else switches
+        self._first = _State(server, points, points, (), faults, advances, frozenset(), -1, bound)
+        for number in range(len(self._processes)):
+            self._first = self._run_to_pause(self._first, number)
+
+    def explore(self) -> Explored:
+        """Visit every state.
+
+        Raises
+        ------
+        Violation
+            With the steps that led to it.
+        """
+        explored = Explored()
+        while True:
+            try:
+                self._explore(explored)
+            except _MetConflictError:
+                explored.states = 0
+                continue
+            explored.histories = sum(len(process.points) for process in self._processes)
+            return explored
+
+    def _explore(self, explored: Explored) -> None:
+        seen = {self._first.mark}
+        self._check(self._first.server, self._first.told)
+        path: list[tuple[_Label, Iterator[tuple[_Label, _State]]]] = [(_Label("start"), self._steps(self._first))]
+        while path:
+            step = next(path[-1][1], None)
+            if step is None:
+                path.pop()
+                continue
+            label, state = step
+            explored.steps += 1
+            mark = state.mark
+            if mark in seen:
+                continue
+            seen.add(mark)
+            try:
+                self._check(state.server, state.told)
+            except Violation as violation:
+                steps = "\n  ".join([str(label) for label, _ in path[1:]] + [str(label)])
+                raise Violation(f"{violation}, after:\n  {steps}") from violation
+            if self._limit is not None and len(seen) >= self._limit:
+                explored.complete = False
+                break
+            path.append((label, self._steps(state)))
+        explored.states = len(seen)
+
+    def _is_private(self, number: int, request: Request, advances: int) -> bool:
+        """Whether nobody else can tell when `request` is done, as far as is known; says so when that was wrong."""
+        if request.op in WRITES and advances and request.keys[0].startswith(self._first.server.timed):
+            return False  # it leaves its time
+        for other, process in enumerate(self._processes):
+            if len(process.requests) != self._checked[other]:
+                self._checked[other] = len(process.requests)
+                for mine, private in enumerate(self._private):
+                    for earlier, is_private in private.items():
+                        if is_private and mine != other and any(map(earlier.conflicts, process.requests)):
+                            private[earlier] = False
+                            self._met_conflict = True
+        if self._met_conflict:
+            self._met_conflict = False
+            raise _MetConflictError
+        known = self._private[number].get(request)
+        if known is None:
+            others = (process.requests for other, process in enumerate(self._processes) if other != number)
+            known = not any(request.conflicts(theirs) for requests in others for theirs in requests)
+            self._private[number][request] = known
+        return known
+
+    def _run_to_pause(self, state: _State, number: int) -> _State:
+        process = self._processes[number]
+        while True:
+            request = process.points[state.points[number]].request
+            if request is None:
+                return state
+            server = state.server.fork()
+            reply = server.perform(request)
+            state = self._moved(state, number, server, reply, request, switches=state.switches)
+            if request.op == "pause":
+                return state
+
+    def _steps(self, state: _State) -> Iterator[tuple[_Label, _State]]:
+        if state.switches < 0:
+            for number, process in enumerate(self._processes):
+                request = process.points[state.points[number]].request
+                if request is not None and self._is_private(number, request, state.advances):
+                    return self._requests(state, number, request, -1)
+        found = list(self._all_steps(state))
+        if self._random is not None:
+            self._random.shuffle(found)
+        return iter(found)
+
+    def _all_steps(self, state: _State) -> Iterator[tuple[_Label, _State]]:
+        running = state.running
+        goes_on = running >= 0 and self._processes[running].points[state.points[running]].request is not None
+        for number, process in enumerate(self._processes):
+            request = process.points[state.points[number]].request
+            if request is None:
+                continue
+            switches = state.switches
+            if switches >= 0 and goes_on and number != running:
+                if not switches:
+                    continue
+                switches -= 1
+            yield from self._requests(state, number, request, switches)
+        for position, request in enumerate(state.copies):
+            server = state.server.fork()
+            server.perform(request)
+            copies = (*state.copies[:position], *state.copies[position + 1 :])
+            told = self._told(state, server, request)
+            yield _Label("late", request), _replace(state, server=server, copies=copies, told=told)
+        if state.advances and all(request.op == "delete" for request in state.copies):
+            server = state.server.fork()
+            server.time += self._jump
+            yield _Label("time passes"), _replace(state, server=server, advances=state.advances - 1)
+
+    def _requests(self, state: _State, number: int, request: Request, switches: int) -> Iterator[tuple[_Label, _State]]:
+        name = self._processes[number].name
+        server = state.server.fork()
+        faults = self._faulty if state.faults and request.keys and request.keys[0].startswith(self._faulty_at) else ()
+        if request.op == "delete":
+            at = state.deleted[number]
+            single = Request("delete", (request.keys[at],))
+            server.perform(single)
+            label = _Label(name, single)
+            if at + 1 < len(request.keys):
+                told = self._told(state, server, single)
+                deleted = _with(state.deleted, number, at + 1)
+                yield (
+                    label,
+                    _replace(state, server=server, deleted=deleted, told=told, running=number, switches=switches),
+                )
+            else:
+                yield label, self._moved(state, number, server, None, single, switches=switches)
+            if "again" in faults and at + 1 == len(request.keys):
+                for key in request.keys:
+                    copy = Request("delete", (key,))
+                    fault = self._moved(state, number, server, None, single, switches=switches, copy=copy, faults=1)
+                    yield label._replace(note=f" (and {key} again, later)"), fault
+        else:
+            single = request
+            reply = server.perform(request)
+            label = _Label(name, request, reply)
+            yield label, self._moved(state, number, server, reply, request, switches=switches)
+        if request.op in WRITES and "lost" in faults:
+            fault = self._moved(state, number, server, LOST, single, switches=switches, faults=1)
+            yield label._replace(note=" (reply lost)"), fault
+        if "dropped" in faults:
+            fault = self._moved(state, number, state.server, LOST, single, switches=switches, faults=1)
+            yield label._replace(note=" (not done)"), fault
+        if request.op in WRITES and "late" in faults:
+            fault = self._moved(state, number, state.server, LOST, single, switches=switches, faults=1, copy=single)
+            yield label._replace(note=" (given up, on its way)"), fault
+
+    def _moved(
+        self,
+        state: _State,
+        number: int,
+        server: Server,
+        reply: Reply,
+        request: Request,
+        *,
+        switches: int,
+        faults: int = 0,
+        copy: Request | None = None,
+    ) -> _State:
+        process = self._processes[number]
+        point = process.follow(state.points[number], reply)
+        told = self._told(state, server, request) | frozenset(process.points[point].events)
+        while (following := process.points[point].request) is not None and following.op == "time":
+            point = process.follow(point, server.time)
+            told |= frozenset(process.points[point].events)
+        return _State(
+            server,
+            _with(state.points, number, point),
+            _with(state.deleted, number, 0),
+            state.copies if copy is None else (*state.copies, copy),
+            state.faults - faults,
+            state.advances,
+            told,
+            number,
+            switches,
+        )
+
+    def _told(self, state: _State, server: Server, request: Request) -> frozenset[object]:
+        if server.mark == state.server.mark:
+            return state.told
+        return state.told | frozenset(self._changed(state.server, server, request))
+
+
+def _with(values: tuple[int, ...], position: int, value: int) -> tuple[int, ...]:
+    return (*values[:position], value, *values[position + 1 :])
+
+
+def _replace(state: _State, **fields: Any) -> _State:
+    names = _State.__slots__
+    return _State(**{name: fields[name] if name in fields else getattr(state, name) for name in names})

@@ -1,0 +1,306 @@
+"""A server that does not exist, and processes that talk to it in any order: for tests of what many of them do at once.
+
+:mod:`incckpt.testing.exploration` tries *every* order within stated bounds; :mod:`incckpt.testing.shuffle` draws one
+from a seed, for longer stories.
+
+A process may crash (it is never run again), its requests may be dropped, done without a reply, or done long after it
+has given up on them, and what it deletes may be deleted once more later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from incckpt.backends.base import Backend, Entry, ReadableBuffer, validate_key, validate_prefix
+from incckpt.errors import BackendError, KeyExistsError, KeyNotFoundError
+
+__all__ = [
+    "LOST",
+    "WRITES",
+    "Failure",
+    "Killed",
+    "Process",
+    "Program",
+    "Reply",
+    "Request",
+    "Server",
+    "SimulatedBackend",
+    "Violation",
+    "current",
+    "run_alone",
+    "running_as",
+]
+
+WRITES = ("put", "create", "delete")
+
+
+class Violation(AssertionError):
+    """A promise was broken; the message says which, and by which steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a process asks of the server.
+
+    Attributes
+    ----------
+    op
+        Name of a method of `Backend`; or ``"pause"``, which only lets others go first, or ``"time"``.
+    keys
+        The key, the prefix of a listing, or the keys of a delete.
+    data
+        For ``put`` and ``create``.
+    start, end
+        For ``get``.
+    """
+
+    op: str
+    keys: tuple[str, ...] = ()
+    data: bytes = b""
+    start: int = 0
+    end: int | None = None
+
+    def __str__(self) -> str:
+        if self.op == "delete" and len(self.keys) != 1:
+            return f"delete {len(self.keys)} keys: {', '.join(self.keys)}"
+        return f"{self.op} {', '.join(self.keys)}" + (f" {self.data.decode()}" if len(self.data) == 7 else "")
+
+    def conflicts(self, other: Request) -> bool:
+        """Whether the order of the two can make a difference to anybody."""
+        mine, others = self.op in WRITES, other.op in WRITES
+        if not mine and not others:
+            return False
+        if self.op == "list" or other.op == "list":
+            listing, write = (self, other) if others else (other, self)
+            return any(key.startswith(listing.keys[0]) for key in write.keys)
+        return any(key in other.keys for key in self.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A reply that the backend raises."""
+
+    kind: type[BackendError]
+    message: str
+    transient: bool = False
+
+    def error(self) -> BackendError:
+        """Return the exception."""
+        error = self.kind(self.message)
+        error.transient = self.transient
+        return error
+
+
+Reply: TypeAlias = bytes | int | Entry | tuple[Entry, ...] | Failure | None
+
+LOST = Failure(BackendError, "the reply was lost", transient=True)
+
+
+class Server:
+    """Bytes by key, strongly consistent, with a clock that moves when it is told to.
+
+    Attributes
+    ----------
+    values
+        Value and time of its last change, by key.
+    time
+        Seconds.
+    mark
+        Changes with the content: the same for the same content.
+
+    Parameters
+    ----------
+    timed
+        How keys begin whose time is told rightly; that of others is always 0, which makes for fewer different contents.
+    """
+
+    __slots__ = ("mark", "time", "timed", "values")
+
+    def __init__(self, timed: tuple[str, ...] = ("",)) -> None:
+        self.values: dict[str, tuple[bytes, int]] = {}
+        self.time = 0
+        self.mark = 0
+        self.timed = timed
+
+    def fork(self) -> Server:
+        """Return a copy."""
+        copy = Server.__new__(Server)
+        copy.values, copy.time, copy.mark, copy.timed = self.values.copy(), self.time, self.mark, self.timed
+        return copy
+
+    def perform(self, request: Request) -> Reply:
+        """Do what is asked; returns the reply."""
+        op, keys = request.op, request.keys
+        if op == "list":
+            return tuple(self._entry(key) for key in sorted(self.values) if key.startswith(keys[0]))
+        if op == "delete":
+            for key in keys:
+                self._remove(key)
+            return None
+        if op == "pause":
+            return None
+        if op == "time":
+            return self.time
+        key = keys[0]
+        there = key in self.values
+        if op == "put" or (op == "create" and not there):
+            self._remove(key)
+            modified = self.time if key.startswith(self.timed) else 0
+            self.values[key] = (request.data, modified)
+            self.mark ^= _digest(key, request.data, modified)
+            return None
+        if op == "create":
+            return Failure(KeyExistsError, f"key {key!r} exists")
+        if not there:
+            return Failure(KeyNotFoundError, f"no key {key!r}")
+        if op == "get":
+            return self.values[key][0][request.start : request.end]
+        assert op == "head", op
+        return self._entry(key)
+
+    def _entry(self, key: str) -> Entry:
+        data, modified = self.values[key]
+        return Entry(key, len(data), float(modified))
+
+    def _remove(self, key: str) -> None:
+        found = self.values.pop(key, None)
+        if found is not None:
+            self.mark ^= _digest(key, *found)
+
+
+_digests: dict[tuple[str, bytes, int], int] = {}
+
+
+def _digest(key: str, data: bytes, time: int) -> int:
+    found = _digests.get((key, data, time))
+    if found is None:
+        text = b"%d %s %s" % (time, key.encode(), data)
+        found = _digests[key, data, time] = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest())
+    return found
+
+
+class SimulatedBackend(Backend):
+    """A backend that hands every request to `exchange` and takes its reply.
+
+    Parameters
+    ----------
+    exchange
+        Returns the reply, or does not return.
+    """
+
+    url = "simulated://"
+    remote = False
+
+    def __init__(self, exchange: Callable[[Request], Reply]) -> None:
+        self._exchange = exchange
+
+    def _ask(self, request: Request) -> Any:
+        reply = self._exchange(request)
+        if isinstance(reply, Failure):
+            raise reply.error()
+        return reply
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        data: bytes = self._ask(Request("get", (validate_key(key),), start=start, end=end))
+        return data
+
+    def put(self, key: str, data: ReadableBuffer) -> None:
+        self._ask(Request("put", (validate_key(key),), bytes(data)))
+
+    def create(self, key: str, data: ReadableBuffer) -> None:
+        self._ask(Request("create", (validate_key(key),), bytes(data)))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        keys = tuple(validate_key(key) for key in keys)
+        if keys:
+            self._ask(Request("delete", keys))
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        return iter(self._ask(Request("list", (validate_prefix(prefix),))))
+
+    def head(self, key: str) -> Entry:
+        entry: Entry = self._ask(Request("head", (validate_key(key),)))
+        return entry
+
+
+class Process:
+    """What a program knows of the process that it runs in.
+
+    Attributes
+    ----------
+    name
+        Of the process.
+    backend
+        Its way to the server.
+    """
+
+    def __init__(self, name: str, number: int, exchange: Callable[[Request], Reply]) -> None:
+        self.name = name
+        self.backend = SimulatedBackend(exchange)
+        self.events: list[object] = []
+        self._number = number
+        self._nonces = 0
+
+    def emit(self, event: object) -> None:
+        """Tell whoever checks the promises that something has happened (before the next request)."""
+        self.events.append(event)
+
+    def pause(self) -> None:
+        """Let others go first. An explorer begins to interleave when every process has come to its first pause."""
+        self.backend._exchange(Request("pause"))
+
+    def time(self) -> float:
+        """Return the server's time, as a clock of this process's own."""
+        return float(self.backend._ask(Request("time")))
+
+    def nonce(self, nbytes: int = 8) -> str:
+        """Return hexadecimal digits that differ between processes and calls, and not between runs."""
+        self._nonces += 1
+        return f"{self._number:0{nbytes}x}{self._nonces:0{nbytes}x}"
+
+
+Program: TypeAlias = Callable[[Process], None]
+
+_running = threading.local()
+
+
+@contextmanager
+def running_as(process: Process) -> Iterator[None]:
+    """Make `process` the one that `current` returns in this thread."""
+    before = getattr(_running, "process", None)
+    _running.process = process
+    try:
+        yield
+    finally:
+        _running.process = before
+
+
+def current() -> Process:
+    """Return the simulated process that runs in this thread."""
+    process: Process = _running.process
+    return process
+
+
+class Killed(BaseException):
+    """The process is gone: no handler of `Exception` catches this, and every later request raises it again."""
+
+
+def run_alone(
+    server: Server, program: Program, name: str = "alone", number: int = 0xA, until: str | None = None
+) -> Process:
+    """Run a program on its own, to its end or until just before a request that begins with `until`."""
+
+    def exchange(request: Request) -> Reply:
+        if until is not None and str(request).startswith(until):
+            raise Killed
+        return server.perform(request)
+
+    process = Process(name, number, exchange)
+    with running_as(process), suppress(Killed):
+        program(process)
+    return process

@@ -1,0 +1,688 @@
+"""The rules of the protocol, and the library without each of them in turn."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any
+from unittest import mock
+
+from incckpt import objects, refs
+from incckpt.attempt import Attempt
+from incckpt.gc import Collector
+from incckpt.runs import Run
+from incckpt.save import Writer
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A function with other lines.
+
+    Attributes
+    ----------
+    owner, name
+        The class or module, and the function in it.
+    diff
+        Lines that begin with ``-`` stand in the function exactly once, in a row; those with ``+`` replace them.
+        Indentation counts only within such a hunk.
+    """
+
+    owner: Any
+    name: str
+    diff: str
+
+    @contextmanager
+    def made(self) -> Iterator[None]:
+        """Put the edited function in place for a while."""
+        original = inspect.getattr_static(self.owner, self.name)
+        function = original.__func__ if isinstance(original, staticmethod) else original
+        source = textwrap.dedent(inspect.getsource(function)).splitlines()
+        for old, new in self._hunks():
+            source = _replace(source, old, new, f"{self.owner.__name__}.{self.name}")
+        module = sys.modules[function.__module__]
+        namespace = vars(module)
+        local: dict[str, Any] = {}
+        code = compile("from __future__ import annotations\n" + "\n".join(source), f"<edited {self.name}>", "exec")
+        assert isinstance(code, CodeType)
+        exec(code, namespace, local)
+        with ExitStack() as stack:
+            for place in self._places():
+                stack.enter_context(mock.patch.object(place, self.name, local[self.name]))
+            yield
+
+    def _hunks(self) -> Iterator[tuple[list[str], list[str]]]:
+        old: list[str] = []
+        new: list[str] = []
+        for line in textwrap.dedent(self.diff).strip("\n").splitlines():
+            if line.startswith("-"):
+                if new:
+                    yield old, new
+                    old, new = [], []
+                old.append(line[2:])
+            else:
+                assert line.startswith("+"), line
+                new.append(line[2:])
+        yield old, new
+
+    def _places(self) -> list[Any]:
+        """Return the class, or every module that has imported the function."""
+        if inspect.isclass(self.owner):
+            return [self.owner]
+        original = getattr(self.owner, self.name)
+        modules = [module for name, module in sys.modules.items() if name.split(".")[0] in ("incckpt", "tests")]
+        return [module for module in modules if getattr(module, self.name, None) is original]
+
+
+def _replace(source: Sequence[str], old: Sequence[str], new: Sequence[str], where: str) -> list[str]:
+    places: list[tuple[int, str]] = []
+    for at in range(len(source) - len(old) + 1):
+        indent = source[at][: len(source[at]) - len(source[at].lstrip())]
+        if [indent + line for line in old] == list(source[at : at + len(old)]):
+            places.append((at, indent))
+    assert len(places) == 1, f"{where} has {len(places)} times: {old}"
+    at, indent = places[0]
+    return [*source[:at], *(indent + line for line in new), *source[at + len(old) :]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule of the protocol.
+
+    Attributes
+    ----------
+    without
+        Edits that take it away.
+    caught
+        Name of the scenario in which its absence shows.
+    bounds
+        Of the exploration, where they are not the scenario's own.
+    """
+
+    caught: str
+    without: Sequence[Edit]
+    bounds: Mapping[str, Any] = field(default_factory=dict)
+
+
+RULES: dict[str, Rule] = {
+    # -- a save
+    "the pin is put before the condemned lists are read": Rule(
+        "two runs of one content, one pruned",
+        [
+            Edit(
+                Writer,
+                "_write_as",
+                """
+                - self._run.pin(name)
+                + lists = self._store.condemned.read().values()
+                + self._run.pin(name)
+                - known = _Known(frozenset().union(*self._store.condemned.read().values()), self._vouched())
+                + known = _Known(frozenset().union(*lists), self._vouched())
+                """,
+            )
+        ],
+    ),
+    "what is condemned is not used": Rule(
+        "two runs of one content, one pruned",
+        [
+            Edit(
+                Writer,
+                "_write_as",
+                """
+                - known = _Known(frozenset().union(*self._store.condemned.read().values()), self._vouched())
+                + known = _Known(frozenset(), self._vouched())
+                """,
+            )
+        ],
+    ),
+    "what is condemned is not used, even if the last checkpoint needs it": Rule(
+        "a replacement that goes back to what the writer prunes",
+        [
+            Edit(
+                Writer,
+                "_usable",
+                """
+                - if str(key) in known.condemned:
+                + if str(key) in known.condemned and not look:
+                """,
+            )
+        ],
+    ),
+    "what is condemned is not used, even if it is found": Rule(
+        "two runs of one content, one pruned",
+        [
+            Edit(
+                Writer,
+                "_reusable",
+                """
+                - if str(key) not in known.condemned:
+                + if True:
+                """,
+            )
+        ],
+    ),
+    "no two saves put one key": Rule(
+        "two runs of one content, one pruned",
+        [
+            Edit(
+                Writer,
+                "_write_as",
+                """
+                - chunks = self._store_all(snapshot.contents, name.nonce, known, report)
+                + chunks = self._store_all(snapshot.contents, "0" * 16, known, report)
+                """,
+            )
+        ],
+    ),
+    "the ref of what is reused is read again": Rule(
+        "a replacement that goes back to what the writer prunes",
+        [
+            Edit(
+                Writer,
+                "_vouched",
+                """
+                - return keys if isinstance(self._run.read(name), Ref) else frozenset()
+                + return keys
+                """,
+            )
+        ],
+    ),
+    "what no ref vouches for is looked at": Rule(
+        "a stalled saver that uses garbage is given up",
+        [
+            Edit(
+                Writer,
+                "_usable",
+                """
+                - if str(key) not in known.vouched and not (look and self._store.objects.exists(key)):
+                + if str(key) not in known.vouched and not look:
+                """,
+            )
+        ],
+    ),
+    "a delta's base is vouched for or looked at": Rule(
+        "a replacement that goes back to what the writer prunes",
+        [
+            Edit(
+                Writer,
+                "_put",
+                """
+                - if stored is not None and stored.base is None and not due and self._usable(stored, known):
+                + if stored is not None and stored.base is None and not due:
+                """,
+            )
+        ],
+    ),
+    "a manifest lists the bases of its deltas": Rule(
+        "a reader while there is pruning",
+        [
+            Edit(
+                objects,
+                "manifest_keys",
+                """
+                - return frozenset(str(key) for chunk in manifest.chunks for key in chunk_keys(chunk))
+                + return frozenset(str(chunk_keys(chunk)[0]) for chunk in manifest.chunks)
+                """,
+            )
+        ],
+    ),
+    "the ref comes last": Rule(
+        "a writer and its replacement",
+        [
+            Edit(
+                Writer,
+                "_put_manifest",
+                """
+                - self._put_object(key, data)
+                + self._later = (key, data)
+                """,
+            ),
+            Edit(
+                Writer,
+                "_write_as",
+                """
+                - outcome = self._commit(ref, manifest)
+                + outcome = self._commit(ref, manifest)
+                + self._put_object(*self._later)
+                """,
+            ),
+        ],
+    ),
+    "an aborted save is not a success": Rule(
+        "a writer and its replacement",
+        [
+            Edit(
+                Writer,
+                "_write_as",
+                """
+                - if outcome is Tombstone.ABORTED:
+                + if False:
+                """,
+            )
+        ],
+    ),
+    # -- a commit
+    "the commit is exclusive": Rule(
+        "a writer and its replacement",
+        [
+            Edit(
+                refs,
+                "create_once",
+                """
+                - backend.create(key, data)
+                + backend.put(key, data)
+                """,
+            )
+        ],
+    ),
+    "a conflict is read back": Rule(
+        "a writer and its replacement",
+        [
+            Edit(
+                refs,
+                "create_once",
+                """
+                - return None if found == bytes(data) else found
+                + return None
+                """,
+            )
+        ],
+    ),
+    "a lost reply is read back": Rule(
+        "a writer and its replacement",
+        [
+            Edit(
+                refs,
+                "create_once",
+                """
+                - return None if found == bytes(data) else found
+                + return found
+                """,
+            )
+        ],
+    ),
+    "the pin stands while the commit's outcome is unknown": Rule(
+        "a commit that is lost again and again",
+        [
+            Edit(
+                Writer,
+                "_commit",
+                """
+                - self._unsettled.append((ref, manifest, self._tried))
+                + self.spent.append(self._run.pin_key(ref.name))
+                """,
+            )
+        ],
+    ),
+    "an unknown outcome is found out before the next save": Rule(
+        "a commit that is lost again and again",
+        [
+            Edit(
+                Writer,
+                "_commit",
+                """
+                - self._unsettled.append((ref, manifest, self._tried))
+                + pass
+                """,
+            )
+        ],
+    ),
+    # -- attempts and lineage
+    "an attempt is created exclusively": Rule(
+        "two replacements at once",
+        [
+            Edit(
+                Run,
+                "start_attempt",
+                """
+                - while create_once(self.backend, self._attempt_key(attempt), document) is not None:
+                + while self.backend.put(self._attempt_key(attempt), document) is not None:
+                """,
+            )
+        ],
+    ),
+    "a replacement aborts what its predecessors have in flight": Rule(
+        "a writer and its replacement",
+        [
+            Edit(
+                Run,
+                "start_attempt",
+                """
+                - self.abort(name)
+                + pass
+                """,
+            )
+        ],
+    ),
+    "a replacement chooses after it has aborted": Rule(
+        "a writer and its replacement",
+        [
+            Edit(
+                Attempt,
+                "__init__",
+                """
+                - lists = store.condemned.read()
+                + lists = store.condemned.read()
+                + lineage = self._run.lineage()
+                - self.lineage: Lineage = self._run.lineage()
+                + self.lineage = lineage
+                """,
+            )
+        ],
+    ),
+    "a writer looks for a higher attempt": Rule(
+        "a writer and its replacement",
+        [
+            Edit(
+                Writer,
+                "_write_as",
+                """
+                - self._run.check_not_superseded(self.attempt)
+                + pass
+                """,
+            )
+        ],
+    ),
+    "a writer looks for a higher attempt after it has put its pin": Rule(
+        "a writer and its replacement",
+        [
+            Edit(
+                Writer,
+                "_write_as",
+                """
+                - self._run.check_not_superseded(self.attempt)
+                + pass
+                - self._run.pin(name)
+                + self._run.check_not_superseded(self.attempt)
+                + self._run.pin(name)
+                """,
+            )
+        ],
+    ),
+    "what an attempt continues is written down before its first save": Rule(
+        "a writer and its replacement",
+        [
+            Edit(
+                Run,
+                "seal",
+                """
+                - self.backend.put(self._attempt_key(attempt) + ".from", dump_json(document))
+                + pass
+                """,
+            )
+        ],
+    ),
+    "whom another attempt overtakes looks again": Rule(
+        "a reader while the run changes hands",
+        [
+            Edit(
+                Run,
+                "lineage",
+                """
+                - if view.live and all(name.attempt <= sealed for name, _ in listed):
+                + if True:
+                """,
+            )
+        ],
+    ),
+    # -- retention
+    "others' refs are overwritten with EXPIRED": Rule(
+        "a pruning writer and its replacement",
+        [
+            Edit(
+                Run,
+                "expire",
+                """
+                - if committed is not None and now - committed >= COPY_SECONDS:
+                + if committed is None or now - committed >= COPY_SECONDS:
+                - for name in deletable:
+                -     del self._committed[name]
+                + pass
+                """,
+            )
+        ],
+    ),
+    "own refs are not deleted as long as copies of the commit may come": Rule(
+        "a lone writer that prunes, its requests late",
+        [
+            Edit(
+                Run,
+                "expire",
+                """
+                - if committed is not None and now - committed >= COPY_SECONDS:
+                + if committed is not None:
+                """,
+            )
+        ],
+    ),
+    "own tombstones are not deleted as long as copies of the commit may come": Rule(
+        "a lone writer that prunes, its requests late",
+        [
+            Edit(
+                Run,
+                "take_tombstones",
+                """
+                - done = [name for name, committed in self._buried.items() if now - committed >= COPY_SECONDS]
+                + done = list(self._buried)
+                """,
+            )
+        ],
+    ),
+    "condemned before expired": Rule(
+        "a lone writer that prunes, badly connected",
+        [
+            Edit(
+                Attempt,
+                "_expire",
+                """
+                - self._collector.condemn([self._run.ref_key(name) for name in doomed])
+                + pass
+                - self._run.expire(doomed)
+                + self._run.expire(doomed)
+                + self._collector.condemn([self._run.ref_key(name) for name in doomed])
+                """,
+            )
+        ],
+    ),
+    "a pruned ref counts no longer, even if the look after it fails": Rule(
+        "a lone writer that prunes, badly connected",
+        [
+            Edit(
+                Attempt,
+                "_expire",
+                """
+                - self._collector.expired([self._run.ref_key(name) for name in doomed])
+                + pass
+                """,
+            )
+        ],
+    ),
+    "what other runs need is looked up when it is to be deleted": Rule(
+        "two runs that prune one content",
+        [
+            Edit(
+                Collector,
+                "condemn",
+                """
+                - key for run, counts in freed.items() for key, count in counts.items() if self._users_in[run][key] <= count
+                + key for run, counts in freed.items() for key, count in counts.items() if self._users[key] <= count
+                """,
+            )
+        ],
+    ),
+    # -- collection
+    "a collector waits for saves in flight": Rule(
+        "a pruner, a saver and a collector",
+        [
+            Edit(
+                Collector,
+                "finish",
+                """
+                - own.blockers = in_flight if own.blockers is None else own.blockers & in_flight
+                + own.blockers = frozenset()
+                """,
+            )
+        ],
+    ),
+    "the list is put before the pins are listed": Rule(
+        "a pruner, a saver and a collector",
+        [
+            Edit(
+                Collector,
+                "sweep",
+                """
+                - collected = self.finish()
+                + collected = self.finish(in_flight)
+                """,
+            ),
+            Edit(
+                Collector,
+                "finish",
+                """
+                - def finish(self) -> Collected:
+                + def finish(self, in_flight=None):
+                - in_flight = self._in_flight()
+                + in_flight = self._in_flight() if in_flight is None else in_flight
+                """,
+            ),
+        ],
+    ),
+    "refs are listed after the pins": Rule(
+        "a pruner, a saver and a collector",
+        [
+            Edit(
+                Collector,
+                "_in_flight",
+                """
+                - pins = list_pins(self._backend)
+                - existing = self._look()  # after the pins: a save that ends in between has a ref here
+                + existing = self._look()
+                + pins = list_pins(self._backend)
+                """,
+            )
+        ],
+    ),
+    "refs are listed again before anything is deleted": Rule(
+        "a pruner, a saver and a collector",
+        [
+            Edit(
+                Collector,
+                "_in_flight",
+                """
+                - existing = self._look()  # after the pins: a save that ends in between has a ref here
+                + existing = {key for _, _, key, _ in list_refs(self._backend)}
+                """,
+            )
+        ],
+    ),
+    "a stale save is aborted": Rule(
+        "a stalled saver is given up",
+        [
+            Edit(
+                Collector,
+                "_give_up_stale",
+                """
+                - if create_once(self._backend, pin.ref_key, Tombstone.ABORTED.value) is not None:
+                + if False:
+                """,
+            )
+        ],
+    ),
+    "a stale save that was committed after all counts": Rule(
+        "a stalled saver that uses garbage is given up",
+        [
+            Edit(
+                Collector,
+                "_give_up_stale",
+                """
+                - if create_once(self._backend, pin.ref_key, Tombstone.ABORTED.value) is not None:
+                + create_once(self._backend, pin.ref_key, Tombstone.ABORTED.value)
+                + if False:
+                """,
+            )
+        ],
+    ),
+    "a list is removed after its keys are deleted": Rule(
+        "two runs of one content, one pruned",
+        [
+            Edit(
+                Collector,
+                "finish",
+                """
+                - if collected.deleted:
+                + self._backend.delete([self._store.condemned.key(name) for name in done])
+                + if collected.deleted:
+                """,
+            )
+        ],
+    ),
+    "a list is put once": Rule(
+        "two runs of one content, one pruned",
+        [
+            Edit(
+                refs.CondemnedLists,
+                "put",
+                """
+                - condemned = frozenset(keys)
+                + condemned = frozenset(keys)
+                + try:
+                +     self._backend.put(self.key(name), dump_json({"format": FORMAT, "kind": "condemned", "keys": []}))
+                + except BackendError:
+                +     pass
+                """,
+            )
+        ],
+    ),
+    "a list of others is removed only when none of its keys exists": Rule(
+        "a pruner, a saver and a collector",
+        [
+            Edit(
+                Collector,
+                "sweep",
+                """
+                - still = {name: keys & there.keys() for name, keys in others.items()}
+                + still = {name: frozenset() for name, keys in others.items()}
+                """,
+            )
+        ],
+    ),
+    "what others have condemned goes on an own list": Rule(
+        "a pruner, a saver and a collector",
+        [
+            Edit(
+                Collector,
+                "sweep",
+                """
+                - garbage.update(key for key in keys if key not in self._users)
+                + self._backend.delete([key for key in keys if key not in self._users])
+                """,
+            )
+        ],
+    ),
+    "a writer tells what it has put for nothing": Rule(
+        "two replacements at once",
+        [
+            Edit(
+                Attempt,
+                "_leave",
+                """
+                - self._collector.condemn_keys(self._writer.take_wasted())
+                + pass
+                """,
+            )
+        ],
+    ),
+}
+
+
+@contextmanager
+def without(rule: Rule) -> Iterator[None]:
+    """Take a rule away for a while."""
+    with ExitStack() as stack:
+        for edit in rule.without:
+            stack.enter_context(edit.made())
+        yield

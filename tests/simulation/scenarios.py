@@ -1,0 +1,186 @@
+"""Small worlds whose every order of requests is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from incckpt.retention import KeepLast
+from incckpt.testing.exploration import Explored, Explorer
+from incckpt.testing.simulation import Program, Server, run_alone
+from tests.simulation.world import Promises, collector, deleter, reader, saver
+
+TIMED = ("pins/", "gc/", "refs/")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Who does what at the same time.
+
+    Attributes
+    ----------
+    before
+        Programs that run one after the other first; with a text, until just before the request that begins so.
+    programs
+        Those whose orders are tried.
+    bounds
+        For `Explorer`.
+    more
+        Other bounds, for a longer exploration.
+    leaks
+        In one of how many contents of the server a last sweep is tried.
+    restarts
+        Whether a restart and one save suffice, too.
+    """
+
+    before: Sequence[Program | tuple[Program, str]]
+    programs: Mapping[str, Program]
+    bounds: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
+    leaks: int = 1
+    restarts: bool = False
+
+    @property
+    def killed(self) -> bool:
+        """Whether one of the programs before was killed."""
+        return any(isinstance(program, tuple) for program in self.before)
+
+    def explore(self, **bounds: Any) -> Explored:
+        """Try every order.
+
+        Raises
+        ------
+        Violation
+        """
+        server = Server(timed=TIMED)
+        for number, program in enumerate(self.before):
+            until = None
+            if isinstance(program, tuple):
+                program, until = program
+            run_alone(server, program, number=number, until=until)
+        bounds = {**self.bounds, **bounds}
+        undisturbed = not bounds.get("faults") and not bounds.get("advances") and not self.killed
+        promises = Promises(
+            leaks=self.leaks, restarts=self.restarts, all_done=self.programs.keys() if undisturbed else None
+        )
+        explorer = Explorer(server, self.programs, check=promises.check, changed=promises.changed, **bounds)
+        return explorer.explore()
+
+
+LAST = KeepLast(1)
+first = saver((100, "a", "b"))
+
+SCENARIOS: dict[str, Scenario] = {
+    "a writer and its replacement": Scenario(
+        [first], {"old": saver((200, "a", "b1"), ready=0), "new": saver((200, "a", "c"))}, {"faults": 1}
+    ),
+    "a pruning writer and its replacement": Scenario(
+        [first],
+        {
+            "old": saver((200, "c", "b1"), (300, "c", "b2"), ready=1, policy=LAST),
+            "new": saver((400, "a", "b"), policy=LAST),
+        },
+        {"faults": 1, "faulty": ("lost",), "faulty_at": ("refs/",)},
+        {"faults": 1},
+    ),
+    "a replacement that goes back to what the writer prunes": Scenario(
+        [first],
+        {
+            "old": saver((200, "c", "b1"), (300, "d", "e"), ready=1, policy=LAST),
+            "new": saver((250, "c", "b2"), step=200),
+        },
+        {},
+        {"faults": 1},
+    ),
+    "two replacements at once": Scenario(
+        [first],
+        {"old": saver((200, "a", "b1"), ready=0), "new": saver((200, "a")), "other": saver((200, "b"))},
+        {"switches": 3},
+        {"switches": 5},
+    ),
+    "two runs of one content, one pruned": Scenario(
+        [first],
+        {
+            "r": saver((200, "c", "d"), ready=0, policy=LAST),
+            "q": saver((10, "a", "b"), (11, "a", "b"), run="q"),
+        },
+        {},
+        {"faults": 1, "advances": 1},
+    ),
+    "two runs that prune one content": Scenario(
+        [first, saver((10, "a", "b"), run="q")],
+        {
+            "r": saver((200, "c"), ready=0, policy=LAST),
+            "q": saver((20, "d"), run="q", ready=0, policy=LAST),
+        },
+        {},
+        {"faults": 1},
+    ),
+    "a pruner, a saver and a collector": Scenario(
+        [first],
+        {
+            "r": saver((200, "c", "d"), ready=0, policy=LAST),
+            "q": saver((10, "a", "b"), run="q"),
+            "gc": collector(),
+        },
+        {"switches": 2},
+        {"switches": 4},
+    ),
+    "garbage, a saver that could use it, two collectors": Scenario(
+        [(first, "create refs/")],
+        {"q": saver((10, "a", "b"), run="q"), "gc": collector(), "other gc": collector()},
+        {"switches": 3},
+        {"switches": 5},
+    ),
+    "a stalled saver that uses garbage is given up": Scenario(
+        [(first, "create refs/")],
+        {"q": saver((10, "a", "b"), run="q"), "gc": collector()},
+        {"advances": 1},
+        {"advances": 2, "faults": 1},
+    ),
+    "a stalled saver is given up": Scenario(
+        [first],
+        {"r": saver((200, "a", "c"), (300, "d", "c"), ready=0), "gc": collector(3)},
+        {"advances": 1},
+        {"advances": 2, "faults": 1},
+    ),
+    "a reader while there is pruning": Scenario(
+        [first],
+        {"r": saver((200, "c", "b1"), (300, "c", "b2"), ready=0, policy=LAST), "reader": reader(times=2)},
+        {},
+        {"faults": 1, "advances": 1},
+    ),
+    "a reader while the run changes hands": Scenario(
+        [first],
+        {"new": saver((200, "c", "b1"), (300, "c", "b2"), policy=LAST), "reader": reader()},
+        {},
+        {"faults": 1},
+    ),
+    "a lone writer that prunes, badly connected": Scenario(
+        [first],
+        {"r": saver((200, "c", "b1"), (300, "c", "b2"), (400, "a", "b2"), ready=0, policy=LAST)},
+        {"faults": 1, "faulty": ("dropped", "lost")},
+        {"faults": 2, "faulty": ("dropped", "lost")},
+        leaks=1,
+        restarts=True,
+    ),
+    "a lone writer that prunes, its requests late": Scenario(
+        [first],
+        {"r": saver((200, "c", "b1"), (300, "c", "b2"), (400, "a", "b2"), ready=0, policy=LAST)},
+        {"faults": 1, "faulty": ("late",), "advances": 1},
+        {"faults": 2, "faulty": ("late", "again"), "advances": 2},
+    ),
+    "a commit that is lost again and again": Scenario(
+        [first],
+        {"old": saver((200, "a", "c"), (200, "a", "d"), ready=0), "gc": collector()},
+        {"faults": 4, "faulty_at": ("refs/",), "switches": 1, "faulty": ("late", "dropped")},
+        {"faults": 4, "faulty_at": ("refs/",), "switches": 3},
+    ),
+    "a deletion by name": Scenario(
+        [first, saver((200, "a", "c"))],
+        {"old": saver((300, "b", "c"), ready=0), "deleter": deleter(200), "reader": reader()},
+        {"switches": 3},
+        {"switches": 5},
+    ),
+}

@@ -1,0 +1,491 @@
+"""The programs that simulated processes run, all of them the library's own code, and the promises that must hold."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from types import SimpleNamespace, TracebackType
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+
+from incckpt import codec
+from incckpt.attempt import Attempt
+from incckpt.errors import BackendError, CollectionError, MissingObjectError, SupersededError
+from incckpt.gc import Collector
+from incckpt.manifest import Chunk, Manifest
+from incckpt.objects import DELTAS, OBJECTS, manifest_keys
+from incckpt.refs import CondemnedLists, Ref, RefName, Tombstone
+from incckpt.restore import ChunkRead, Reader
+from incckpt.retention import KeepLast, Policy
+from incckpt.runs import Lineage, Run
+from incckpt.save import SaveReport, Snapshot
+from incckpt.staging import Content
+from incckpt.store import Store
+from incckpt.testing.shuffle import SpawningProcess
+from incckpt.testing.simulation import (
+    Process,
+    Program,
+    Request,
+    Server,
+    SimulatedBackend,
+    Violation,
+    current,
+    run_alone,
+)
+
+RUN = "r"
+
+Bytes = npt.NDArray[np.uint8]
+
+
+# -- what is saved -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def chunk_bytes(name: str) -> Bytes:
+    """Return the bytes of chunk `name`; ``"b1"``, ``"b2"`` differ so little from ``"b"`` that they become deltas."""
+    values = np.random.default_rng(ord(name[0])).standard_normal(256).astype(np.float32)
+    if name[1:]:
+        values = values * np.float32(1 + int(name[1:]) * 2**-22)
+    raw = values.view(np.uint8)
+    _names[codec.digest(raw).identity.hex()] = name
+    return raw
+
+
+_names: dict[str, str] = {}
+
+
+# -- the library, made deterministic -----------------------------------------------------------------------------------
+
+
+class Inline:
+    """A pipeline without threads."""
+
+    cpu: AbstractContextManager[None] = nullcontext()
+
+    def each(self, items: Iterable[int], weight: Callable[[int], int], work: Callable[[int], None]) -> None:
+        for item in items:
+            work(item)
+
+    def close(self) -> None:
+        pass
+
+
+class Heartbeat:
+    """In place of the heartbeat: a thread of the simulated process where it can have several, else nothing."""
+
+    def __init__(self, run: Run, name: RefName, seconds: float) -> None:
+        self._run = run
+        self._name = name
+        self._done = False
+        self._join: Callable[[], None] | None = None
+
+    def __enter__(self) -> None:
+        process = current()
+        if isinstance(process, SpawningProcess):
+            self._join = process.spawn(self._beat)
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._done = True
+        if self._join is not None:
+            self._join()
+
+    def _beat(self, process: Process) -> None:
+        run = open_store(process).run(self._run.name)
+        while True:
+            process.pause()
+            if self._done:
+                return
+            with suppress(BackendError):
+                run.pin(self._name)
+
+
+@contextmanager
+def simulated() -> Iterator[None]:
+    """Take chance, time and threads out of the library."""
+    chance = SimpleNamespace(token_hex=lambda nbytes: current().nonce(nbytes))
+    with (
+        mock.patch("incckpt.refs.secrets", chance),
+        mock.patch("incckpt.store.secrets", chance),
+        mock.patch("incckpt.save._Heartbeat", Heartbeat),
+    ):
+        yield
+
+
+def open_store(process: Process) -> Store:
+    """Return the store as a process sees it."""
+    return Store(process.backend, clock=lambda: 0.0, monotonic=process.time)
+
+
+# -- programs ----------------------------------------------------------------------------------------------------------
+
+
+class _Slot:
+    def __init__(self) -> None:
+        self.full: Content | None = None
+        self.latest: Content | None = None
+
+
+class Trainer:
+    """A process that saves: an `Attempt`, and in place of the base what it would give it."""
+
+    def __init__(self, process: Process, run: str = RUN, policy: Policy | None = None) -> None:
+        self.process = process
+        self.run = run
+        self.store = open_store(process)
+        self._slots: dict[int, _Slot] = {}
+        self.attempt = Attempt(
+            self.store,
+            run,
+            policy=policy,
+            settle=self._settle,
+            base_of=lambda index: self._slots[index].full,
+            pipeline=Inline(),  # type: ignore[arg-type]
+        )
+
+    def resume(self, step: int | None = None) -> int | None:
+        """Go on from the latest checkpoint, or from that of `step`; returns its step."""
+        lineage = self.attempt.lineage
+        name = lineage.latest if step is None else lineage.at(step)
+        manifest = None
+        if name is not None:
+            ref = lineage.known.get(name) or self.store.run(self.run).read(name)
+            if isinstance(ref, Ref):
+                try:
+                    manifest = self.store.manifest(ref)
+                except MissingObjectError:
+                    if isinstance(self.store.run(self.run).read(name), Ref):
+                        self.process.emit(Violation(f"{name} is listed, and its manifest is missing"))
+        self.attempt.continue_from(name, manifest)
+        if manifest is not None:
+            self._adopt(manifest)
+        return None if name is None else name.step
+
+    def save(self, step: int, *chunks: str) -> bool:
+        """Save a checkpoint of these chunks, and tell how it ended."""
+        self.process.emit(("saving", self.run, self.attempt.number, step, chunks))
+        contents = [self._content(index, name) for index, name in enumerate(chunks)]
+        snapshot = Snapshot(step, {}, 0.0, None, (), (), contents, 1 << 20)
+        try:
+            ref = self.attempt.write(snapshot, SaveReport())
+        except SupersededError:
+            self.process.emit(("superseded", self.run, step))
+            return False
+        except BackendError:
+            self.process.emit(("failed", self.run, step))
+            return False
+        self.process.emit(("announced", self.run, str(ref.name)))
+        return True
+
+    def close(self) -> None:
+        self.attempt.close()
+
+    def _content(self, index: int, name: str) -> Content:
+        slot = self._slots.setdefault(index, _Slot())
+        raw = chunk_bytes(name)
+        held = slot.latest or slot.full
+        if held is not None and held.raw is not None and np.array_equal(held.raw, raw):
+            return held
+        slot.latest = Content(raw, 4)
+        return slot.latest
+
+    def _settle(self, index: int, content: Content) -> None:
+        slot = self._slots[index]
+        assert content.stored is not None
+        if slot.latest is content:
+            slot.latest = None
+            if content.stored.base is None:
+                slot.full = content
+        elif slot.latest is not None and content.stored.base is None and slot.full is not content:
+            slot.full = content
+
+    def _adopt(self, manifest: Manifest) -> None:
+        for index, chunk in enumerate(manifest.chunks):
+            full = chunk
+            if chunk.base is not None:
+                full = Chunk(chunk.base.identity, chunk.nbytes, 4, chunk.base.nonce, chunk.base.size)
+            content = Content(chunk_bytes(_names[full.identity]), 4)
+            content.digest = codec.digest(chunk_bytes(_names[full.identity]))
+            content.stored = full
+            slot = self._slots.setdefault(index, _Slot())
+            slot.full = content
+
+
+def saver(
+    *saves: Sequence[object],
+    run: str = RUN,
+    policy: Policy | None = None,
+    step: int | None = None,
+    ready: int | None = None,
+) -> Program:
+    """Return a program that takes a run over and saves: ``(step, chunk, ...)`` each.
+
+    Parameters
+    ----------
+    ready
+        Pause before the save of this number; before everything if not given.
+    """
+
+    def program(process: Process) -> None:
+        if ready is None:
+            process.pause()
+        trainer = Trainer(process, run, policy)
+        trainer.resume(step)
+        for number, (at, *chunks) in enumerate(saves):
+            if number == ready:
+                process.pause()
+            assert isinstance(at, int)
+            if at > (trainer.attempt.last_step or 0):  # else the writer before this one has got there
+                trainer.save(at, *map(str, chunks))
+        trainer.close()
+
+    return surviving(program)
+
+
+def collector(turns: int = 2) -> Program:
+    """Return a program that sweeps the store."""
+
+    def program(process: Process) -> None:
+        process.pause()
+        worker = Collector(open_store(process))
+        worker.sweep()
+        for _ in range(turns - 1):
+            worker.finish()
+
+    return surviving(program)
+
+
+def deleter(step: int, run: str = RUN) -> Program:
+    """Return a program that takes a run over and deletes a checkpoint."""
+
+    def program(process: Process) -> None:
+        process.pause()
+        trainer = Trainer(process, run)
+        trainer.resume()
+        process.emit(("deleting", run, step))
+        trainer.attempt.delete(step)
+
+    return surviving(program)
+
+
+def reader(run: str = RUN, times: int = 1) -> Program:
+    """Return a program that reads the latest checkpoint, whole."""
+
+    def program(process: Process) -> None:
+        process.pause()
+        for _ in range(times):
+            read_latest(process, run)
+
+    return surviving(program)
+
+
+def read_latest(process: Process, run: str = RUN) -> None:
+    """Read the latest checkpoint; tell of a violation if that fails though the checkpoint is there."""
+    lineage = open_store(process).run(run).lineage()
+    if lineage.latest is None:
+        process.emit(Violation(f"the reader saw no checkpoint of {run}"))
+    else:
+        read(process, run, lineage, lineage.latest)
+
+
+def read(process: Process, run: str, lineage: Lineage, name: RefName) -> None:
+    """Read a checkpoint; tell of a violation if that fails though the checkpoint is there."""
+    store = open_store(process)
+    owner = store.run(run)
+    try:
+        ref = lineage.known.get(name) or owner.read(name)
+        if not isinstance(ref, Ref):
+            return  # pruned
+        manifest = store.manifest(ref)
+        reads = Reader(store, threads=1)
+        reads._pipeline = Inline()  # type: ignore[assignment]
+        outs = [np.empty(chunk.nbytes, np.uint8) for chunk in manifest.chunks]
+        reads.read(ChunkRead(chunk, out) for chunk, out in zip(manifest.chunks, outs, strict=True))
+    except MissingObjectError as error:
+        if isinstance(owner.read(name), Ref):
+            process.emit(Violation(f"{name} is there, but not all that it needs: {error}"))
+    else:
+        process.emit(("read", run, name, tuple(_names[codec.digest(out).identity.hex()] for out in outs)))
+
+
+def surviving(program: Program) -> Program:
+    """Return a program that tells how `program` ended; ending in anything but a failure of the store is a violation."""
+
+    def outer(process: Process) -> None:
+        try:
+            program(process)
+            process.emit(("done", process.name))
+        except (BackendError, SupersededError, CollectionError) as error:
+            process.emit(("ended", process.name, type(error).__name__))
+        except Exception as error:  # noqa: BLE001 -- whatever else comes out breaks a promise
+            process.emit(Violation(f"{process.name} ended in {error!r}"))
+
+    return outer
+
+
+# -- promises ----------------------------------------------------------------------------------------------------------
+
+
+class Promises:
+    """What must hold in every state; remembers what it has found out about contents of the server."""
+
+    def __init__(self, *, leaks: int = 0, restarts: bool = False, all_done: Iterable[str] | None = None) -> None:
+        self._all_done = None if all_done is None else frozenset(("done", name) for name in all_done)
+        self._leaks = leaks
+        self._restarts = restarts
+        self._needs: dict[bytes, frozenset[str]] = {}
+        self._visible: dict[int, dict[str, frozenset[str]]] = {}
+        self.swept = 0
+
+    def changed(self, before: Server, after: Server, request: Request) -> Iterator[object]:
+        """Tell which checkpoints a step has pruned."""
+        for key in request.keys:
+            if key.startswith("refs/") and is_live(before, key):
+                if key not in after.values or after.values[key][0] == Tombstone.EXPIRED.value:
+                    yield ("pruned", key)
+                elif after.values[key][0] != before.values[key][0]:
+                    yield Violation(f"{key} was overwritten")
+
+    def check(self, server: Server, told: frozenset[object]) -> None:
+        """Check that all promises are kept.
+
+        Raises
+        ------
+        Violation
+        """
+        visible = self.visible(server)
+        if self._all_done is not None and self._all_done <= told:
+            check_known(server, self.needed(server))
+        latest: dict[str, str] = {}
+        deleting = False
+        for event in told:
+            if isinstance(event, Violation):
+                raise event
+            assert isinstance(event, tuple)
+            if event[0] == "deleting":
+                deleting = True
+            if event[0] == "pruned" and is_live(server, event[1]):
+                raise Violation(f"{event[1]} was pruned, and has come back")
+            if event[0] == "announced":
+                _, run, name = event
+                key = f"refs/{run}/{name}"
+                latest[run] = max(name, latest.get(run, ""))
+                if is_live(server, key):
+                    if name not in visible[run]:
+                        raise Violation(f"{key} was announced, and the lineage does not show it")
+                elif ("pruned", key) not in told:
+                    raise Violation(f"{key} was announced, and is gone")
+        if not deleting:
+            for run, name in latest.items():
+                if max(visible[run], default="") < name:
+                    raise Violation(f"{name} was the latest announced of {run}, and is gone")
+
+    def visible(self, server: Server) -> dict[str, frozenset[str]]:
+        """Check what depends on the server's content alone; returns the checkpoints visible in each run."""
+        visible = self._visible.get(server.mark)
+        if visible is None:
+            visible = self._visible[server.mark] = self._look(server)
+        return visible
+
+    def _look(self, server: Server) -> dict[str, frozenset[str]]:
+        needed = self.needed(server)
+        missing = needed - server.values.keys()
+        if missing:
+            raise Violation(f"needed, and missing: {', '.join(sorted(missing))}")
+        visible: dict[str, frozenset[str]] = {}
+        for run in {key.split("/")[1] for key in server.values if key.startswith("refs/")}:
+            visible[run] = frozenset(map(str, _visible(server, run)))
+        if self._leaks and server.mark % self._leaks == 0:
+            self.swept += 1
+            check_sweep(server, needed)
+            if self._restarts:
+                check_restart(server)
+        return visible
+
+    def needed(self, server: Server) -> set[str]:
+        """Return the keys of all objects that a committed checkpoint needs."""
+        live = [key for key in server.values if key.startswith("refs/") and is_live(server, key)]
+        return {needed for key in live for needed in self._needed(server, key)}
+
+    def _needed(self, server: Server, key: str) -> frozenset[str]:
+        data = server.values[key][0]
+        found = self._needs.get(data)
+        if found is None:
+            ref = Ref.from_json(data, key)
+            try:
+                manifest = Store(SimulatedBackend(server.perform)).manifest(ref)
+            except MissingObjectError as error:
+                raise Violation(f"{key} is committed, but {error}") from error
+            found = self._needs[data] = manifest_keys(manifest) | {ref.manifest}
+        return found
+
+
+def is_live(server: Server, key: str) -> bool:
+    """Whether a committed checkpoint stands at the key of a ref."""
+    return key in server.values and len(server.values[key][0]) != 7
+
+
+def _visible(server: Server, run: str) -> list[RefName]:
+    lineage = Store(SimulatedBackend(server.perform)).run(run).lineage()
+    steps = [name.step for name in lineage.live]
+    if len(set(steps)) != len(steps):
+        raise Violation(f"the lineage of {run} has a step twice: {', '.join(map(str, lineage.live))}")
+    return [*lineage.live, *lineage.abandoned]
+
+
+def check_sweep(server: Server, needed: set[str]) -> None:
+    """Check that with everybody dead a sweep leaves what is needed, and nothing else.
+
+    Raises
+    ------
+    Violation
+    """
+    server = server.fork()
+    server.time += 100_000
+    run_alone(server, collector())
+    _check_clean(server, needed, "a last sweep")
+
+
+def check_restart(server: Server) -> None:
+    """Check that after everybody's death a restart and one save leave what is needed, and nothing else.
+
+    Raises
+    ------
+    Violation
+    """
+    server = server.fork()
+    run_alone(server, saver((10_000, "z"), policy=KeepLast(2)))
+    promises = Promises()
+    promises.check(server, frozenset())
+    _check_clean(server, promises.needed(server), "a restart")
+
+
+def check_known(server: Server, needed: Set[str]) -> None:
+    """Check that whoever comes next is told of all that is not needed: when nobody failed, it is on a list.
+
+    Raises
+    ------
+    Violation
+    """
+    objects = {key for key in server.values if key.startswith((OBJECTS, DELTAS))}
+    listed = frozenset().union(*CondemnedLists(SimulatedBackend(server.perform)).read().values())
+    left = sorted(objects - needed - listed) + [key for key in server.values if key.startswith("pins/")]
+    if left:
+        raise Violation(f"in the end nobody knows of {', '.join(left)}")
+
+
+def _check_clean(server: Server, needed: Set[str], who: str) -> None:
+    objects = {key for key in server.values if key.startswith((OBJECTS, DELTAS))}
+    if needed - objects:
+        raise Violation(f"{who} deleted what is needed: {', '.join(sorted(needed - objects))}")
+    left = sorted(objects - needed) + [key for key in server.values if key.startswith("pins/")]
+    for name, keys in CondemnedLists(SimulatedBackend(server.perform)).read().items():
+        if not keys & needed:
+            left.append(CondemnedLists.key(name))
+    if left:
+        raise Violation(f"{who} left {', '.join(left)}")
