@@ -9,6 +9,7 @@ has given up on them, and what it deletes may be deleted once more later.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -173,15 +174,10 @@ class Server:
             self.mark ^= _digest(key, *found)
 
 
-_digests: dict[tuple[str, bytes, int], int] = {}
-
-
+@functools.lru_cache(1 << 16)
 def _digest(key: str, data: bytes, time: int) -> int:
-    found = _digests.get((key, data, time))
-    if found is None:
-        text = b"%d %s %s" % (time, key.encode(), data)
-        found = _digests[key, data, time] = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest())
-    return found
+    text = b"%d %s %s" % (time, key.encode(), data)
+    return int.from_bytes(hashlib.blake2b(text, digest_size=16).digest())
 
 
 class SimulatedBackend(Backend):

@@ -59,8 +59,9 @@ class Story:
         self.shuffle = Shuffle(self.server, seed, chances)
         self.random = self.shuffle.random
         self.model = Model()
-        self._promises = Promises()
+        self._promises = Promises(remember=False)
         self._born = 0
+        self.collected = 0
         self.killed = 0
         for run in POLICIES:
             process = run_alone(self.server, self._trainer(run, 1))
@@ -91,11 +92,11 @@ class Story:
             self._born += 1
             kind, program = self._program()
             self.shuffle.start(f"{kind}{self._born}", program)
-        elif drawn < 0.011 and self.shuffle.threads:
+        elif drawn < 0.0103 and self.shuffle.threads:
             self.shuffle.kill(self.random.choice([name for name in self.shuffle.threads if "/" not in name]))
             self.killed += 1
-        elif drawn < 0.0115:
-            self.shuffle.pass_time(self.random.choice((60, 1000, 7200)))
+        elif drawn < 0.011:
+            self.shuffle.pass_time(self.random.choice((1000, 7200)))
 
     def _program(self) -> tuple[str, Program]:
         kind = self.random.choice(("trainer", "trainer", "trainer", "reader", "collector"))
@@ -172,7 +173,6 @@ class Story:
                 if chunks not in self.model.saved[run, name.attempt, name.step]:
                     raise Violation(f"{name} of {run} was read as {chunks}, which nobody saved")
         if touched:
-            self._promises.check(self.server, frozenset())
             visible = self._promises.visible(self.server)
             for run, announced in self.model.announced.items():
                 if announced - visible[run]:
@@ -195,6 +195,7 @@ class Story:
                     raise Violation(f"{key} was pruned, and has come back")
             elif key.startswith("runs/") or (key.startswith((OBJECTS, DELTAS)) and request.op == "delete"):
                 touched = True
+                self.collected += not key.startswith("runs/")
         return touched
 
     def _note_announced(self, run: str, name: str) -> None:
