@@ -17,7 +17,7 @@ from incckpt.refs import Ref, RefName
 from incckpt.retention import KeepAll, Policy
 from incckpt.runs import Lineage
 from incckpt.save import SaveReport, Snapshot, Writer
-from incckpt.staging import Content
+from incckpt.staging import Content, Layout
 from incckpt.store import Store
 
 __all__ = ["Attempt", "refuse_other_ranks"]
@@ -50,8 +50,8 @@ class Attempt:
         *,
         policy: Policy | None = None,
         threads: int = 1,
-        settle: Callable[[int, Content], None] = lambda index, content: None,
-        base_of: Callable[[int], Content | None] = lambda index: None,
+        settle: Callable[[Layout, int, Content], None] = lambda layout, index, content: None,
+        base_of: Callable[[Layout, int], Content | None] = lambda layout, index: None,
         pipeline: Pipeline | None = None,
     ) -> None:
         store.create()

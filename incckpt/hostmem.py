@@ -1,15 +1,16 @@
-"""Host memory for copies of a state: buffers that are recycled, and never written while anything refers to them."""
+"""Host memory for copies of a state: arrays that are recycled, and never written while anything refers to them."""
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["HostBuffer", "HostPool", "new_buffer"]
+__all__ = ["HostPool", "new_buffer"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -34,22 +35,25 @@ class HostPool:
 
     def __init__(self, *, pinned: bool = False) -> None:
         self._pinned = pinned
-        self._free: dict[int, deque[Bytes]] = {}
+        self._free: dict[int, deque[memoryview]] = {}
         self.free_bytes = 0
         self.used_bytes = 0
-        self._lock = threading.RLock()  # a buffer's finalizer may run inside any of these methods
+        self._lock = threading.RLock()  # an array's finalizer may run inside any of these methods
 
-    def take(self, nbytes: int) -> HostBuffer:
-        """Return a buffer of `nbytes` whose contents are undefined."""
+    def take(self, nbytes: int) -> Bytes:
+        """Return ``uint8[nbytes]``, its contents undefined; the memory is free again when its last view is gone."""
         with self._lock:
             free = self._free.get(nbytes)
-            array = free.pop() if free else None
-            if array is not None:
+            memory = free.pop() if free else None
+            if memory is not None:
                 self.free_bytes -= nbytes
             self.used_bytes += nbytes
-        if array is None:
-            array = self._allocate(nbytes)
-        return HostBuffer(array, self)
+        if memory is None:
+            memory = self._allocate(nbytes)
+        # Over a memoryview and not another array, so that views of this array refer to it and not past it.
+        array = np.frombuffer(memory, np.uint8)
+        weakref.finalize(array, self._give_back, memory).atexit = False
+        return array
 
     def trim(self, keep_bytes: int) -> None:
         """Give free buffers beyond `keep_bytes` back to the system."""
@@ -60,30 +64,13 @@ class HostPool:
                     free.pop()
                     self.free_bytes -= nbytes
 
-    def _give_back(self, array: Bytes) -> None:
+    def _give_back(self, memory: memoryview) -> None:
         with self._lock:
-            self._free.setdefault(array.nbytes, deque()).append(array)
-            self.free_bytes += array.nbytes
-            self.used_bytes -= array.nbytes
+            self._free.setdefault(memory.nbytes, deque()).append(memory)
+            self.free_bytes += memory.nbytes
+            self.used_bytes -= memory.nbytes
 
-    def _allocate(self, nbytes: int) -> Bytes:
+    def _allocate(self, nbytes: int) -> memoryview:
         if self._pinned:
-            pinned: Bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
-            return pinned
-        return new_buffer(nbytes)
-
-
-class HostBuffer:
-    """A buffer of a pool; goes back to it when the last reference to this object is dropped.
-
-    Whoever uses `array` keeps this object alive meanwhile.
-    """
-
-    __slots__ = ("_pool", "array")
-
-    def __init__(self, array: Bytes, pool: HostPool) -> None:
-        self.array = array
-        self._pool = pool
-
-    def __del__(self) -> None:
-        self._pool._give_back(self.array)
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy().data
+        return new_buffer(nbytes).data

@@ -337,7 +337,7 @@ class CheckpointManager:
             policy=self._policy,
             threads=self._threads,
             settle=self._base.settle,
-            base_of=self._base.full if self._delta else lambda index: None,
+            base_of=self._base.full if self._delta else lambda layout, index: None,
         )
 
     # -- the background

@@ -49,7 +49,8 @@ class Pipeline:
         Raises
         ------
         BaseException
-            The first that `work` raised; items not begun by then are left out, and none is under way any more.
+            The first that `work` raised, or that interrupted the caller; items not begun by then are left out, and none
+            is under way any more.
         """
         errors: list[BaseException] = []
 
@@ -63,14 +64,19 @@ class Pipeline:
                 self._release(nbytes)
 
         under_way: list[Future[None]] = []
-        for item in items:
-            nbytes = weight(item)
-            self._acquire(nbytes)
-            if errors:
-                self._release(nbytes)
-                break
-            under_way.append(self._workers.submit(guarded, item, nbytes))
-        wait(under_way)
+        try:
+            for item in items:
+                nbytes = weight(item)
+                self._acquire(nbytes)
+                if errors:
+                    self._release(nbytes)
+                    break
+                under_way.append(self._workers.submit(guarded, item, nbytes))
+            wait(under_way)
+        except BaseException as error:
+            errors.append(error)
+            wait(under_way)  # the caller's memory is being read or written
+            raise
         if errors:
             raise errors[0]
 

@@ -19,7 +19,7 @@ from incckpt.assign import Assignment
 from incckpt.build import MapLocation, build
 from incckpt.entries import TensorEntry, check_entries, entry_from_json
 from incckpt.errors import CodecError, CorruptionError, MissingObjectError
-from incckpt.hostmem import HostBuffer, new_buffer
+from incckpt.hostmem import new_buffer
 from incckpt.manifest import Chunk, Manifest, Stored
 from incckpt.objects import ObjectKey, chunk_keys
 from incckpt.pipeline import Pipeline
@@ -323,9 +323,9 @@ def restore_into(
     kept = {index: base.pool.take(chunk.nbytes) for index, chunk in enumerate(manifest.chunks)} if layout else {}
     for index, buffer in kept.items():
         if manifest.chunks[index].base is None:
-            reads[index].out = buffer.array
+            reads[index].out = buffer
         else:
-            reads[index].base_out = buffer.array
+            reads[index].base_out = buffer
     with progress_bar(sum(read.chunk.nbytes for read in reads.values()), manifest.step, progress) as count:
         reader.read(reads.values(), count)
     for index in assignment.ranges:
@@ -337,9 +337,9 @@ def restore_into(
         base.adopt(layout, [_full_content(chunk, kept[index]) for index, chunk in enumerate(manifest.chunks)])
 
 
-def _full_content(chunk: Chunk, buffer: HostBuffer) -> Content:
+def _full_content(chunk: Chunk, buffer: Bytes) -> Content:
     """Return the content of the full object that `chunk` is, or is a delta against."""
-    content = Content(buffer.array, chunk.itemsize, buffer)
+    content = Content(buffer, chunk.itemsize)
     stored = chunk.base
     if stored is not None:
         content.deltas.add(chunk.size)

@@ -14,7 +14,7 @@ from incckpt.backends.base import ReadableBuffer
 from incckpt.codec import Encoded, WayBytes
 from incckpt.entries import TensorEntry, entry_to_json
 from incckpt.errors import BackendError, SupersededError
-from incckpt.manifest import Chunk, Json, Manifest, Range, Stored, encode_float
+from incckpt.manifest import Chunk, Json, Manifest, Stored, encode_float
 from incckpt.objects import ObjectKey, chunk_keys, manifest_keys
 from incckpt.pipeline import Pipeline
 from incckpt.refs import Ref, RefName, Tombstone
@@ -37,10 +37,8 @@ class Snapshot:
 
     Attributes
     ----------
-    ranges
-        As in the manifest.
-    contents
-        One per chunk.
+    layout, contents
+        How its ranges lie in chunks, and one content per chunk.
     """
 
     step: int
@@ -48,9 +46,8 @@ class Snapshot:
     time: float
     structure: Json
     tensors: tuple[Mapping[str, Json], ...]
-    ranges: tuple[Range, ...]
+    layout: Layout
     contents: Sequence[Content]
-    chunk_bytes: int
     norms: Mapping[str, tuple[float, float]] | None = None
 
     @classmethod
@@ -67,7 +64,7 @@ class Snapshot:
     ) -> Snapshot:
         """Put a snapshot together from what flattening and staging gave."""
         entries = tuple(entry_to_json(entry) for entry in tensors)
-        return cls(step, metrics, time, structure, entries, layout.ranges, contents, layout.chunk_bytes, norms)
+        return cls(step, metrics, time, structure, entries, layout, contents, norms)
 
 
 @dataclass
@@ -199,9 +196,10 @@ class Writer:
     threads
         For hashing and encoding.
     settle
-        Called with chunk index and content when the content is stored.
+        Called with layout, chunk index and content when the content is stored.
     base_of
-        Returns the content of the last full object of a chunk, or ``None``; deltas are made against it.
+        Given layout and chunk index, returns the content of the chunk's last full object, or ``None``; deltas are made
+        against it.
     pipeline
         What takes chunks through hashing, encoding and putting; a new one, with 256 MiB in flight, if none is given.
     heartbeat_seconds
@@ -220,8 +218,8 @@ class Writer:
         attempt: int,
         *,
         threads: int,
-        settle: Callable[[int, Content], None] = lambda index, content: None,
-        base_of: Callable[[int], Content | None] = lambda index: None,
+        settle: Callable[[Layout, int, Content], None] = lambda layout, index, content: None,
+        base_of: Callable[[Layout, int], Content | None] = lambda layout, index: None,
         pipeline: Pipeline | None = None,
         heartbeat_seconds: float = 60.0,
     ) -> None:
@@ -301,7 +299,7 @@ class Writer:
                 self._run.check_not_superseded(self.attempt)
                 known = _Known(frozenset().union(*self._store.condemned.read().values()), self._vouched())
                 storing = time.perf_counter()
-                chunks = self._store_all(snapshot.contents, name.nonce, known, report)
+                chunks = self._store_all(snapshot, name.nonce, known, report)
                 report.spent("store", time.perf_counter() - storing)
                 manifest = self._manifest(name, snapshot, chunks)
                 ref = self._put_manifest(name, manifest, report)
@@ -321,7 +319,7 @@ class Writer:
         self._remember(chunks)
         self._look_up = False
         for index, content in enumerate(snapshot.contents):
-            self._settle(index, content)
+            self._settle(snapshot.layout, index, content)
         return ref, manifest
 
     def _commit(self, ref: Ref, manifest: Manifest) -> Tombstone | None:
@@ -385,8 +383,9 @@ class Writer:
 
     # -- chunks
 
-    def _store_all(self, contents: Sequence[Content], nonce: str, known: _Known, report: SaveReport) -> list[Chunk]:
+    def _store_all(self, snapshot: Snapshot, nonce: str, known: _Known, report: SaveReport) -> list[Chunk]:
         """Make sure that every content is stored, each identity once; return where, by chunk."""
+        contents = snapshot.contents
         claims: dict[str, int] = {}
         claiming = threading.Lock()
 
@@ -396,9 +395,10 @@ class Writer:
             with claiming:
                 if claims.setdefault(identity, index) != index:
                     return
-            content.stored = self._reusable(content, identity, known) or self._put(
-                index, content, identity, nonce, known, report
-            )
+            content.stored = self._reusable(content, identity, known)
+            if content.stored is None:
+                base = self._base(content, self._base_of(snapshot.layout, index), index, known)
+                content.stored = self._put(content, identity, nonce, base, report)
 
         unsure = [
             index
@@ -446,16 +446,21 @@ class Writer:
                     return Chunk(identity, content.nbytes, content.itemsize, key.nonce, size)
         return None
 
-    def _put(self, index: int, content: Content, identity: str, nonce: str, known: _Known, report: SaveReport) -> Chunk:
+    def _base(self, content: Content, full: Content | None, index: int, known: _Known) -> Content | None:
+        """Return `full`, the last full object of chunk `index`, if `content` may be stored as a delta against it."""
+        if full is None or full is content or full.raw is None or full.stored is None or full.stored.base is not None:
+            return None
+        due = full.deltas.is_over(full.stored.size, index)
+        return full if not due and self._usable(full.stored, known) else None
+
+    def _put(self, content: Content, identity: str, nonce: str, full: Content | None, report: SaveReport) -> Chunk:
         assert content.raw is not None
         assert content.digest is not None
-        full = self._base_of(index)
         base = None
-        if full is not None and full is not content and full.raw is not None:
-            stored = full.stored
-            due = stored is not None and full.deltas.is_over(stored.size, index)
-            if stored is not None and stored.base is None and not due and self._usable(stored, known):
-                base = codec.Base(bytes.fromhex(stored.identity), full.raw)
+        if full is not None:
+            assert full.raw is not None
+            assert full.stored is not None
+            base = codec.Base(bytes.fromhex(full.stored.identity), full.raw)
         with self._pipeline.cpu:
             started = time.perf_counter()
             encoded = codec.encode(content.raw, content.itemsize, digest=content.digest, base=base)
@@ -489,10 +494,10 @@ class Writer:
             nonce=name.nonce,
             time=snapshot.time,
             metrics=snapshot.metrics,
-            chunk_bytes=snapshot.chunk_bytes,
+            chunk_bytes=snapshot.layout.chunk_bytes,
             structure=snapshot.structure,
             tensors=snapshot.tensors,
-            ranges=snapshot.ranges,
+            ranges=snapshot.layout.ranges,
             chunks=tuple(chunks),
             norms=snapshot.norms,
         )

@@ -22,7 +22,7 @@ from incckpt import detect
 from incckpt.chunking import ChunkTable, check_chunk_bytes, plan
 from incckpt.codec import Digest
 from incckpt.device import DeviceCopies
-from incckpt.hostmem import HostBuffer, HostPool
+from incckpt.hostmem import HostPool
 from incckpt.manifest import Chunk, Range
 from incckpt.state import ByteRange, FlatState
 from incckpt.threshold import RangeThresholds, Thresholds
@@ -81,13 +81,13 @@ class Content:
         The deltas against it, if it is a base.
     """
 
-    __slots__ = ("_owner", "deltas", "digest", "itemsize", "nbytes", "raw", "stored")
+    __slots__ = ("_memory", "deltas", "digest", "itemsize", "nbytes", "raw", "stored")
 
-    def __init__(self, raw: Bytes, itemsize: int, owner: object = None) -> None:
+    def __init__(self, raw: Bytes, itemsize: int, memory: object = None) -> None:
         self.nbytes = raw.nbytes
         self.itemsize = itemsize
         self.raw: Bytes | None = raw
-        self._owner: object | None = owner
+        self._memory = memory  # kept alive, where `raw` does not do so itself
         self.digest: Digest | None = None
         self.stored: Chunk | None = None
         self.deltas = DeltaHistory()
@@ -216,9 +216,10 @@ class Base:
     def layout_for(self, sizes: list[tuple[int, int]]) -> Layout:
         """Return the layout of ranges of these ``(bytes, element size)``; another than the last forgets the base."""
         if self._layout is None or sizes != self._layout.sizes:
-            self._layout = Layout.of(sizes, self.chunk_bytes)
+            layout = Layout.of(sizes, self.chunk_bytes)
             with self._lock:
-                self._slots = [_Slot() for _ in range(len(self._layout.table.chunk_nbytes))]
+                self._layout = layout
+                self._slots = [_Slot() for _ in range(len(layout.table.chunk_nbytes))]
         return self._layout
 
     def forget(self) -> None:
@@ -280,13 +281,16 @@ class Base:
         report.changed_bytes = sum(content.nbytes for content in staged.values())
         return layout, complete, report
 
-    def settle(self, index: int, content: Content) -> None:
-        """Note that `content` of chunk `index` is stored: a full object becomes the base, a delta is let go of."""
+    def settle(self, layout: Layout, index: int, content: Content) -> None:
+        """Note that `content` of chunk `index` is stored: a full object becomes the base, a delta is let go of.
+
+        `layout` is that of the save; what was staged since may have another, with other chunks.
+        """
         stored = content.stored
         assert stored is not None
         with self._lock:
-            if index >= len(self._slots):
-                return  # the layout has changed since
+            if layout is not self._layout:
+                return
             slot = self._slots[index]
             if slot.latest is content:
                 slot.latest = None
@@ -295,10 +299,10 @@ class Base:
             elif slot.latest is not None and stored.base is None and slot.full is not content:
                 slot.full = content
 
-    def full(self, index: int) -> Content | None:
-        """Return the content of the last full object of chunk `index`."""
+    def full(self, layout: Layout, index: int) -> Content | None:
+        """Return the content of the last full object of chunk `index` of `layout`, if that is the layout still."""
         with self._lock:
-            return self._slots[index].full if index < len(self._slots) else None
+            return self._slots[index].full if layout is self._layout else None
 
     def _stage_host(
         self,
@@ -334,13 +338,11 @@ class Base:
         buffers = {index: self.pool.take(int(table.chunk_nbytes[index])) for index in indexes}
         if indexes:
             starts = np.zeros(len(held), np.uintp)
-            starts[indexes] = [buffer.array.ctypes.data for buffer in buffers.values()]
+            starts[indexes] = [buffer.ctypes.data for buffer in buffers.values()]
             copied = changed[table.seg_chunk]
             target = starts[table.seg_chunk] + table.seg_chunk_offset.astype(np.uintp)
             detect.copy(source[copied], target[copied], table.seg_nbytes[copied], threads=self.threads)
-        return {
-            index: Content(buffer.array, int(table.chunk_itemsize[index]), buffer) for index, buffer in buffers.items()
-        }
+        return {index: Content(buffer, int(table.chunk_itemsize[index])) for index, buffer in buffers.items()}
 
     def _moved(
         self,
@@ -389,23 +391,23 @@ class Base:
         if not chunks:
             return staged
         first = np.searchsorted(table.seg_chunk, np.arange(len(held) + 1))
-        batch: list[tuple[int, HostBuffer]] = []
+        batch: list[tuple[int, Bytes]] = []
         pending = 0
         for position, index in enumerate(chunks):
             buffer = self._pinned.take(int(table.chunk_nbytes[index]))
-            host = torch.from_numpy(buffer.array)
+            host = torch.from_numpy(buffer)
             for segment in range(int(first[index]), int(first[index + 1])):
                 offset, nbytes = int(table.seg_chunk_offset[segment]), int(table.seg_nbytes[segment])
                 item = ranges[int(table.seg_range[segment])]
                 if item.tensor is None:
                     one = slice(segment, segment + 1)
-                    target = np.array([buffer.array.ctypes.data + offset], np.uintp)
+                    target = np.array([buffer.ctypes.data + offset], np.uintp)
                     detect.copy(source[one], target, table.seg_nbytes[one], threads=1)
                 else:
                     start = int(table.seg_range_offset[segment])
                     self._copies.copy(host[offset : offset + nbytes], item.tensor[start : start + nbytes])
             batch.append((index, buffer))
-            pending += buffer.array.nbytes
+            pending += buffer.nbytes
             if pending >= _DEVICE_BATCH or position == len(chunks) - 1:
                 self._copies.synchronize()
                 staged.update(self._keep_changed(table, held, batch))
@@ -413,17 +415,17 @@ class Base:
         return staged
 
     def _keep_changed(
-        self, table: ChunkTable, held: Sequence[Content | None], batch: Sequence[tuple[int, HostBuffer]]
+        self, table: ChunkTable, held: Sequence[Content | None], batch: Sequence[tuple[int, Bytes]]
     ) -> dict[int, Content]:
         staged: dict[int, Content] = {}
         for index, buffer in batch:
             before = held[index]
             if before is not None:
-                pair = (np.array([buffer.array.ctypes.data], np.uintp), np.array([_address(before)], np.uintp))
+                pair = (np.array([buffer.ctypes.data], np.uintp), np.array([_address(before)], np.uintp))
                 size, group = table.chunk_nbytes[index : index + 1], np.zeros(1, np.int64)
                 if not detect.changed_exact(*pair, size, group, 1, threads=self.threads)[0]:
                     continue
-            staged[index] = Content(buffer.array, int(table.chunk_itemsize[index]), buffer)
+            staged[index] = Content(buffer, int(table.chunk_itemsize[index]))
         return staged
 
 
@@ -455,8 +457,8 @@ def _content_of(flat: FlatState, table: ChunkTable, index: int, first: int, last
     if len(pieces) == 1:
         return Content(pieces[0], itemsize, flat)
     buffer = pool.take(int(table.chunk_nbytes[index]))
-    np.concatenate(pieces, out=buffer.array)
-    return Content(buffer.array, itemsize, buffer)
+    np.concatenate(pieces, out=buffer)
+    return Content(buffer, itemsize)
 
 
 def _view(address: int, nbytes: int) -> Bytes:

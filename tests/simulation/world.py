@@ -22,7 +22,7 @@ from incckpt.restore import ChunkRead, Reader
 from incckpt.retention import KeepLast, Policy
 from incckpt.runs import Lineage, Run
 from incckpt.save import SaveReport, Snapshot
-from incckpt.staging import Content
+from incckpt.staging import Content, Layout
 from incckpt.store import Store
 from incckpt.testing.shuffle import SpawningProcess
 from incckpt.testing.simulation import (
@@ -144,7 +144,7 @@ class Trainer:
             run,
             policy=policy,
             settle=self._settle,
-            base_of=lambda index: self._slots[index].full,
+            base_of=lambda layout, index: self._slots[index].full,
             pipeline=Inline(),  # type: ignore[arg-type]
         )
 
@@ -170,7 +170,7 @@ class Trainer:
         """Save a checkpoint of these chunks, and tell how it ended."""
         self.process.emit(("saving", self.run, self.attempt.number, step, chunks))
         contents = [self._content(index, name) for index, name in enumerate(chunks)]
-        snapshot = Snapshot(step, {}, 0.0, None, (), (), contents, 1 << 20)
+        snapshot = Snapshot(step, {}, 0.0, None, (), Layout.of([], 1 << 20), contents)
         try:
             ref = self.attempt.write(snapshot, SaveReport())
         except SupersededError:
@@ -194,7 +194,7 @@ class Trainer:
         slot.latest = Content(raw, 4)
         return slot.latest
 
-    def _settle(self, index: int, content: Content) -> None:
+    def _settle(self, layout: Layout, index: int, content: Content) -> None:
         slot = self._slots[index]
         assert content.stored is not None
         if slot.latest is content:
