@@ -25,6 +25,7 @@ import incckpt
 from incckpt import codec
 from incckpt.backends.base import Backend, Entry, ReadableBuffer
 from incckpt.backends.local import LocalBackend
+from incckpt.document import dump_document
 from incckpt.errors import KeyExistsError, KeyNotFoundError
 from incckpt.gc import Collector
 from incckpt.manifest import Chunk, Manifest
@@ -106,8 +107,8 @@ def fill(backend: Backend, checkpoints: int, objects: int) -> None:
         ref = Ref(RefName(1, step, nonce), 0.0, {}, key, len(data), each << 20, each)
         put_fast(backend, f"refs/{run}/{ref.name}", ref.to_json())
         if step == 0:
-            put_fast(backend, f"runs/{run}/attempts/000001", b"{}")
-            seal = b'{"format":1,"kind":"lineage","attempt":1,"refs":[],"abandoned":[]}'
+            put_fast(backend, f"runs/{run}/attempts/000001", dump_document("attempt", {}))
+            seal = dump_document("lineage", {"attempt": 1, "refs": [], "abandoned": []})
             put_fast(backend, f"runs/{run}/attempts/000001.from", seal)
 
 

@@ -9,9 +9,9 @@ from incckpt.api import load, save
 from incckpt.checkpoint import Checkpoint
 from incckpt.errors import IncckptError
 from incckpt.manager import CheckpointManager
+from incckpt.report import SaveReport
 from incckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast
 from incckpt.rng import RngState
-from incckpt.save import SaveReport
 from incckpt.verify import verify
 
 __version__ = "0.1.0"

@@ -16,9 +16,10 @@ from incckpt.chunking import DEFAULT_CHUNK_BYTES
 from incckpt.detect import default_threads
 from incckpt.errors import CheckpointNotFoundError, OptionError, SupersededError
 from incckpt.hostmem import HostPool
+from incckpt.report import SaveReport
 from incckpt.restore import MapLocation, Reader, load_state
 from incckpt.retention import Mode
-from incckpt.save import SaveReport, Snapshot
+from incckpt.save import Snapshot
 from incckpt.staging import Layout, contents_of
 from incckpt.state import flatten
 from incckpt.store import DEFAULT_RUN, Location, Store, parse_location

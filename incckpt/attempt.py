@@ -14,9 +14,10 @@ from incckpt.manifest import Manifest
 from incckpt.objects import manifest_keys
 from incckpt.pipeline import Pipeline
 from incckpt.refs import Ref, RefName
+from incckpt.report import SaveReport
 from incckpt.retention import KeepAll, Policy
 from incckpt.runs import Lineage
-from incckpt.save import SaveReport, Snapshot, Writer
+from incckpt.save import Snapshot, Writer
 from incckpt.staging import Content, Layout
 from incckpt.store import Store
 

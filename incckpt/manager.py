@@ -31,10 +31,11 @@ from incckpt.errors import (
 )
 from incckpt.manifest import Manifest
 from incckpt.refs import RefName
+from incckpt.report import SaveReport
 from incckpt.restore import Reader, restore_into
 from incckpt.retention import Mode, Policy, policy_of
 from incckpt.runs import Lineage
-from incckpt.save import SaveReport, Snapshot
+from incckpt.save import Snapshot
 from incckpt.staging import Base
 from incckpt.state import flatten
 from incckpt.store import DEFAULT_RUN, Location, Store, parse_location

@@ -5,35 +5,25 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
-from incckpt.errors import CorruptionError, FormatError
+from incckpt.document import (
+    Fields,
+    Json,
+    as_mapping,
+    decode_float,
+    decode_metrics,
+    dump_document,
+    encode_float,
+    encode_metrics,
+    is_count,
+    parse_document,
+)
+from incckpt.errors import CorruptionError
 
-__all__ = [
-    "FORMAT",
-    "Chunk",
-    "Fields",
-    "Json",
-    "Manifest",
-    "Range",
-    "Stored",
-    "as_mapping",
-    "check_format",
-    "decode_metrics",
-    "dump_json",
-    "encode_float",
-    "encode_metrics",
-    "parse_json",
-]
-
-FORMAT = 1
-
-Json: TypeAlias = Any
+__all__ = ["Chunk", "Manifest", "Range", "Stored"]
 
 _IDENTITY = re.compile(r"[0-9a-f]{64}")
 _NONCE = re.compile(r"[0-9a-f]{16}")
@@ -128,9 +118,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Return the document."""
-        document = {
-            "format": FORMAT,
-            "kind": "manifest",
+        document: dict[str, Json] = {
             "run": self.run,
             "attempt": self.attempt,
             "step": self.step,
@@ -148,7 +136,7 @@ class Manifest:
         }
         if self.norms is not None:
             document["norms"] = {name: [encode_float(x) for x in pair] for name, pair in self.norms.items()}
-        return dump_json(document)
+        return dump_document("manifest", document)
 
     @classmethod
     def from_json(cls, data: bytes, name: str) -> Manifest:
@@ -161,8 +149,7 @@ class Manifest:
         CorruptionError
             If it is not a manifest, or inconsistent.
         """
-        document = parse_json(data, name)
-        check_format(document, "manifest", name)
+        document = parse_document(data, "manifest", name)
         fields = Fields(document, name)
         chunks = tuple(_chunk_from_json(item, f"{name}: chunk {i}") for i, item in enumerate(fields.list("chunks")))
         ranges = tuple(
@@ -187,118 +174,6 @@ class Manifest:
             chunks=chunks,
             norms=norms,
         )
-
-
-def dump_json(document: Json) -> bytes:
-    """Return compact JSON in UTF-8; NaN and infinity are refused, they are not JSON."""
-    return json.dumps(document, separators=(",", ":"), allow_nan=False, ensure_ascii=True).encode()
-
-
-def parse_json(data: bytes, name: str) -> dict[str, Json]:
-    """Return the JSON object in `data`; `name` is its key, for messages.
-
-    Raises
-    ------
-    CorruptionError
-        If it is not one.
-    """
-    try:
-        document = json.loads(data, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise CorruptionError(f"{name} is not a JSON document ({len(data)} bytes): {error}") from error
-    if not isinstance(document, dict):
-        raise CorruptionError(f"{name} is not a JSON object")
-    return document
-
-
-def encode_float(value: float) -> float | str:
-    """Return `value` as JSON: the number, or ``"nan"``, ``"inf"``, ``"-inf"``."""
-    return value if math.isfinite(value) else str(value)
-
-
-def decode_float(value: Json, name: str) -> float:
-    """Reverse `encode_float`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        if value in ("nan", "inf", "-inf"):
-            return float(value)
-        raise CorruptionError(f"{name}: not a number: {value!r:.80}")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise CorruptionError(f"{name}: number out of range") from error
-
-
-def encode_metrics(metrics: Mapping[str, float]) -> dict[str, float | str]:
-    """Return metrics as JSON."""
-    return {key: encode_float(value) for key, value in metrics.items()}
-
-
-def decode_metrics(value: Json, name: str) -> dict[str, float]:
-    """Reverse `encode_metrics`."""
-    return {
-        key: decode_float(item, f"{name}: metric {key!r}")
-        for key, item in as_mapping(value, f"{name}: metrics").items()
-    }
-
-
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def check_format(document: Mapping[str, Json], kind: str, name: str) -> None:
-    """Check that a document is of `kind`, and of a format that this version reads.
-
-    Raises
-    ------
-    CorruptionError, FormatError
-    """
-    version = document.get("format")
-    if document.get("kind") != kind or isinstance(version, bool) or not isinstance(version, int):
-        raise CorruptionError(f"{name} is not an incckpt {kind}")
-    if version != FORMAT:
-        raise FormatError(
-            f"{name} is of format {version}; this version of incckpt reads format {FORMAT}: update incckpt"
-        )
-
-
-class Fields:
-    """Typed access to the fields of a JSON object."""
-
-    def __init__(self, document: Mapping[str, Json], name: str) -> None:
-        self._document = document
-        self._name = name
-
-    def _get(self, field: str, check: Callable[[Json], bool], expected: str) -> Json:
-        value = self._document.get(field)
-        if not check(value):
-            raise CorruptionError(f"{self._name}: field {field!r} is not {expected}: {value!r:.80}")
-        return value
-
-    def string(self, field: str) -> str:
-        return str(self._get(field, lambda value: isinstance(value, str), "a string"))
-
-    def count(self, field: str) -> int:
-        return int(self._get(field, is_count, "a count"))
-
-    def number(self, field: str) -> float:
-        self._get(field, lambda v: isinstance(v, (int, float)) and not isinstance(v, bool), "a number")
-        return decode_float(self._document[field], f"{self._name}: field {field!r}")
-
-    def list(self, field: str) -> list[Json]:
-        value = self._get(field, lambda value: isinstance(value, list), "a list")
-        assert isinstance(value, list)
-        return value
-
-
-def is_count(value: Json) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
-def as_mapping(value: Json, name: str) -> dict[str, Json]:
-    """Return `value` if it is a JSON object, else raise `CorruptionError`."""
-    if not isinstance(value, dict):
-        raise CorruptionError(f"{name} is not a JSON object: {value!r:.80}")
-    return value
 
 
 def _nonce(value: str, name: str) -> str:

@@ -12,18 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from incckpt.backends.base import Backend, ReadableBuffer
+from incckpt.document import Fields, Json, as_mapping, decode_metrics, dump_document, encode_metrics, parse_document
 from incckpt.errors import BackendError, CorruptionError, KeyExistsError, KeyNotFoundError, OptionError
-from incckpt.manifest import (
-    FORMAT,
-    Fields,
-    Json,
-    as_mapping,
-    check_format,
-    decode_metrics,
-    dump_json,
-    encode_metrics,
-    parse_json,
-)
 
 __all__ = [
     "CondemnedLists",
@@ -131,7 +121,7 @@ class Ref:
 
     def to_json(self) -> bytes:
         """Return the document."""
-        return dump_json({"format": FORMAT, "kind": "ref", **self.to_item()})
+        return dump_document("ref", self.to_item())
 
     def to_item(self) -> dict[str, Json]:
         """Return the fields, as a lineage lists them."""
@@ -153,9 +143,7 @@ class Ref:
         ------
         CorruptionError, FormatError
         """
-        document = parse_json(data, key)
-        check_format(document, "ref", key)
-        ref = cls.from_item(document, key)
+        ref = cls.from_item(parse_document(data, "ref", key), key)
         if key.rpartition("/")[2] != str(ref.name):
             raise CorruptionError(f"{key} says that it is {ref.name}")
         return ref
@@ -266,7 +254,7 @@ class CondemnedLists:
         """Put a list; from then on nobody uses its keys. Returns its name."""
         name = new_nonce()
         condemned = frozenset(keys)
-        self._backend.put(self.key(name), dump_json({"format": FORMAT, "kind": "condemned", "keys": sorted(condemned)}))
+        self._backend.put(self.key(name), dump_document("condemned", {"keys": sorted(condemned)}))
         self._known[name] = condemned
         return name
 
@@ -298,9 +286,7 @@ class CondemnedLists:
 
     @staticmethod
     def _parse(data: bytes, key: str) -> frozenset[str]:
-        document = parse_json(data, key)
-        check_format(document, "condemned", key)
-        keys = Fields(document, key).list("keys")
+        keys = Fields(parse_document(data, "condemned", key), key).list("keys")
         if not all(isinstance(item, str) for item in keys):
             raise CorruptionError(f"{key}: a key is not a string")
         return frozenset(keys)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from incckpt.backends.base import Backend
+from incckpt.document import Fields, Json, as_mapping, dump_document, parse_document
 from incckpt.errors import CorruptionError, KeyNotFoundError, SupersededError
-from incckpt.manifest import FORMAT, Fields, Json, as_mapping, check_format, dump_json, parse_json
 from incckpt.refs import Ref, RefName, Tombstone, create_once, list_pins, list_refs, new_nonce, validate_run
 
 __all__ = ["Lineage", "Run"]
@@ -157,9 +157,7 @@ class Run:
 
     def _read_seal(self, attempt: int) -> tuple[dict[RefName, Ref | None], dict[RefName, Ref | None]]:
         key = self._attempt_key(attempt) + ".from"
-        document = parse_json(self.backend.get(key), key)
-        check_format(document, "lineage", key)
-        fields = Fields(document, key)
+        fields = Fields(parse_document(self.backend.get(key), "lineage", key), key)
         inherited, abandoned = (
             dict(_inherited_from_json(item, key) for item in fields.list(part)) for part in ("refs", "abandoned")
         )
@@ -199,7 +197,7 @@ class Run:
             The attempt, and whether a lower one has left a pin.
         """
         me = {"time": self._clock(), "host": socket.gethostname(), "pid": os.getpid(), "nonce": new_nonce()}
-        document = dump_json({"format": FORMAT, "kind": "attempt", **me})
+        document = dump_document("attempt", me)
         attempt = self.attempts()[0] + 1
         while create_once(self.backend, self._attempt_key(attempt), document) is not None:
             attempt += 1
@@ -214,13 +212,11 @@ class Run:
         Of a ref that cannot be read there is only the name.
         """
         document = {
-            "format": FORMAT,
-            "kind": "lineage",
             "attempt": attempt,
             "refs": [_inherited_to_json(ref) for ref in inherited],
             "abandoned": [_inherited_to_json(ref) for ref in abandoned],
         }
-        self.backend.put(self._attempt_key(attempt) + ".from", dump_json(document))
+        self.backend.put(self._attempt_key(attempt) + ".from", dump_document("lineage", document))
 
     def check_not_superseded(self, attempt: int) -> None:
         """Look for a higher attempt.
@@ -243,7 +239,7 @@ class Run:
     def pin(self, name: RefName) -> None:
         """Announce the ref that a save will commit; putting it again is the heartbeat."""
         body = {"time": self._clock(), "host": socket.gethostname(), "pid": os.getpid()}
-        self.backend.put(self.pin_key(name), dump_json({"format": FORMAT, "kind": "pin", **body}))
+        self.backend.put(self.pin_key(name), dump_document("pin", body))
 
     def commit(self, ref: Ref) -> Tombstone | None:
         """Create the ref: the checkpoint exists when, and only when, this has happened.

@@ -6,23 +6,24 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from incckpt import codec
 from incckpt.backends.base import ReadableBuffer
-from incckpt.codec import Encoded, WayBytes
+from incckpt.document import Json
 from incckpt.entries import TensorEntry, entry_to_json
 from incckpt.errors import BackendError, SupersededError
-from incckpt.manifest import Chunk, Json, Manifest, Stored, encode_float
+from incckpt.manifest import Chunk, Manifest, Stored
 from incckpt.objects import ObjectKey, chunk_keys, manifest_keys
 from incckpt.pipeline import Pipeline
 from incckpt.refs import Ref, RefName, Tombstone
+from incckpt.report import SaveReport
 from incckpt.runs import Run
 from incckpt.staging import Content, Layout
 from incckpt.store import Store
 
-__all__ = ["SaveReport", "Snapshot", "Writer"]
+__all__ = ["Snapshot", "Writer"]
 
 log = logging.getLogger(__name__)
 
@@ -65,79 +66,6 @@ class Snapshot:
         """Put a snapshot together from what flattening and staging gave."""
         entries = tuple(entry_to_json(entry) for entry in tensors)
         return cls(step, metrics, time, structure, entries, layout, contents, norms)
-
-
-@dataclass
-class SaveReport:
-    """What a save did.
-
-    Attributes
-    ----------
-    chunks, changed_chunks
-        Chunks of the state, and those that differed from the base.
-    nbytes, changed_bytes
-        Their raw bytes.
-    put_objects, put_bytes
-        Objects put, the manifest not counted, and their stored bytes.
-    manifest_bytes
-        Stored size of the manifest.
-    norms
-        With thresholds: by tensor, its relative change and the norm of what was stored before.
-    by_way
-        Raw and stored bytes of the put objects' frames, by the way they are coded.
-    seconds
-        By phase. ``flatten``, ``stage`` and ``wait`` (for the backlog) block the caller. ``hash``, ``encode`` and
-        ``put`` are summed over threads; ``store`` is the time they took together; ``commit`` is the protocol's part.
-    """
-
-    step: int = 0
-    chunks: int = 0
-    changed_chunks: int = 0
-    nbytes: int = 0
-    changed_bytes: int = 0
-    put_objects: int = 0
-    put_bytes: int = 0
-    manifest_bytes: int = 0
-    norms: dict[str, tuple[float, float]] = field(default_factory=dict)
-    by_way: dict[str, WayBytes] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
-
-    def restart(self) -> None:
-        """Forget what was put: the save starts again under another name."""
-        with self._lock:
-            self.put_objects = self.put_bytes = 0
-            self.by_way = {}
-
-    def spent(self, phase: str, seconds: float) -> None:
-        """Add to the time of a phase."""
-        with self._lock:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-
-    def put(self, encoded: Encoded) -> None:
-        """Count an object."""
-        with self._lock:
-            self.put_objects += 1
-            self.put_bytes += len(encoded.data)
-            for way, one in encoded.ways.items():
-                total = self.by_way.get(way, WayBytes(0, 0))
-                self.by_way[way] = WayBytes(total.raw + one.raw, total.stored + one.stored)
-
-    def to_json(self) -> dict[str, Json]:
-        """Return the report as JSON-able values."""
-        document: dict[str, Json] = {
-            item.name: getattr(self, item.name)
-            for item in fields(self)
-            if item.name not in ("_lock", "by_way", "norms")
-        }
-        document["by_way"] = {way: one._asdict() for way, one in self.by_way.items()}
-        document["norms"] = {name: [encode_float(value) for value in pair] for name, pair in self.norms.items()}
-        return document
-
-    @property
-    def blocked_seconds(self) -> float:
-        """How long the caller waited."""
-        return sum(self.seconds.get(phase, 0.0) for phase in ("wait", "flatten", "stage"))
 
 
 class _CommitUnknownError(Exception):

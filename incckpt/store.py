@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 from incckpt import codec
 from incckpt.backends.base import Backend
 from incckpt.backends.registry import open_backend
+from incckpt.document import dump_document, parse_document
 from incckpt.errors import (
     CorruptionError,
     KeyNotFoundError,
@@ -23,9 +24,9 @@ from incckpt.errors import (
     ReadOnlyError,
     StoreNotFoundError,
 )
-from incckpt.manifest import FORMAT, Manifest, check_format, dump_json, parse_json
+from incckpt.manifest import Manifest
 from incckpt.objects import ObjectKey, Objects
-from incckpt.refs import CondemnedLists, Ref, create_once, validate_run
+from incckpt.refs import CondemnedLists, Ref, RefName, create_once, validate_run
 from incckpt.runs import Run
 
 __all__ = ["DEFAULT_RUN", "Location", "Store", "parse_location"]
@@ -134,11 +135,15 @@ class Store:
         try:
             data = self.objects.get(key, ref.manifest_size)
             document = codec.decode_document(data, max_bytes=MAX_MANIFEST, identity=bytes.fromhex(key.identity))
-            return Manifest.from_json(document, ref.manifest)
+            manifest = Manifest.from_json(document, ref.manifest)
         except MissingObjectError as error:
             raise MissingObjectError(f"the manifest of step {ref.step} is missing: {error}") from error
         except CorruptionError as error:
             raise CorruptionError(f"the manifest of step {ref.step} ({key}) is damaged: {error}") from error
+        found = RefName(manifest.attempt, manifest.step, manifest.nonce)
+        if found != ref.name:
+            raise CorruptionError(f"the ref {ref.name} names the manifest of {found}")
+        return manifest
 
     def each(self, read: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
         """Return `read` of every item; many at once where requests cross a network."""
@@ -177,7 +182,7 @@ class Store:
         try:
             found: bytes | None = self.backend.get(MARKER)
         except KeyNotFoundError:
-            marker = dump_json({"format": FORMAT, "kind": "store", "id": secrets.token_hex(16)})
+            marker = dump_document("store", {"id": secrets.token_hex(16)})
             found = create_once(self.backend, MARKER, marker)
         if found is not None:
             self._check_marker(found)
@@ -190,8 +195,7 @@ class Store:
             )
 
     def _check_marker(self, data: bytes) -> None:
-        where = f"{self.backend.url}/{MARKER}"
-        check_format(parse_json(data, where), "store", where)
+        parse_document(data, "store", f"{self.backend.url}/{MARKER}")
         self._checked = True
 
     def close(self) -> None:

@@ -410,7 +410,7 @@ RULES: dict[str, Rule] = {
                 Run,
                 "seal",
                 """
-                - self.backend.put(self._attempt_key(attempt) + ".from", dump_json(document))
+                - self.backend.put(self._attempt_key(attempt) + ".from", dump_document("lineage", document))
                 + pass
                 """,
             )
@@ -630,7 +630,7 @@ RULES: dict[str, Rule] = {
                 - condemned = frozenset(keys)
                 + condemned = frozenset(keys)
                 + try:
-                +     self._backend.put(self.key(name), dump_json({"format": FORMAT, "kind": "condemned", "keys": []}))
+                +     self._backend.put(self.key(name), dump_document("condemned", {"keys": []}))
                 + except BackendError:
                 +     pass
                 """,

@@ -18,10 +18,11 @@ from incckpt.gc import Collector
 from incckpt.manifest import Chunk, Manifest
 from incckpt.objects import DELTAS, OBJECTS, manifest_keys
 from incckpt.refs import CondemnedLists, Ref, RefName, Tombstone
+from incckpt.report import SaveReport
 from incckpt.restore import ChunkRead, Reader
 from incckpt.retention import KeepLast, Policy
 from incckpt.runs import Lineage, Run
-from incckpt.save import SaveReport, Snapshot
+from incckpt.save import Snapshot
 from incckpt.staging import Content, Layout
 from incckpt.store import Store
 from incckpt.testing.shuffle import SpawningProcess

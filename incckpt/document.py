@@ -1,0 +1,147 @@
+"""JSON documents: written in one way, checked on reading. The manifest is one, and so are refs, pins and lists.
+
+``docs/format.md`` is the specification.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from incckpt.errors import CorruptionError, FormatError
+
+__all__ = [
+    "FORMAT",
+    "Fields",
+    "Json",
+    "as_mapping",
+    "decode_float",
+    "decode_metrics",
+    "dump_document",
+    "encode_float",
+    "encode_metrics",
+    "is_count",
+    "parse_document",
+]
+
+FORMAT = 1
+
+Json: TypeAlias = Any
+
+_CHECK = b',"check":"%08x"}'
+_CHECK_NBYTES = len(_CHECK % 0)
+
+
+def dump_document(kind: str, fields: Mapping[str, Json]) -> bytes:
+    """Return a document as compact JSON in UTF-8, its last field the CRC-32 of all bytes before that field.
+
+    NaN and infinity are refused, they are not JSON.
+    """
+    document = {"format": FORMAT, "kind": kind, **fields}
+    data = json.dumps(document, separators=(",", ":"), allow_nan=False, ensure_ascii=True).encode()[:-1]
+    return data + _CHECK % zlib.crc32(data)
+
+
+def parse_document(data: bytes, kind: str, name: str) -> dict[str, Json]:
+    """Return the fields of a document; `name` is its key, for messages.
+
+    Raises
+    ------
+    FormatError
+        If it is of a format that this version does not read.
+    CorruptionError
+        If it is not a document of that kind, or not as it was written.
+    """
+    try:
+        document = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CorruptionError(f"{name} is not a JSON document ({len(data)} bytes): {error}") from error
+    if not isinstance(document, dict):
+        raise CorruptionError(f"{name} is not a JSON object")
+    version = document.get("format")
+    if document.get("kind") != kind or isinstance(version, bool) or not isinstance(version, int):
+        raise CorruptionError(f"{name} is not an incckpt {kind}")
+    if version != FORMAT:
+        raise FormatError(
+            f"{name} is of format {version}; this version of incckpt reads format {FORMAT}: update incckpt"
+        )
+    if data[-_CHECK_NBYTES:] != _CHECK % zlib.crc32(data[:-_CHECK_NBYTES]):
+        raise CorruptionError(f"{name} is damaged: its check sum is wrong")
+    return document
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def encode_float(value: float) -> float | str:
+    """Return `value` as JSON: the number, or ``"nan"``, ``"inf"``, ``"-inf"``."""
+    return value if math.isfinite(value) else str(value)
+
+
+def decode_float(value: Json, name: str) -> float:
+    """Reverse `encode_float`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if value in ("nan", "inf", "-inf"):
+            return float(value)
+        raise CorruptionError(f"{name}: not a number: {value!r:.80}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise CorruptionError(f"{name}: number out of range") from error
+
+
+def encode_metrics(metrics: Mapping[str, float]) -> dict[str, float | str]:
+    """Return metrics as JSON."""
+    return {key: encode_float(value) for key, value in metrics.items()}
+
+
+def decode_metrics(value: Json, name: str) -> dict[str, float]:
+    """Reverse `encode_metrics`."""
+    return {
+        key: decode_float(item, f"{name}: metric {key!r}")
+        for key, item in as_mapping(value, f"{name}: metrics").items()
+    }
+
+
+class Fields:
+    """Typed access to the fields of a JSON object."""
+
+    def __init__(self, document: Mapping[str, Json], name: str) -> None:
+        self._document = document
+        self._name = name
+
+    def _get(self, field: str, check: Callable[[Json], bool], expected: str) -> Json:
+        value = self._document.get(field)
+        if not check(value):
+            raise CorruptionError(f"{self._name}: field {field!r} is not {expected}: {value!r:.80}")
+        return value
+
+    def string(self, field: str) -> str:
+        return str(self._get(field, lambda value: isinstance(value, str), "a string"))
+
+    def count(self, field: str) -> int:
+        return int(self._get(field, is_count, "a count"))
+
+    def number(self, field: str) -> float:
+        self._get(field, lambda v: isinstance(v, (int, float)) and not isinstance(v, bool), "a number")
+        return decode_float(self._document[field], f"{self._name}: field {field!r}")
+
+    def list(self, field: str) -> list[Json]:
+        value = self._get(field, lambda value: isinstance(value, list), "a list")
+        assert isinstance(value, list)
+        return value
+
+
+def is_count(value: Json) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def as_mapping(value: Json, name: str) -> dict[str, Json]:
+    """Return `value` if it is a JSON object, else raise `CorruptionError`."""
+    if not isinstance(value, dict):
+        raise CorruptionError(f"{name} is not a JSON object: {value!r:.80}")
+    return value
