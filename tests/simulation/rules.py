@@ -172,8 +172,8 @@ RULES: dict[str, Rule] = {
                 Writer,
                 "_write_as",
                 """
-                - chunks = self._store_all(snapshot.contents, name.nonce, known, report)
-                + chunks = self._store_all(snapshot.contents, "0" * 16, known, report)
+                - chunks = self._store_all(snapshot, name.nonce, known, report)
+                + chunks = self._store_all(snapshot, "0" * 16, known, report)
                 """,
             )
         ],
@@ -209,10 +209,10 @@ RULES: dict[str, Rule] = {
         [
             Edit(
                 Writer,
-                "_put",
+                "_base",
                 """
-                - if stored is not None and stored.base is None and not due and self._usable(stored, known):
-                + if stored is not None and stored.base is None and not due:
+                - return full if not due and self._usable(full.stored, known) else None
+                + return full if not due else None
                 """,
             )
         ],
@@ -638,7 +638,7 @@ RULES: dict[str, Rule] = {
         ],
     ),
     "a list of others is removed only when none of its keys exists": Rule(
-        "a pruner, a saver and a collector",
+        "two runs of one content, one pruned",
         [
             Edit(
                 Collector,
