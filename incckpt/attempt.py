@@ -169,16 +169,22 @@ class Attempt:
 
     def _leave(self) -> None:
         """Leave the run to its new writer, with a list of what this one has put for nothing."""
-        try:
-            self._collector.condemn_keys(self._writer.take_wasted())
-        except BackendError as error:
-            log.warning("could not tell what the superseded save has put; its pin stays, as a sign: %s", error)
-        else:
+        if self._condemn_wasted():
             self._writer.delete_spent()
 
-    def _tidy(self, step: int) -> None:
+    def _condemn_wasted(self) -> bool:
         try:
-            self._collector.condemn_keys(self._writer.take_wasted())
+            self._collector.condemn_keys(self._writer.wasted)
+        except BackendError as error:
+            log.warning("could not tell what failed saves have put; their pins stay for now, as a sign: %s", error)
+            return False
+        self._writer.wasted.clear()
+        return True
+
+    def _tidy(self, step: int) -> None:
+        if not self._condemn_wasted():
+            return
+        try:
             self._prune(step)
             self._collect()
         except IncckptError as error:
@@ -234,7 +240,8 @@ class Attempt:
         try:
             self._collect()
         finally:
-            self._writer.delete_spent()
+            if self._condemn_wasted():
+                self._writer.delete_spent()
         return bool(names)
 
     def close(self) -> None:

@@ -350,6 +350,8 @@ class CheckpointManager:
             ref = attempt.write(make_snapshot(), report)
         except BaseException as error:  # noqa: BLE001 -- goes to the trainer: by the future, and by the next call
             log.error("saving step %d failed: %s", report.step, error)
+            if self._last_step == report.step:
+                self._last_step = attempt.last_step  # it may be tried again
             self._error = error
             future.set_exception(error)
         else:

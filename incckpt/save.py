@@ -137,6 +137,8 @@ class Writer:
     ----------
     spent
         Keys that nobody needs any more, pins of saves that are over first of all; `delete_spent` deletes them.
+    wasted
+        Keys of objects put by saves that came to nothing, until they are condemned; later saves may use some of them.
     """
 
     def __init__(
@@ -152,6 +154,7 @@ class Writer:
         heartbeat_seconds: float = 60.0,
     ) -> None:
         self.spent: list[str] = []
+        self.wasted: set[str] = set()
         self._store = store
         self._run = run
         self.attempt = attempt
@@ -166,7 +169,6 @@ class Writer:
         self._look_up = True
         self._unsettled: list[tuple[Ref, Manifest, list[str]]] = []
         self._tried: list[str] = []  # keys that this save has put, or tried to
-        self._wasted: set[str] = set()  # those of saves that came to nothing
 
     def continue_from(self, name: RefName, manifest: Manifest) -> None:
         """Take a checkpoint of the lineage as the previous one: what it holds need not be put again."""
@@ -236,12 +238,12 @@ class Writer:
             raise unknown.error from unknown  # the pin has to stand: the commit may come yet, and needs its objects
         except BaseException:
             self.spent.append(pin)
-            self._wasted.update(self._tried)
+            self.wasted.update(self._tried)
             raise
         self.spent.append(pin)
         report.spent("commit", time.perf_counter() - started - report.seconds["store"])
         if outcome is Tombstone.ABORTED:
-            self._wasted.update(self._tried)
+            self.wasted.update(self._tried)
             return None
         self._previous = (name, manifest_keys(manifest))
         self._remember(chunks)
@@ -279,14 +281,9 @@ class Writer:
             del self._unsettled[0]
             self.spent.append(self._run.pin_key(ref.name))
             if aborted:
-                self._wasted.update(tried)
+                self.wasted.update(tried)
             else:
                 yield ref, manifest
-
-    def take_wasted(self) -> set[str]:
-        """Return, once, the keys of objects put by saves that came to nothing; later saves may use some of them."""
-        wasted, self._wasted = self._wasted, set()
-        return wasted
 
     def delete_spent(self) -> None:
         """Delete what is `spent`; if that fails, the next call tries again."""

@@ -482,6 +482,32 @@ def test_requests_of_a_save_do_not_grow_with_history(tmp_path: Path) -> None:
     assert len(small) + 1 <= 8, small  # and the manifest
 
 
+def test_requests_of_a_prune(tmp_path: Path) -> None:
+    inner = MemoryBackend(str(tmp_path))
+    for number in range(20):  # other runs' checkpoints
+        save_other(inner, f"other{number}")
+    backend = CountingBackend(inner)
+    counts: dict[bool, int] = {}
+    for prunes in (False, True):
+        with incckpt.CheckpointManager(
+            backend, run=f"mine{prunes}", keep_last_n=2 if prunes else None, threads=1
+        ) as manager:
+            for step in range(1, 8):
+                manager.wait()
+                backend.reset()
+                manager.save(step, {"v": torch.full((4,), float(step))}).result()
+                manager.wait()
+            counts[prunes] = sum(backend.calls.values())
+            assert not [op for op in backend.operations if op.name == "list" and op.keys[0].startswith("objects")]
+    assert counts[True] - counts[False] <= 6, counts
+
+
+def save_other(backend: MemoryBackend, run: str) -> None:
+    """Save a checkpoint of another run."""
+    with incckpt.CheckpointManager(backend, run=run, threads=1) as manager:
+        manager.save(1, {"x": torch.zeros(3)}).result()
+
+
 def test_without_a_base(tmp_path: Path) -> None:
     state = {"w": torch.randn(1 << 19), "v": torch.zeros(4)}
     with incckpt.CheckpointManager(tmp_path, base=False) as manager:

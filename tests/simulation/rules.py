@@ -663,14 +663,29 @@ RULES: dict[str, Rule] = {
             )
         ],
     ),
+    "pins of failed saves stay until what they have put is on a list": Rule(
+        "a lone writer that prunes, badly connected",
+        [
+            Edit(
+                Attempt,
+                "_tidy",
+                """
+                - return
+                + self._writer.delete_spent()
+                + return
+                """,
+            )
+        ],
+        {"faults": 2, "faulty": ("dropped", "lost"), "faulty_at": ("objects/", "gc/")},
+    ),
     "a writer tells what it has put for nothing": Rule(
         "two replacements at once",
         [
             Edit(
                 Attempt,
-                "_leave",
+                "_condemn_wasted",
                 """
-                - self._collector.condemn_keys(self._writer.take_wasted())
+                - self._collector.condemn_keys(self._writer.wasted)
                 + pass
                 """,
             )
