@@ -6,6 +6,7 @@ the interpreter's lock, and takes the number of the instruction set to use, an i
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint8_t, uint64_t
+from libc.string cimport memcpy
 
 
 cdef extern from "_planes.h" nogil:
@@ -41,6 +42,7 @@ VARIANTS = tuple(planes_variants[i].name.decode() for i in range(planes_usable()
 BEST = len(VARIANTS) - 1
 
 cdef int usable = BEST + 1
+cdef size_t SMALL = 4096
 
 
 cdef const planes_variant *chosen(int variant) except NULL:
@@ -234,6 +236,26 @@ def unmask(
             kernels.unmask(bits, rest, total, n, common, target)
     if set_bits != total:
         raise ValueError(f"the bitmap has {set_bits} bits set, not {total}")
+
+
+def copy(const uint8_t[::1] source not None, uint8_t[::1] target not None):
+    """Copy ``uint8[n]``. A slice assignment does the same, and holds the interpreter's lock all the while.
+
+    Raises
+    ------
+    ValueError
+        The lengths differ.
+    """
+    cdef size_t n = source.shape[0]
+    cdef const uint8_t *start = address(source)
+    cdef uint8_t *end = <uint8_t *> address(target)
+    if <size_t> target.shape[0] != n:
+        raise ValueError(f"{n} bytes do not fit into {target.shape[0]}")
+    if n < SMALL:  # handing the lock over and back takes longer
+        memcpy(end, start, n)
+    else:
+        with nogil:
+            memcpy(end, start, n)
 
 
 def huffman(const uint8_t[::1] data not None, uint8_t[::1] out not None, int variant):

@@ -131,7 +131,7 @@ def encode_frame(raw: memoryview, base: memoryview | None, itemsize: int, out: m
             size = _write_planes(body, base if way == DELTA else None, planes, raw[elements:], out)
             if size < nbytes:
                 return CodedFrame(way, size, size if way == INTRA else round(full_cost * nbytes))
-    out[:] = raw
+    _planes.copy(raw, out)
     return CodedFrame(RAW, nbytes, nbytes)
 
 
@@ -139,9 +139,9 @@ def encode_text(raw: memoryview, out: memoryview) -> CodedFrame:
     """Code a frame by zstd, or not at all. Arguments as of `encode_frame`."""
     coded = _worker.general.compress(raw)
     if len(coded) < raw.nbytes:
-        out[: len(coded)] = coded
+        _planes.copy(coded, out[: len(coded)])
         return CodedFrame(ZSTD, len(coded), len(coded))
-    out[:] = raw
+    _planes.copy(raw, out)
     return CodedFrame(RAW, raw.nbytes, raw.nbytes)
 
 
@@ -195,7 +195,7 @@ def _write(out: memoryview, at: int, part: bytes | memoryview) -> int:
     end = at + len(part)
     if end > len(out):
         raise _FullError
-    out[at:end] = part
+    _planes.copy(part, out[at:end])
     return end
 
 
@@ -265,9 +265,9 @@ def decode_frame(way: int, itemsize: int, coded: memoryview, base: memoryview | 
     if way == RAW:
         if len(coded) != len(raw):
             raise CodecError(f"{len(coded)} bytes are stored for {len(raw)}")
-        raw[:] = coded
+        _planes.copy(coded, raw)
     elif way == ZSTD:
-        raw[:] = _inflate(coded, len(raw))
+        _planes.copy(_inflate(coded, len(raw)), raw)
     else:
         n = len(raw) // itemsize
         body, tail = raw[: n * itemsize], raw[n * itemsize :]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from incckpt.backends.base import Backend
-from incckpt.errors import CollectionError, CorruptionError, FormatError, KeyNotFoundError
+from incckpt.errors import BackendError, CollectionError, CorruptionError, FormatError, KeyNotFoundError
 from incckpt.objects import DELTAS, OBJECTS, manifest_keys
 from incckpt.refs import Pin, Ref, Tombstone, create_once, list_pins, list_refs
 from incckpt.store import Store
@@ -36,10 +36,13 @@ class Collected:
         Keys of the objects deleted.
     waiting
         How many condemned keys wait for saves in flight to end.
+    leftovers
+        How many temporary files and unfinished uploads of dead processes were removed.
     """
 
     deleted: set[str] = field(default_factory=set)
     waiting: int = 0
+    leftovers: int = 0
 
 
 @dataclass
@@ -264,7 +267,21 @@ class Collector:
         spent = [self._store.condemned.key(name) for name, keys in still.items() if not keys] + self._over
         if spent:
             self._discard(spent)
+        self._remove_leftovers(collected)
         return collected
+
+    def _remove_leftovers(self, collected: Collected) -> None:
+        """Remove temporary files and unfinished uploads that nobody can be at any more."""
+        try:
+            leftovers = list(self._backend.leftovers())
+            now = self._server_time() if leftovers else None
+            for leftover in leftovers:
+                if now is None or leftover.modified is None or now - leftover.modified < self._stale_seconds:
+                    continue
+                self._backend.remove_leftover(leftover)
+                collected.leftovers += 1
+        except BackendError as error:
+            log.warning("could not remove temporary files or unfinished uploads of dead processes: %s", error)
 
     def finish(self) -> Collected:
         """Delete what the own lists condemn and no checkpoint needs, as far as no save in flight may rely on it.

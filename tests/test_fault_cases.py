@@ -305,6 +305,33 @@ def test_a_bulk_delete_that_partly_fails(backend: MemoryBackend) -> None:
     assert orphans(backend) == set(), "the next save's collection has finished it"
 
 
+@pytest.mark.parametrize("age", [60.0, 7200.0])
+def test_a_sweep_removes_temporary_files_of_the_dead(tmp_path: Path, age: float) -> None:
+    backend = LocalBackend(tmp_path)
+    save(backend, 1)
+    left = tmp_path / "objects" / ".incckpt-tmp-0123456789abcdef"
+    left.write_bytes(b"half of an object")
+    then = left.stat().st_mtime - age
+    os.utime(left, (then, then))
+    assert Collector(Store(backend)).sweep().leftovers == (age > 3600)
+    assert left.exists() == (age < 3600)
+    check_read(backend, 1)
+
+
+def test_a_sweep_aborts_uploads_of_the_dead(s3_server: dict[str, Any]) -> None:
+    bucket = f"uploads-{uuid.uuid4().hex[:12]}"
+    fs = s3fs.S3FileSystem(**s3_server)
+    fs.mkdir(bucket)
+    with S3Backend(bucket, "store", s3_server) as backend:
+        save(backend, 1)
+        fs.call_s3("create_multipart_upload", Bucket=bucket, Key="store/objects/ab/large")
+        fs.call_s3("create_multipart_upload", Bucket=bucket, Key="elsewhere/large")
+        assert Collector(Store(backend)).sweep().leftovers == 1  # this server says that all uploads began in 2010
+        uploads = fs.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads", [])
+        assert [upload["Key"] for upload in uploads] == ["elsewhere/large"]
+        check_read(backend, 1)
+
+
 # ---- what a later version has written --------------------------------------------------------------------------------
 
 

@@ -348,3 +348,16 @@ def test_read_only_memory_is_not_written() -> None:
         _planes.join([b"abcd"], None, b"....", 0)
     with pytest.raises((BufferError, ValueError)):
         _planes.split(b"abcd", None, [b"...."], 0)
+
+
+@given(
+    n=st.one_of(st.integers(0, 100), st.integers(4000, 4200), st.integers(100_000, 300_000)), offset=st.integers(0, 9)
+)
+def test_copy(n: int, offset: int) -> None:
+    source = np.random.default_rng(n).integers(0, 256, n + offset, np.uint8)[offset:]
+    target = np.full(n + 2, 0xA5, np.uint8)
+    _planes.copy(source, target[1:-1])
+    assert target[1:-1].tobytes() == source.tobytes()
+    assert (target[0], target[-1]) == (0xA5, 0xA5)
+    with pytest.raises(ValueError, match="do not fit"):
+        _planes.copy(source, target[: n + 1])
