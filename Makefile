@@ -25,7 +25,8 @@ test: lint types ## Build, lint, check types, run all tests
 
 test-ceph: $(VENV)/built ## The S3 tests against a Ceph gateway (needs its programs, see tests/servers/ceph-up.sh)
 	tests/servers/ceph-up.sh $(VENV)/ceph $(CEPH_PORT)
-	INCCKPT_CEPH_URL=http://127.0.0.1:$(CEPH_PORT) $(BIN)/python -m pytest tests/test_backends_ceph.py; \
+	INCCKPT_CEPH_URL=http://127.0.0.1:$(CEPH_PORT) $(BIN)/python -m pytest tests/test_backends_ceph.py \
+		"tests/test_runs_everywhere.py::test_a_life_of_a_run[ceph]"; \
 	status=$$?; tests/servers/ceph-up.sh $(VENV)/ceph stop; exit $$status
 
 soak: $(VENV)/built ## Processes killed at random on one store, for ten minutes and 2,000 kills

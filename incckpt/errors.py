@@ -86,6 +86,10 @@ class BackendPermissionError(BackendError, PermissionError):
     """The store refused access; repeating will not help."""
 
 
+class UnreachableError(BackendError, ConnectionError):
+    """No connection to the server could be made: its name is unknown, or nobody listens there."""
+
+
 class BackendTimeoutError(BackendError, TimeoutError):
     """A request, or all its retries together, took longer than allowed."""
 

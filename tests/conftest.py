@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import aiobotocore.session
 import pytest
 
-from tests.servers.installed import NotInstalled, azurite
+from tests.servers.installed import NotInstalled, azurite, rclone
 from tests.servers.processes import free_port, program_server, python_server
 
 
@@ -38,5 +39,21 @@ def s3_server() -> Iterator[dict[str, Any]]:
     """Return s3fs options for an S3 server with exact conditions."""
     with python_server("s3_server") as port:
         # One session for all, because each would parse botocore's descriptions of S3 anew, for a quarter of a second.
+        session = aiobotocore.session.AioSession()
+        yield {"key": "test", "secret": "testtest", "endpoint_url": f"http://127.0.0.1:{port}", "session": session}
+
+
+@pytest.fixture(scope="session")
+def rclone_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Return s3fs options for rclone over an empty folder."""
+    try:
+        program = rclone()
+    except NotInstalled as exc:
+        pytest.skip(str(exc))
+    folder = tmp_path_factory.mktemp("rclone")
+    (folder / "served" / "bucket").mkdir(parents=True)
+    port = free_port()
+    command = [program, "serve", "s3", "--config", os.devnull, "--auth-key", "test,testtest", "--no-cleanup"]
+    with program_server([*command, "--addr", f"127.0.0.1:{port}", str(folder / "served")], port, folder / "log"):
         session = aiobotocore.session.AioSession()
         yield {"key": "test", "secret": "testtest", "endpoint_url": f"http://127.0.0.1:{port}", "session": session}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import aiobotocore.session
 import pytest
 
 from incckpt.backends import Backend, open_backend
@@ -15,24 +13,6 @@ from incckpt.backends.s3 import S3Backend
 from incckpt.errors import KeyExistsError
 from incckpt.testing.conformance import BackendConformance
 from tests.remote_suite import patient
-from tests.servers.installed import NotInstalled, rclone
-from tests.servers.processes import free_port, program_server
-
-
-@pytest.fixture(scope="module")
-def rclone_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """Return s3fs options for rclone over an empty folder."""
-    try:
-        program = rclone()
-    except NotInstalled as exc:
-        pytest.skip(str(exc))
-    folder = tmp_path_factory.mktemp("rclone")
-    (folder / "served" / "bucket").mkdir(parents=True)
-    port = free_port()
-    command = [program, "serve", "s3", "--config", os.devnull, "--auth-key", "test,testtest", "--no-cleanup"]
-    with program_server([*command, "--addr", f"127.0.0.1:{port}", str(folder / "served")], port, folder / "log"):
-        session = aiobotocore.session.AioSession()
-        yield {"key": "test", "secret": "testtest", "endpoint_url": f"http://127.0.0.1:{port}", "session": session}
 
 
 class TestRclone(BackendConformance):

@@ -146,6 +146,40 @@ def test_errors_that_may_pass_are_repeated(proxy: FaultProxy, broken: S3Backend,
         assert operation(patient(broken))
 
 
+def test_an_address_where_nobody_ever_answered_is_given_up_soon(bucket: str) -> None:
+    now = [0.0]
+    options = {"key": "k", "secret": "s", "endpoint_url": "http://127.0.0.1:1"}
+    with S3Backend(bucket, "x", options) as backend:
+        waits: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            now[0] += seconds
+
+        patient = RetryBackend(backend, sleep=sleep, clock=lambda: now[0])
+        with pytest.raises(BackendTimeoutError, match=r"127\.0\.0\.1:1.*is the address right"):
+            patient.get("k")
+        assert 0 < sum(waits) < 10
+
+
+def test_a_server_that_has_answered_is_waited_for(
+    bucket: str, s3_server: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    with (
+        S3Backend(bucket, "x", s3_server) as backend,
+        S3Backend(bucket, "x", {**s3_server, "endpoint_url": "http://127.0.0.1:1"}) as down,
+    ):
+        patient = RetryBackend(
+            backend, sleep=lambda seconds: now.__setitem__(0, now[0] + seconds), clock=lambda: now[0]
+        )
+        patient.put("k", b"v")
+        monkeypatch.setattr(patient, "inner", down)  # as when the server is restarted
+        with pytest.raises(BackendTimeoutError, match="gave up"):
+            patient.get("k")
+        assert 120 < now[0] < 180
+
+
 def test_an_endpoint_where_nobody_listens(bucket: str) -> None:
     with S3Backend(bucket, "x", {"key": "k", "secret": "s", "endpoint_url": "http://127.0.0.1:1"}) as backend:
         with pytest.raises(BackendTimeoutError, match=r"127\.0\.0\.1:1"):

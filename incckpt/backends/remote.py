@@ -10,6 +10,7 @@ import asyncio
 import errno
 import logging
 import os
+import socket
 import threading
 import weakref
 from abc import abstractmethod
@@ -28,6 +29,7 @@ from incckpt.errors import (
     KeyExistsError,
     KeyNotFoundError,
     OptionError,
+    UnreachableError,
     UnsupportedOperationError,
 )
 
@@ -241,6 +243,8 @@ class RemoteBackend(Backend, Generic[C]):
             message = f"{subject}: no answer in time ({self._timeout:g} s, and 1 s for every {self._min_rate:g} bytes)"
             return BackendTimeoutError(errno.ETIMEDOUT, message, transient=True)
         message = f"{subject}: {type(exc).__name__}: {exc}"
+        if _is_unreachable(exc):
+            return UnreachableError(errno.ECONNREFUSED, message, transient=True)
         if isinstance(exc, OSError) and exc.errno is not None:
             return BackendError(exc.errno, message, transient=self._is_transient(exc))
         return BackendError(errno.EIO, message, transient=self._is_transient(exc))
@@ -294,6 +298,16 @@ class RemoteBackend(Backend, Generic[C]):
     def _cut_short(self, key: str, got: int, wanted: int) -> BackendError:
         message = f"{self.url}: the transfer of {key!r} ended after {got} of {wanted} bytes"
         return BackendError(errno.EIO, message, transient=True)
+
+
+def _is_unreachable(exc: BaseException) -> bool:
+    """Whether the reason is that no connection could be made; clients wrap that in errors of their own."""
+    reason: BaseException | None = exc
+    while reason is not None:
+        if isinstance(reason, aiohttp.ClientConnectorError | ConnectionRefusedError | socket.gaierror):
+            return not isinstance(reason, aiohttp.ClientSSLError)
+        reason = reason.__cause__ or reason.__context__
+    return False
 
 
 _backends: weakref.WeakSet[RemoteBackend[Any]] = weakref.WeakSet()

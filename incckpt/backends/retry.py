@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from incckpt.backends.base import Backend, Entry, Leftover, PagedListing, ReadableBuffer
 from incckpt.backends.wrapper import WrapperBackend
-from incckpt.errors import BackendError, BackendTimeoutError, KeyExistsError, KeyNotFoundError
+from incckpt.errors import BackendError, BackendTimeoutError, KeyExistsError, KeyNotFoundError, UnreachableError
 
 __all__ = ["RetryBackend"]
 
@@ -35,6 +35,8 @@ class RetryBackend(WrapperBackend):
         The backend around which this one is.
     limit
         Seconds, from an operation's start, after which no further repetition is begun.
+    first_limit
+        The same as long as nobody has ever answered: then it is rather the address that is wrong.
     first_wait, longest_wait
         Seconds.
     sleep, clock
@@ -46,6 +48,7 @@ class RetryBackend(WrapperBackend):
         inner: Backend,
         *,
         limit: float = 180.0,
+        first_limit: float = 10.0,
         first_wait: float = 0.2,
         longest_wait: float = 20.0,
         sleep: Callable[[float], None] = time.sleep,
@@ -53,6 +56,8 @@ class RetryBackend(WrapperBackend):
     ) -> None:
         super().__init__(inner)
         self._limit = limit
+        self._first_limit = min(first_limit, limit)
+        self._answered = False
         self._first_wait = first_wait
         self._longest_wait = longest_wait
         self._sleep = sleep
@@ -117,22 +122,29 @@ class RetryBackend(WrapperBackend):
         started = self._clock()
         for number in itertools.count(1):
             try:
-                return attempt()
+                result = attempt()
             except BackendError as exc:
+                self._answered |= not isinstance(exc, UnreachableError)
                 if not exc.transient:
                     raise
                 failure = exc
+            else:
+                self._answered = True
+                return result
+            limit = self._limit if self._answered else self._first_limit
             passed = self._clock() - started
             wait = self._random.uniform(0, min(self._longest_wait, self._first_wait * 2 ** min(number - 1, 30)))
-            if passed + wait >= self._limit:
+            if passed + wait >= limit:
                 message = f"{failure.strerror or failure} (gave up after {number} attempts in {passed:.0f} s)"
+                if not self._answered:
+                    message += "; nobody has answered there yet: is the address right, and is the server up?"
                 raise BackendTimeoutError(failure.errno, message, transient=True) from failure
             logger.warning(
                 "%s; attempt %d failed, the next in %.1f s, giving up in %.0f s",
                 failure.strerror or failure,
                 number,
                 wait,
-                self._limit - passed,
+                limit - passed,
             )
             self._sleep(wait)
         raise AssertionError("itertools.count ended")
