@@ -6,7 +6,9 @@
 
 Contenders, each warm, in another order every round:
 
-- ``incckpt``: the backend that a store uses, called from `--threads` threads, as a save and a restore do;
+- ``save, load``: a `CheckpointManager` saves a state of those bytes, to the end of the commit, and `incckpt.load`
+  brings it back into new memory, its hashes checked; ``restore`` brings it back into the tensors that are there;
+- ``backend``: the backend that a store uses, called from `--threads` threads, as a save and a restore do;
 - ``s3fs``: ``pipe`` and ``cat`` of all objects in one call, as s3fs comes;
 - ``s3fs tuned``: the same with our connection settings and as many requests at once.
 
@@ -17,20 +19,23 @@ CPU is that of this process, all its threads, per GiB moved.
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import s3fs
+import torch
 
+import incckpt
 from incckpt.backends.s3 import S3Backend, client_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +52,38 @@ def own_server() -> Iterator[dict[str, Any]]:
         options = {"key": "test", "secret": "testtest", "endpoint_url": f"http://127.0.0.1:{port}"}
         s3fs.S3FileSystem(**options).mkdir("bench")
         yield options  # the server ends when its standard input does
+
+
+class Checkpoints:
+    """Whole saves and restores."""
+
+    def __init__(self, bucket: str, path: str, options: Mapping[str, Any], *, in_place: bool) -> None:
+        self.url, self.options, self.in_place = f"s3://{bucket}/{path}", dict(options), in_place
+        self.bucket, self.path = bucket, path
+        self.manager = incckpt.CheckpointManager(self.url, storage_options=self.options)
+        self.manager.save(0, {"x": 0}).result()
+        self.state: dict[str, torch.Tensor] = {}
+        self.step = 0
+
+    def put(self, values: Mapping[str, bytes]) -> None:
+        self.step += 1
+        self.state = {key: torch.from_numpy(np.frombuffer(value, np.float32).copy()) for key, value in values.items()}
+        started = time.perf_counter()
+        self.manager.save(self.step, self.state).result()
+        self.saved = time.perf_counter() - started
+
+    def get(self, keys: list[str]) -> Sequence[bytes | npt.NDArray[np.uint8]]:
+        if self.in_place:
+            self.manager.restore(self.state)
+            found = self.state
+        else:
+            found = incckpt.load(self.url, step=self.step, storage_options=self.options, progress=False)
+        return [found[key].numpy().view(np.uint8) for key in keys]
+
+    def close(self) -> None:
+        self.manager.close()
+        with S3Backend(self.bucket, self.path, self.options) as backend:
+            backend.delete([entry.key for entry in backend.list()])
 
 
 class Incckpt:
@@ -98,25 +135,29 @@ def measure(work: Callable[[], object], nbytes: int) -> tuple[float, float]:
 def run(bucket: str, path: str, options: Mapping[str, Any], arguments: argparse.Namespace) -> None:
     """Measure and print."""
     tuned = {**options, "config_kwargs": client_config(), "max_concurrency": 1}
-    contenders: dict[str, Incckpt | S3fs] = {
-        "incckpt": Incckpt(bucket, f"{path}/incckpt", options, arguments.threads),
+    contenders: dict[str, Checkpoints | Incckpt | S3fs] = {
+        "save, load": Checkpoints(bucket, f"{path}/load", options, in_place=False),
+        "save, restore": Checkpoints(bucket, f"{path}/restore", options, in_place=True),
+        "backend": Incckpt(bucket, f"{path}/incckpt", options, arguments.threads),
         "s3fs": S3fs(bucket, f"{path}/s3fs", options),
         "s3fs tuned": S3fs(bucket, f"{path}/tuned", tuned, arguments.threads),
     }
     nbytes = arguments.objects * arguments.mib * MIB
-    generator = random.Random(0)
-    values = {f"objects/{number:04d}": generator.randbytes(arguments.mib * MIB) for number in range(arguments.objects)}
-    keys = list(values)
+    generator = np.random.default_rng(0)
+    keys = [f"objects/{number:04d}" for number in range(arguments.objects)]
     figures: dict[tuple[str, str], list[tuple[float, float]]] = {}
     try:
         for number in range(arguments.rounds + 1):
+            values = {key: generator.bytes(arguments.mib * MIB) for key in keys}
             names = list(contenders)
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 contender = contenders[name]
                 put = measure(lambda: contender.put(values), nbytes)  # noqa: B023
-                got: list[bytes] = []
+                if isinstance(contender, Checkpoints):  # without making the tensors
+                    put = (nbytes / MIB / contender.saved, put[1])
+                got: list[Any] = []
                 get = measure(lambda: got.extend(contender.get(keys)), nbytes)  # noqa: B023
-                if got != list(values.values()):
+                if any(memoryview(one) != value for one, value in zip(got, values.values(), strict=True)):
                     raise SystemExit(f"{name}: what came back is not what was put")
                 if number:  # the first round warms up
                     figures.setdefault((name, "put"), []).append(put)
@@ -125,11 +166,11 @@ def run(bucket: str, path: str, options: Mapping[str, Any], arguments: argparse.
         for contender in contenders.values():
             contender.close()
     print(f"{arguments.objects} objects of {arguments.mib} MiB, {arguments.rounds} rounds, s3fs {s3fs.__version__}")
-    print(f"{'':12} {'':4} {'MiB/s':>7} {'min':>7} {'max':>7} {'CPU s/GiB':>10}")
+    print(f"{'':13} {'':4} {'MiB/s':>7} {'min':>7} {'max':>7} {'CPU s/GiB':>10}")
     for (name, what), found in figures.items():
         rates, cpus = zip(*found, strict=True)
         print(
-            f"{name:12} {what:4} {statistics.median(rates):7.0f} {min(rates):7.0f} {max(rates):7.0f} "
+            f"{name:13} {what:4} {statistics.median(rates):7.0f} {min(rates):7.0f} {max(rates):7.0f} "
             f"{statistics.median(cpus):10.2f}"
         )
 
