@@ -216,6 +216,19 @@ def test_zombie_and_replacement_commit_the_same_step(backend: MemoryBackend) -> 
     check_clean(backend)
 
 
+def test_two_processes_write_one_run(tmp_path: Path) -> None:
+    backend = LocalBackend(tmp_path)
+    save(backend, 1)
+    for pattern, operation, step in (("objects/*", "put", 2), ("refs/*", "create", 3)):
+        with stopped("save", tmp_path, "default", step, operation, pattern) as other:
+            save(backend, step)
+            assert ended(other) == ["SupersededError"], "it is told within that very save"
+        check_read(backend, step)
+    with incckpt.CheckpointManager(backend, read_only=True) as reader:
+        assert [c.step for c in reader.list()] == [3]
+    check_clean(backend)
+
+
 def test_two_collectors_at_once(tmp_path: Path) -> None:
     backend = LocalBackend(tmp_path)
     save(backend, 100)

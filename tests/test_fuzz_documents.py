@@ -305,6 +305,7 @@ def test_damage_is_a_clean_error_and_deletes_nothing_good(damage: Damage) -> Non
                 check(contents, key, backend)
             except Exception as error:
                 raise AssertionError(f"{damage.__name__} of {key}: {contents.get(key)!r:.400}") from error
+        backend.inner.delete([entry.key for entry in backend.list()])  # it would stay in memory
 
 
 @pytest.mark.parametrize("kind", ["manifest", "ref", "lineage", "condemned", "store"])

@@ -1,7 +1,7 @@
 """The protocol, proved wrong where it can be: the store's own code, every order of requests, each rule taken away.
 
 By default every scenario is explored whole, with the bounds that are its own. INCCKPT_SIMULATION=1 adds larger bounds,
-up to a number of states, and makes the stories a hundred times as long (2: two hundred times, and so on). Stories are
+up to a number of states, and makes the stories ten times as long (2: twenty times, and so on). Stories are
 drawn from a seed and not by Hypothesis, whose shrinking needs programs that can be cut; what fails is told by its seed.
 
     INCCKPT_SIMULATION=1 python -m pytest tests/test_simulation.py -s
@@ -24,7 +24,7 @@ from tests.simulation.world import simulated
 MORE = int(os.environ.get("INCCKPT_SIMULATION", "0"))
 LIMIT = 200_000  # far beyond what any scope has by default
 MORE_LIMIT = 300_000
-REQUESTS = 4_000 * max(1, 100 * MORE)
+REQUESTS = 4_000 * max(1, 10 * MORE)
 
 
 @pytest.fixture(autouse=True)
