@@ -68,7 +68,7 @@ def extension(name: str, *headers: str) -> Extension:
     )
 
 
-EXTENSIONS = [extension("_delta", "_detect.h", "_sums.h"), extension("_planes", "_planes.h", "_huffman.h")]
+EXTENSIONS = [extension("_delta", "_detect.h", "_sums.h"), extension("_planes", "_frames.h", "_planes.h", "_huffman.h")]
 
 setup(
     ext_modules=cythonize(EXTENSIONS, build_dir="build/cython", compiler_directives=DIRECTIVES),

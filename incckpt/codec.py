@@ -20,8 +20,9 @@ from typing import Final, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from incckpt.digests import frame_digests
 from incckpt.errors import CodecError
-from incckpt.frames import DELTA, FRAME_BYTES, WAYS, CodedFrame, decode_frame, encode_frame, encode_text
+from incckpt.frames import BATCH, DELTA, FRAME_BYTES, WAYS, CodedFrame, decode_frame, encode_frames, encode_text
 
 __all__ = [
     "FRAME_BYTES",
@@ -180,8 +181,7 @@ def digest(raw: Buffer) -> Digest:
     raw
         ``uint8[n]``, contiguous.
     """
-    view = _view(raw)
-    frames = b"".join(hashlib.sha256(view[start:stop]).digest() for start, stop in _spans(len(view)))
+    frames = frame_digests(_view(raw), FRAME_BYTES)
     return Digest(hashlib.sha256(frames).digest(), frames)
 
 
@@ -272,9 +272,11 @@ def encode(
     if len(identity) != 32 or (before is not None and len(before) != len(view)):
         raise ValueError(f"the base must have an identity of 32 bytes, and {len(view)} raw bytes as the chunk has")
     writer = _Writer(len(view), digest, out)
-    for start, stop in _spans(len(view)):
-        frame_base = None if before is None else before[start:stop]
-        writer.add(encode_frame(view[start:stop], frame_base, itemsize, writer.room(stop - start)))
+    for start in range(0, len(view), BATCH * FRAME_BYTES):
+        raw_frames = view[start : start + BATCH * FRAME_BYTES]
+        base_frames = None if before is None else before[start : start + BATCH * FRAME_BYTES]
+        for frame in encode_frames(raw_frames, base_frames, itemsize, writer.room(len(raw_frames))):
+            writer.add(frame)
     return writer.finish(itemsize, identity)
 
 

@@ -5,15 +5,16 @@ byte planes); *delta* (each element's difference to the base's, in the order of 
 or *zstd* (the whole frame). A plane is stored as a block: *raw*, *constant*, *masked* (a bitmap of the bytes unlike the
 commonest, and those bytes) or *zstd* (used as an entropy coder). The layout is in ``docs/objects.md``.
 
-Everything that takes time lets go of the interpreter's lock. Compressors and scratch memory (about 6 MiB) are kept per
-thread.
+Everything that takes time lets go of the interpreter's lock. Scratch memory is kept and used again.
 """
 
 from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from incckpt import _planes
 from incckpt.errors import CodecError
 
 __all__ = [
+    "BATCH",
     "DELTA",
     "FRAME_BYTES",
     "INTRA",
@@ -31,11 +33,12 @@ __all__ = [
     "ZSTD",
     "CodedFrame",
     "decode_frame",
-    "encode_frame",
+    "encode_frames",
     "encode_text",
 ]
 
 FRAME_BYTES: Final = 1 << 20
+BATCH: Final = 16
 RAW, INTRA, DELTA, ZSTD = range(4)
 WAYS: Final = ("raw", "intra", "delta", "zstd")
 BLOCK_RAW, BLOCK_CONSTANT, BLOCK_MASKED, BLOCK_ZSTD = range(4)
@@ -73,11 +76,9 @@ class CodedFrame(NamedTuple):
 
 
 class _Worker(threading.local):
-    """Compressors and scratch memory of one thread."""
+    """A decompressor and scratch memory of one thread, for decoding."""
 
     def __init__(self) -> None:
-        self.fast = zstandard.ZstdCompressor(level=1)
-        self.general = zstandard.ZstdCompressor(level=3)
         self.decompressor = zstandard.ZstdDecompressor(max_window_size=FRAME_BYTES)
         self._planes = memoryview(bytearray(FRAME_BYTES + 8 * _PLANE_GAP))
         self.others = memoryview(bytearray(FRAME_BYTES))
@@ -95,49 +96,102 @@ _worker = _Worker()
 # ---- encoding --------------------------------------------------------------------------------------------------------
 
 
-def encode_frame(raw: memoryview, base: memoryview | None, itemsize: int, out: memoryview) -> CodedFrame:
-    """Code a frame in its cheapest way.
+class _Encoder:
+    """Compressors and scratch memory (about 37 MiB, where all of it is used), for one call at a time."""
+
+    def __init__(self) -> None:
+        self.fast = zstandard.ZstdCompressor(level=1)
+        self.general = zstandard.ZstdCompressor(level=3)
+        self.planes = _planes.Coder(BATCH, FRAME_BYTES, _RAW_BITS, _HUFFMAN_BITS, _MASKED_SHARE, _WORTHWHILE)
+
+
+_idle: list[_Encoder] = []  # the last one used is the next: there are as many as ever encoded at one time
+
+
+@contextmanager
+def _encoder() -> Iterator[_Encoder]:
+    try:
+        encoder = _idle.pop()
+    except IndexError:
+        encoder = _Encoder()
+    yield encoder
+    _idle.append(encoder)
+
+
+class _Plan(NamedTuple):
+    """What the sample of a frame says.
+
+    Attributes
+    ----------
+    delta
+        Whether the planes should be those of a delta.
+    cost, full_cost
+        The size to expect, of the raw size: of these planes, and of the best way without a base.
+    text
+        Whether zstd looks better than planes.
+    planes
+        Statistics of the planes.
+    """
+
+    delta: bool
+    cost: float
+    full_cost: float
+    text: bool
+    planes: Sequence[tuple[float, float, int]]
+
+
+def encode_frames(raw: memoryview, base: memoryview | None, itemsize: int, out: memoryview) -> list[CodedFrame]:
+    """Code frames, each in its cheapest way.
+
+    Takes and gives back the interpreter's lock some five times, however many frames there are: each time may put
+    the training thread to sleep (docs/decisions/007).
 
     Parameters
     ----------
     raw
-        ``uint8[n]``, ``0 < n <= FRAME_BYTES``.
+        ``uint8[n]``, ``0 < n <= BATCH * FRAME_BYTES``: frames one after the other, only the last may be shorter.
     base
         ``uint8[n]``, the same place of the base, or ``None``.
     itemsize
         Bytes of an element: 1, 2, 4 or 8.
     out
-        ``uint8[n]``, of which the coded bytes take the first.
+        ``uint8[n]``, of which the coded bytes take the first, end to end.
     """
-    nbytes = raw.nbytes
-    elements = nbytes - nbytes % itemsize
-    if elements >= _FEWEST * itemsize:
-        body = raw[:elements]
-        planes = _planes.survey(body, None, itemsize, _planes.BEST)
-        cost, way = _cost(planes), INTRA
-        zstd_cost = _probe(raw)
-        full_cost = min(cost, zstd_cost, 1.0)
-        if base is not None:
-            base = base[:elements]
-            differences = _planes.survey(body, base, itemsize, _planes.BEST)
-            delta_cost = _cost(differences)
-            if delta_cost < _DELTA_GAIN * full_cost:
-                planes, cost, way = differences, delta_cost, DELTA
-        if zstd_cost < _ZSTD_GAIN * min(cost, 1.0):
-            coded = encode_text(raw, out)
-            if coded.nbytes < min(_WORTHWHILE, cost) * nbytes:  # the piece may have been unlike the rest
-                return coded
-        if cost < 1.0:
-            size = _write_planes(body, base if way == DELTA else None, planes, raw[elements:], out)
-            if size < nbytes:
-                return CodedFrame(way, size, size if way == INTRA else round(full_cost * nbytes))
-    _planes.copy(raw, out)
-    return CodedFrame(RAW, nbytes, nbytes)
+    frames = [raw[start : start + FRAME_BYTES] for start in range(0, raw.nbytes, FRAME_BYTES)]
+    with _encoder() as encoder:
+        plans = _plans(encoder, raw, base, itemsize, frames)
+        texts = _texts(encoder, plans, frames)
+        wanted = [
+            None if plan is None or plan.cost >= 1.0 or i in texts else (plan.delta, plan.planes)
+            for i, plan in enumerate(plans)
+        ]
+        spans, asides = encoder.planes.code(raw, base, itemsize, wanted, _planes.BEST)
+        contents = _fill(encoder, asides)
+        parts: list[memoryview | zstandard.BufferSegment] = []
+        coded: list[CodedFrame] = []
+        for i, (frame, plan, span) in enumerate(zip(frames, plans, spans, strict=True)):
+            whole = frame.nbytes
+            if span is not None and plan is not None:
+                pieces, size = _pieces(encoder, span, contents)
+                if size < whole:
+                    parts += pieces
+                    full = round(plan.full_cost * whole) if plan.delta else size
+                    coded.append(CodedFrame(DELTA if plan.delta else INTRA, size, full))
+                    continue
+            if i in texts:
+                parts.append(texts[i])
+                coded.append(CodedFrame(ZSTD, len(texts[i]), len(texts[i])))
+            else:
+                parts.append(frame)
+                coded.append(CodedFrame(RAW, whole, whole))
+        _planes.gather(parts, out)
+    return coded
 
 
 def encode_text(raw: memoryview, out: memoryview) -> CodedFrame:
-    """Code a frame by zstd, or not at all. Arguments as of `encode_frame`."""
-    coded = _worker.general.compress(raw)
+    """Code a frame, ``uint8[n]``, to the first bytes of `out`, ``uint8[n]``, by zstd or not at all."""
+    with _encoder() as encoder:
+        coded = encoder.general.compress(raw)
     if len(coded) < raw.nbytes:
         _planes.copy(coded, out[: len(coded)])
         return CodedFrame(ZSTD, len(coded), len(coded))
@@ -145,97 +199,94 @@ def encode_text(raw: memoryview, out: memoryview) -> CodedFrame:
     return CodedFrame(RAW, raw.nbytes, raw.nbytes)
 
 
+def _plans(
+    encoder: _Encoder, raw: memoryview, base: memoryview | None, itemsize: int, frames: list[memoryview]
+) -> list[_Plan | None]:
+    """Return what samples of the frames say; ``None`` where there is too little to say anything."""
+    surveys, differences = _planes.survey_frames(raw, base, itemsize, FRAME_BYTES, _planes.BEST)
+    large = [frame for frame in frames if frame.nbytes // itemsize >= _FEWEST]
+    pieces = [_middle(frame) for frame in large]
+    probes = [len(coded) / len(piece) for coded, piece in zip(_compress(encoder.fast, pieces), pieces, strict=True)]
+    plans: list[_Plan | None] = []
+    for planes, different, zstd_cost in zip(
+        surveys, differences or surveys, probes, strict=False
+    ):  # only the last can be small
+        delta, cost = False, _cost(planes)
+        full_cost = min(cost, zstd_cost, 1.0)
+        if base is not None and (delta_cost := _cost(different)) < _DELTA_GAIN * full_cost:
+            delta, cost, planes = True, delta_cost, different
+        plans.append(_Plan(delta, cost, full_cost, zstd_cost < _ZSTD_GAIN * min(cost, 1.0), planes))
+    return plans + [None] * (len(frames) - len(plans))
+
+
+def _texts(
+    encoder: _Encoder, plans: Sequence[_Plan | None], frames: Sequence[memoryview]
+) -> dict[int, zstandard.BufferSegment]:
+    """Return, by number, what zstd makes of the frames that look like text, where the whole frame is as its sample."""
+    likely = [(i, plan) for i, plan in enumerate(plans) if plan is not None and plan.text]
+    coded = _compress(encoder.general, [frames[i] for i, _ in likely])
+    return {
+        i: text
+        for (i, plan), text in zip(likely, coded, strict=True)
+        if len(text) < min(_WORTHWHILE, plan.cost) * frames[i].nbytes
+    }
+
+
+class _Content(NamedTuple):
+    """The content of a block that the planes' coder set aside, to be put in behind its head."""
+
+    head: int
+    data: memoryview | zstandard.BufferSegment
+
+
+def _fill(encoder: _Encoder, asides: Sequence[tuple[int, int, int, int]]) -> deque[_Content]:
+    """Code what was set aside and complete the heads; return the contents in order."""
+    out, side = encoder.planes.out, memoryview(encoder.planes.side)
+    data = [side[start : start + nbytes] for _, _, start, nbytes in asides]
+    contents: deque[_Content] = deque()
+    for (head, outer, _, _), plain, coded in zip(asides, data, _compress(encoder.fast, data), strict=True):
+        worthwhile = len(coded) <= int(_WORTHWHILE * len(plain))
+        content = coded if worthwhile else plain
+        _BLOCK.pack_into(out, head, BLOCK_ZSTD if worthwhile else BLOCK_RAW, len(content))
+        if outer >= 0:
+            kind, length = _BLOCK.unpack_from(out, outer)
+            _BLOCK.pack_into(out, outer, kind, length + len(content))
+        contents.append(_Content(head, content))
+    return contents
+
+
+def _pieces(
+    encoder: _Encoder, span: tuple[int, int], contents: deque[_Content]
+) -> tuple[list[memoryview | zstandard.BufferSegment], int]:
+    """Return the parts of a frame in order, taking those of its blocks that were set aside, and their size."""
+    out = memoryview(encoder.planes.out)
+    at, end = span
+    pieces: list[memoryview | zstandard.BufferSegment] = []
+    while contents and contents[0].head < end:
+        head, data = contents.popleft()
+        pieces += (out[at : head + _BLOCK.size], data)
+        at = head + _BLOCK.size
+    pieces.append(out[at:end])
+    return pieces, sum(len(piece) for piece in pieces)
+
+
+def _compress(compressor: zstandard.ZstdCompressor, data: list[memoryview]) -> list[zstandard.BufferSegment]:
+    """Return what becomes of each of `data`, none of them empty, coded in one call."""
+    if not data:
+        return []
+    coded = compressor.multi_compress_to_buffer(list(data), threads=1)
+    return [coded[i] for i in range(len(coded))]
+
+
+def _middle(frame: memoryview) -> memoryview:
+    """Return the piece of a frame that zstd is tried on."""
+    start = max(0, (frame.nbytes - _PROBE_BYTES) // 2)
+    return frame[start : start + _PROBE_BYTES]
+
+
 def _cost(planes: Sequence[tuple[float, float, int]]) -> float:
     """Return the size to expect of planes with these statistics, of their raw size."""
     return sum(bits if bits < _RAW_BITS else 8.0 for bits, _, _ in planes) / (8 * len(planes))
-
-
-def _probe(raw: memoryview) -> float:
-    """Return what fast zstd makes of a piece from the middle of `raw`, of its size."""
-    start = max(0, (raw.nbytes - _PROBE_BYTES) // 2)
-    piece = raw[start : start + _PROBE_BYTES]
-    return len(_worker.fast.compress(piece)) / piece.nbytes
-
-
-def _write_planes(
-    body: memoryview,
-    base: memoryview | None,
-    statistics: Sequence[tuple[float, float, int]],
-    tail: memoryview,
-    out: memoryview,
-) -> int:
-    """Split `body` into planes, write their blocks and `tail`; return the size, all of `out` if they do not fit."""
-    itemsize = len(statistics)
-    n = body.nbytes // itemsize
-    slot = _BLOCK.size + n
-    # The low planes are mostly noise: those below the first that is not are split right to where they are stored.
-    noise = 0
-    while noise < itemsize and statistics[noise][0] >= _RAW_BITS and (noise + 1) * slot <= out.nbytes:
-        noise += 1
-    planes = [out[j * slot + _BLOCK.size : (j + 1) * slot] for j in range(noise)]
-    planes += [_worker.plane(j, n) for j in range(noise, itemsize)]
-    _planes.split(body, base, planes, _planes.BEST)
-    for j in range(noise):
-        _BLOCK.pack_into(out, j * slot, BLOCK_RAW, n)
-    at = noise * slot
-    try:
-        for plane, found in zip(planes[noise:], statistics[noise:], strict=True):
-            at = _write_block(out, at, plane, *found)
-        return _write(out, at, tail)
-    except _FullError:
-        return len(out)
-
-
-class _FullError(Exception):
-    """The coded bytes would be as many as the raw ones."""
-
-
-def _write(out: memoryview, at: int, part: bytes | memoryview) -> int:
-    """Write `part` at `at` and return where it ends."""
-    end = at + len(part)
-    if end > len(out):
-        raise _FullError
-    _planes.copy(part, out[at:end])
-    return end
-
-
-def _write_block(out: memoryview, at: int, data: memoryview, bits: float, share: float, commonest: int) -> int:
-    """Write a plane as a block at `at` and return where it ends."""
-    if share <= _MASKED_SHARE or (share == 1.0 and _planes.constant(data, _planes.BEST)):
-        return _write_plain_block(out, at, data, bits, share, commonest)
-    bitmap = _worker.bitmap[: (len(data) + 7) // 8]
-    count = _planes.mask(data, commonest, bitmap, _worker.others, _planes.BEST)
-    end = _write(out, at + _BLOCK.size, bytes((commonest,)))
-    for inner in (bitmap, _worker.others[:count]):
-        (found,) = _planes.survey(inner, None, 1, _planes.BEST)
-        end = _write_plain_block(out, end, inner, *found)
-    _BLOCK.pack_into(out, at, BLOCK_MASKED, end - at - _BLOCK.size)
-    return end
-
-
-def _write_plain_block(out: memoryview, at: int, data: memoryview, bits: float, share: float, commonest: int) -> int:
-    """Write a block without a mask at `at` and return where it ends."""
-    start = at + _BLOCK.size
-    if share == 1.0 and len(data) > 1 and _planes.constant(data, _planes.BEST):
-        end = _write(out, start, bytes((commonest,)))
-        kind = BLOCK_CONSTANT
-    elif bits < _RAW_BITS and (end := _write_zstd(out, start, data, bits)):
-        kind = BLOCK_ZSTD
-    else:
-        end = _write(out, start, data)
-        kind = BLOCK_RAW
-    _BLOCK.pack_into(out, at, kind, end - start)
-    return end
-
-
-def _write_zstd(out: memoryview, at: int, data: memoryview, bits: float) -> int:
-    """Write `data` entropy-coded at `at` and return where it ends, or 0 if that does not save enough."""
-    room = out[at : at + int(_WORTHWHILE * len(data))]
-    if bits >= _HUFFMAN_BITS:
-        size = _planes.huffman(data, room, _planes.BEST)
-        return at + size if size else 0
-    coded = _worker.fast.compress(data)
-    return _write(out, at, coded) if len(coded) <= len(room) else 0
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------

@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import Final, TypeVar
 
-__all__ = ["Pipeline"]
+__all__ = ["LOCAL_REQUESTS", "REMOTE_REQUESTS", "Pipeline"]
 
 _T = TypeVar("_T")
 
-_REMOTE_REQUESTS = 32
-_LOCAL_REQUESTS = 4
+REMOTE_REQUESTS: Final = 32
+LOCAL_REQUESTS: Final = 4
 
 
 class Pipeline:
@@ -20,8 +20,8 @@ class Pipeline:
 
     Parameters
     ----------
-    remote
-        Whether requests cross a network, so that many should be under way at once.
+    requests
+        How many items may be under way at once, most of them waiting; at least `threads` are.
     threads
         How many workers may compute at one time: they hold `cpu` while they do.
     bytes_in_flight
@@ -30,8 +30,7 @@ class Pipeline:
         Of the threads.
     """
 
-    def __init__(self, *, remote: bool, threads: int, bytes_in_flight: int, name: str) -> None:
-        requests = _REMOTE_REQUESTS if remote else _LOCAL_REQUESTS
+    def __init__(self, *, requests: int, threads: int, bytes_in_flight: int, name: str) -> None:
         self._workers = ThreadPoolExecutor(max(requests, threads), name)
         self.cpu = threading.BoundedSemaphore(threads)
         self._limit = bytes_in_flight

@@ -22,7 +22,7 @@ from incckpt.errors import CodecError, CorruptionError, MissingObjectError
 from incckpt.hostmem import new_buffer
 from incckpt.manifest import Chunk, Manifest, Stored
 from incckpt.objects import ObjectKey, chunk_keys
-from incckpt.pipeline import Pipeline
+from incckpt.pipeline import LOCAL_REQUESTS, REMOTE_REQUESTS, Pipeline
 from incckpt.staging import Base, Content
 from incckpt.store import Store
 from incckpt.structure import Tree, parse, references, select
@@ -76,7 +76,10 @@ class Reader:
         self._store = store
         self._verify = verify
         self._pipeline = Pipeline(
-            remote=store.backend.remote, threads=threads, bytes_in_flight=bytes_in_flight, name="incckpt-read"
+            requests=REMOTE_REQUESTS if store.backend.remote else LOCAL_REQUESTS,
+            threads=threads,
+            bytes_in_flight=bytes_in_flight,
+            name="incckpt-read",
         )
 
     def read(self, reads: Iterable[ChunkRead], progress: Callable[[int], None] = lambda nbytes: None) -> None:

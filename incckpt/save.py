@@ -16,7 +16,7 @@ from incckpt.entries import TensorEntry, entry_to_json
 from incckpt.errors import BackendError, SupersededError
 from incckpt.manifest import Chunk, Manifest, Stored
 from incckpt.objects import ObjectKey, chunk_keys, manifest_keys
-from incckpt.pipeline import Pipeline
+from incckpt.pipeline import REMOTE_REQUESTS, Pipeline
 from incckpt.refs import Ref, RefName, Tombstone
 from incckpt.report import SaveReport
 from incckpt.runs import Run
@@ -160,8 +160,10 @@ class Writer:
         self.attempt = attempt
         self._settle = settle
         self._base_of = base_of
+        # On this machine's own disk a put is work for its cores, the syncing included, not waiting to be filled.
+        requests = REMOTE_REQUESTS if store.backend.remote else threads
         self._pipeline = pipeline or Pipeline(
-            remote=store.backend.remote, threads=threads, bytes_in_flight=256 << 20, name="incckpt-write"
+            requests=requests, threads=threads, bytes_in_flight=256 << 20, name="incckpt-write"
         )
         self._heartbeat_seconds = heartbeat_seconds
         self._by_identity: dict[str, Chunk] = {}

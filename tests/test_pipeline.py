@@ -12,7 +12,7 @@ from incckpt.pipeline import Pipeline
 
 @pytest.fixture
 def pipeline() -> Iterator[Pipeline]:
-    pipeline = Pipeline(remote=True, threads=2, bytes_in_flight=100, name="test")
+    pipeline = Pipeline(requests=32, threads=2, bytes_in_flight=100, name="test")
     yield pipeline
     pipeline.close()
 
