@@ -140,8 +140,8 @@ class Layout:
     ----------
     chunk_bytes
         The most that a chunk holds.
-    sizes
-        ``(bytes, element size)`` of each range.
+    sizes, kinds
+        ``(bytes, element size)`` of each range, and what it holds, as `range_kinds` says.
     table
         The segments.
     ranges
@@ -150,20 +150,21 @@ class Layout:
 
     chunk_bytes: int
     sizes: list[tuple[int, int]]
+    kinds: list[str]
     table: ChunkTable
     ranges: tuple[Range, ...]
 
     @classmethod
-    def of(cls, sizes: list[tuple[int, int]], chunk_bytes: int) -> Layout:
-        """Plan the chunks of ranges of these sizes."""
-        table = plan(sizes, chunk_bytes=chunk_bytes)
+    def of(cls, sizes: list[tuple[int, int]], kinds: list[str], chunk_bytes: int) -> Layout:
+        """Plan the chunks of ranges of these sizes and kinds."""
+        table = plan(sizes, kinds, chunk_bytes=chunk_bytes)
         pieces: list[list[tuple[int, int, int]]] = [[] for _ in sizes]
         order = np.lexsort((table.seg_range_offset, table.seg_range))
         columns = (table.seg_range, table.seg_chunk, table.seg_chunk_offset, table.seg_nbytes)
         for index, *piece in zip(*(column[order].tolist() for column in columns), strict=True):
             pieces[index].append((piece[0], piece[1], piece[2]))
         ranges = (Range(nbytes, item, tuple(parts)) for (nbytes, item), parts in zip(sizes, pieces, strict=True))
-        return cls(chunk_bytes, sizes, table, tuple(ranges))
+        return cls(chunk_bytes, sizes, kinds, table, tuple(ranges))
 
     def addresses(self, ranges: Sequence[ByteRange]) -> Addresses:
         """Return the address of each segment in the ranges' memory; ``uintp[m]``."""
@@ -213,10 +214,10 @@ class Base:
         self.pool.trim(keep_bytes)
         self._pinned.trim(keep_bytes)
 
-    def layout_for(self, sizes: list[tuple[int, int]]) -> Layout:
+    def layout_for(self, sizes: list[tuple[int, int]], kinds: list[str]) -> Layout:
         """Return the layout of ranges of these ``(bytes, element size)``; another than the last forgets the base."""
-        if self._layout is None or sizes != self._layout.sizes:
-            layout = Layout.of(sizes, self.chunk_bytes)
+        if self._layout is None or sizes != self._layout.sizes or kinds != self._layout.kinds:
+            layout = Layout.of(sizes, kinds, self.chunk_bytes)
             with self._lock:
                 self._layout = layout
                 self._slots = [_Slot() for _ in range(len(layout.table.chunk_nbytes))]
@@ -250,7 +251,7 @@ class Base:
             One content per chunk of the layout. What is in device memory is copied before it is compared; when this
             returns the state may change.
         """
-        layout = self.layout_for([(item.nbytes, item.itemsize) for item in flat.ranges])
+        layout = self.layout_for(flat.sizes, flat.kinds)
         table = layout.table
         with self._lock:
             held = [slot.comparable for slot in self._slots]
