@@ -42,26 +42,34 @@ class DeltaHistory:
     """The deltas stored against a full object, and when it is time for another full one.
 
     A cycle of one full object and n deltas costs (F + d₁ + … + dₙ) / (n + 1) bytes a save. This falls while the next
-    delta is smaller than it, so the cycle ends when the last delta was not.
+    delta is smaller than it, so the cycle ends when the last delta was not: when (n + 1) dₙ - (d₁ + … + dₙ), which is
+    d₁ at first and grows, has reached F.
+
+    A chunk's `first` cycle ends on the way there, evenly spread over the chunks, so that not all of them are due at
+    once ever after. Later ones do not: deltas of dense training grow so slowly that, of the cost, 3 % more make a cycle
+    four times as long.
     """
 
+    first: bool = True
     count: int = 0
+    start: int = 0
     total: int = 0
     last: int = 0
 
     def add(self, nbytes: int) -> None:
         """Note a delta of `nbytes`."""
+        if self.count == 0:
+            self.start = nbytes
         self.count += 1
         self.total += nbytes
         self.last = nbytes
 
     def is_over(self, full_nbytes: int, index: int) -> bool:
-        """Whether chunk `index`, whose full object takes `full_nbytes`, should be stored in full now.
-
-        The bound differs by up to a tenth from chunk to chunk, so that not all of them are due at once.
-        """
-        stagger = 0.9 + 0.2 * (index * 0.6180339887498949 % 1.0)
-        return self.count > 0 and self.last * (self.count + 1) >= (full_nbytes + self.total) * stagger
+        """Whether chunk `index`, whose full object takes `full_nbytes`, should be stored in full now."""
+        bound: float = full_nbytes
+        if self.first:
+            bound -= index * 0.6180339887498949 % 1.0 * (full_nbytes - self.start)
+        return self.count > 0 and self.last * (self.count + 1) - self.total >= bound
 
 
 class Content:
@@ -123,6 +131,11 @@ class _Slot:
 
     full: Content | None = None
     latest: Content | None = None
+
+    def rebase(self, content: Content) -> None:
+        """Take the content of a new full object."""
+        content.deltas.first = self.full is None
+        self.full = content
 
     @property
     def comparable(self) -> Content | None:
@@ -296,9 +309,9 @@ class Base:
             if slot.latest is content:
                 slot.latest = None
                 if stored.base is None:
-                    slot.full = content
+                    slot.rebase(content)
             elif slot.latest is not None and stored.base is None and slot.full is not content:
-                slot.full = content
+                slot.rebase(content)
 
     def full(self, layout: Layout, index: int) -> Content | None:
         """Return the content of the last full object of chunk `index` of `layout`, if that is the layout still."""
