@@ -11,7 +11,7 @@
 
 #include "_planes.h"
 
-enum { BLOCK_RAW, BLOCK_CONSTANT, BLOCK_MASKED, BLOCK_ZSTD };
+enum { BLOCK_RAW, BLOCK_CONSTANT, BLOCK_MASKED, BLOCK_ZSTD, BLOCK_SPARSE };
 enum { BLOCK_HEAD = 5, PLANE_GAP = 192 }; /* bytes between planes: a power of two apart they would share cache sets */
 
 #define FRAMES_FULL SIZE_MAX
@@ -86,12 +86,23 @@ static size_t frames_plain_block(frames_coder *coder, size_t at, size_t outer, c
     return at + BLOCK_HEAD + n;
 }
 
+/* Whether the set bits of a bitmap, `count` of n, are few and lie anywhere: gaps are then shorter than the bitmap's bytes
+ * can be coded. Where they lie in rows, as in an embedding, zstd's matches in the bitmap are better. */
+static int frames_scattered(size_t count, size_t n, const planes_statistics *bitmap)
+{
+    const double share = (double)count / (double)n;
+    const double bits = -8.0 * (share * log2(share) + (1.0 - share) * log2(1.0 - share)); /* of a byte, at random */
+    return count && count <= n / 16 && bitmap->bits > 0.85 * bits;
+}
+
 /* Write a plane as a block at `at` and return where it ends. */
 static size_t frames_block(frames_coder *coder, size_t at, const uint8_t *data, size_t n,
                            const planes_statistics *found)
 {
     const uint8_t common = (uint8_t)found->commonest;
-    const uint8_t *const inner[2] = {coder->bitmap, coder->others};
+    const uint8_t *inner[2] = {coder->bitmap, coder->others};
+    planes_statistics statistics;
+    uint8_t kind = BLOCK_MASKED;
     size_t lengths[2], end;
     if (found->share <= coder->masked_share || (found->share == 1.0 && coder->kernels->constant(data, n)))
         return frames_plain_block(coder, at, FRAMES_FULL, data, n, found);
@@ -101,13 +112,26 @@ static size_t frames_block(frames_coder *coder, size_t at, const uint8_t *data, 
     lengths[1] = coder->kernels->mask(data, n, common, coder->bitmap, coder->others);
     coder->out[at + BLOCK_HEAD] = common;
     end = at + BLOCK_HEAD + 1;
-    for (int i = 0; i < 2 && end != FRAMES_FULL; i++) {
-        planes_statistics statistics;
-        planes_survey(coder->kernels, inner[i], NULL, lengths[i], 1, &statistics);
-        end = frames_plain_block(coder, end, at, inner[i], lengths[i], &statistics);
+    planes_survey(coder->kernels, inner[0], NULL, lengths[0], 1, &statistics);
+    if (frames_scattered(lengths[1], n, &statistics)) {
+        uint8_t *const gaps = coder->others + n / 2; /* of n bytes, the others take the first sixteenth */
+        const size_t m = gaps_from_bitmap(coder->bitmap, n, gaps, n / 8);
+        if (m <= n / 8 && coder->end - end >= 4) {
+            kind = BLOCK_SPARSE;
+            inner[0] = gaps;
+            lengths[0] = m;
+            for (int i = 0; i < 4; i++)
+                coder->out[end++] = (uint8_t)(m >> (8 * i));
+            planes_survey(coder->kernels, gaps, NULL, m, 1, &statistics);
+        }
+    }
+    end = frames_plain_block(coder, end, at, inner[0], lengths[0], &statistics);
+    if (end != FRAMES_FULL) {
+        planes_survey(coder->kernels, inner[1], NULL, lengths[1], 1, &statistics);
+        end = frames_plain_block(coder, end, at, inner[1], lengths[1], &statistics);
     }
     if (end != FRAMES_FULL)
-        frames_head(coder->out + at, BLOCK_MASKED, end - at - BLOCK_HEAD);
+        frames_head(coder->out + at, kind, end - at - BLOCK_HEAD);
     return end;
 }
 
