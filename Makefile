@@ -50,7 +50,7 @@ bench: $(VENV)/built ## All benchmarks, each at its small size
 
 clean: ## Remove what was built or downloaded, the environment included
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .ruff_cache .import_linter_cache .bench .demo
-	rm -f incckpt/*.so
+	rm -f incckpt/*.so incckpt/backends/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment. The build tools come first, so that the build uses the pinned ones.
@@ -63,6 +63,6 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 # The kernels, built in place: an editable install does not notice that their sources changed.
-$(VENV)/built: $(VENV)/installed setup.py $(wildcard incckpt/*.pyx incckpt/*.h)
+$(VENV)/built: $(VENV)/installed setup.py $(wildcard incckpt/*.pyx incckpt/*.h incckpt/backends/*.pyx)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@

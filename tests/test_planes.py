@@ -331,6 +331,33 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         _planes.unmask(b"\0\0", b"", 0, eight, 0)
 
 
+def test_chunks_that_do_not_fit_are_refused() -> None:
+    coder = _planes.Coder(0.97, 1.0, 0.36, 0.985, 0.9, 64)
+    eight, out = np.zeros(8, np.uint8), bytearray(8)
+    for chunk, reason in [
+        ((eight, None, 3, out), "elements of 3"),
+        ((eight, eight[:7], 2, out), "base has 7 bytes, not 8"),
+        ((eight, None, 2, out[:7]), "8 bytes may not fit into 7"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            coder.encode([(eight, None, 4, bytearray(8)), chunk], list, list, _planes.BEST)
+    with pytest.raises((BufferError, ValueError)):
+        coder.encode([(eight, None, 4, bytes(8))], list, list, _planes.BEST)
+    with pytest.raises(IndexError, match="variant"):
+        coder.encode([(eight, None, 4, out)], list, list, 99)
+    assert coder.encode([], list, list, _planes.BEST) == []
+    assert coder.encode([(eight, None, 4, out)], list, list, _planes.BEST) == [[(0, 8, 8)]]
+    sparse = np.where(np.arange(4096) % 64 == 0, np.arange(4096) % 251, 0).astype(np.uint8)
+    with pytest.raises(ValueError, match="0 results for"):
+        coder.encode([(sparse, None, 1, bytearray(4096))], lambda data: [], lambda data: [], _planes.BEST)
+    with pytest.raises(ZeroDivisionError):
+        coder.encode([(sparse, None, 1, bytearray(4096))], lambda data: [bytes(1 // 0)], list, _planes.BEST)
+    # What does not help is left: the blocks that were set aside are stored as they are.
+    (frame,) = coder.encode([(sparse, None, 1, bytearray(4096))], list, list, _planes.BEST)[0]
+    assert frame[0] == 1
+    assert 512 < frame[1] < 1024
+
+
 @EVERY_VARIANT
 def test_a_bitmap_that_lies_is_refused(variant: int) -> None:
     out = np.zeros(200, np.uint8)
