@@ -526,7 +526,8 @@ def copy(const uint8_t[::1] source not None, uint8_t[::1] target not None):
     if <size_t> target.shape[0] != n:
         raise ValueError(f"{n} bytes do not fit into {target.shape[0]}")
     if n < SMALL:  # handing the lock over and back takes longer
-        memcpy(end, start, n)
+        if n:
+            memcpy(end, start, n)
     else:
         with nogil:
             memcpy(end, start, n)
