@@ -70,7 +70,7 @@ def extension(name: str, *headers: str) -> Extension:
 
 EXTENSIONS = [
     extension("_delta", "_detect.h", "_sums.h"),
-    extension("_planes", "_frames.h", "_planes.h", "_huffman.h"),
+    extension("_planes", "_frames.h", "_planes.h", "_huffman.h", "_unhuffman.h"),
     extension("backends/_files"),
 ]
 

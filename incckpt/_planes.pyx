@@ -20,7 +20,14 @@ cdef extern from "_frames.h" nogil:
         double share
         double commonest
 
+    ctypedef struct unhuffman_stream:
+        pass
+
+    ctypedef struct unhuffman_table:
+        pass
+
     ctypedef void (*huffman_coder)(huffman_stream *, const uint64_t *) noexcept nogil
+    ctypedef int (*unhuffman_decoder)(unhuffman_stream *, const unhuffman_table *, int) noexcept nogil
 
     ctypedef struct planes_variant:
         const char *name
@@ -31,10 +38,12 @@ cdef extern from "_frames.h" nogil:
         size_t (*mask)(const uint8_t *, size_t, uint8_t, uint8_t *, uint8_t *) noexcept nogil
         void (*unmask)(const uint8_t *, const uint8_t *, size_t, size_t, uint8_t, uint8_t *) noexcept nogil
         huffman_coder coder
+        unhuffman_decoder decoder
 
     const planes_variant planes_variants[3]
     int planes_usable() noexcept
     size_t huffman_frame(huffman_coder, const uint8_t *, size_t, uint8_t *, size_t) noexcept
+    bint unhuffman_frame(unhuffman_decoder, const uint8_t *, size_t, uint8_t *, size_t) noexcept
     void planes_survey(
         const planes_variant *, const uint8_t *, const uint8_t *, size_t, int, planes_statistics *
     ) noexcept
@@ -585,3 +594,18 @@ def huffman(const uint8_t[::1] data not None, uint8_t[::1] out not None, int var
     with nogil:
         size = huffman_frame(kernels.coder, source, n, target, room)
     return size
+
+
+def unhuffman(const uint8_t[::1] coded not None, uint8_t[::1] out not None, int variant):
+    """Fill `out` with what a frame that `huffman` wrote holds, and return whether it is one, of that many bytes.
+
+    Where it is none, which zstd may be able to read nonetheless, `out` is undefined.
+    """
+    cdef const planes_variant *kernels = chosen(variant)
+    cdef const uint8_t *source = address(coded)
+    cdef uint8_t *target = <uint8_t *> address(out)
+    cdef size_t nbytes = <size_t> coded.shape[0], n = <size_t> out.shape[0]
+    cdef bint done
+    with nogil:
+        done = unhuffman_frame(kernels.decoder, source, nbytes, target, n)
+    return done

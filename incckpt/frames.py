@@ -49,6 +49,7 @@ _HUFFMAN_BITS = 1.0  # of entropy in a byte, below which zstd's matches and runs
 _MASKED_SHARE = 0.36  # of the commonest byte, from which a mask is smaller and faster than Huffman codes alone
 _DELTA_GAIN = 0.985  # of intra's cost, below which a delta is worth the reading of its base
 _ZSTD_GAIN = 0.9  # of the planes' cost, below which zstd is worth its slower decoding
+_SLOW_ZSTD = 0.6  # of the raw size, above which zstd decodes literals more slowly than we do
 _FEWEST = 64  # elements, below which planes do not pay for their heads
 _PLANE_GAP = 192  # bytes between planes in scratch memory: at a distance of a power of two they would share cache sets
 
@@ -221,7 +222,7 @@ def _read_block(
         np.frombuffer(scratch, np.uint8).fill(content[0])
         return scratch, end
     if kind == BLOCK_ZSTD:
-        return _inflate(content, n), end
+        return _expand(content, scratch), end
     if kind == BLOCK_MASKED and masks and length >= 1:
         _read_mask(content, n, scratch)
         return scratch, end
@@ -242,6 +243,13 @@ def _read_mask(content: memoryview, n: int, scratch: memoryview) -> None:
         _planes.unmask(bitmap, others, content[0], scratch, _planes.BEST)
     except ValueError as error:
         raise CodecError(str(error)) from error
+
+
+def _expand(coded: memoryview, scratch: memoryview) -> bytes | memoryview:
+    """Return the bytes of an entropy-coded block, which may be `scratch`."""
+    if len(coded) > _SLOW_ZSTD * len(scratch) and _planes.unhuffman(coded, scratch, _planes.BEST):
+        return scratch
+    return _inflate(coded, len(scratch))
 
 
 def _inflate(coded: memoryview, nbytes: int) -> bytes:
