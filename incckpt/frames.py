@@ -49,7 +49,7 @@ _HUFFMAN_BITS = 1.0  # of entropy in a byte, below which zstd's matches and runs
 _MASKED_SHARE = 0.36  # of the commonest byte, from which a mask is smaller and faster than Huffman codes alone
 _DELTA_GAIN = 0.985  # of intra's cost, below which a delta is worth the reading of its base
 _ZSTD_GAIN = 0.9  # of the planes' cost, below which zstd is worth its slower decoding
-_SLOW_ZSTD = 0.6  # of the raw size, above which zstd decodes literals more slowly than we do
+_SLOW_ZSTD = 0.5  # of the raw size, above which zstd decodes literals more slowly than we do
 _FEWEST = 64  # elements, below which planes do not pay for their heads
 _PLANE_GAP = 192  # bytes between planes in scratch memory: at a distance of a power of two they would share cache sets
 
