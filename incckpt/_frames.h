@@ -13,12 +13,10 @@
 #include "_planes.h"
 
 enum { WAY_RAW, WAY_INTRA, WAY_DELTA, WAY_ZSTD };
-enum { BLOCK_RAW, BLOCK_CONSTANT, BLOCK_MASKED, BLOCK_ZSTD };
+enum { BLOCK_RAW, BLOCK_CONSTANT, BLOCK_MASKED, BLOCK_ZSTD, BLOCK_SPARSE };
 enum { FRAME_BYTES = 1 << 20, BLOCK_HEAD = 5, PLANE_GAP = 192 }; /* planes a power of two apart would share cache sets */
 enum { REPEATS_BYTES = 16 << 10, REPEATS_LOG = 12, REPEATS_COST = 2 /* bytes that zstd needs for a match, about */ };
 #define REPEATS_SIGN 0.98 /* matches by chance, in numbers, save less */
-
-#define FRAMES_FULL SIZE_MAX
 
 typedef struct {
     double worthwhile;    /* of its size, to which coding has to bring a block; decoding it has to be paid for */
@@ -31,7 +29,7 @@ typedef struct {
 
 typedef struct {
     uint8_t *head;  /* of its block; the content is to follow that */
-    uint8_t *outer; /* head of the masked block around it, or NULL */
+    uint8_t *outer; /* head of the masked or sparse block around it, or NULL */
     const uint8_t *data;
     size_t nbytes;
 } frames_aside;
@@ -198,13 +196,23 @@ static uint8_t *frames_plain_block(frames_coder *coder, uint8_t *at, uint8_t *ou
     return content + n;
 }
 
+/* Whether the set bits of a bitmap, `count` of n, are few and lie anywhere: gaps are then shorter than the bitmap's bytes
+ * can be coded. Where they lie in rows, as in an embedding, zstd's matches in the bitmap are better. */
+static int frames_scattered(size_t count, size_t n, const planes_statistics *bitmap)
+{
+    const double share = (double)count / (double)n;
+    const double bits = -8.0 * (share * log2(share) + (1.0 - share) * log2(1.0 - share)); /* of a byte, at random */
+    return count && count <= n / 16 && bitmap->bits > 0.85 * bits;
+}
+
 /* Write a plane as a block at `at` and return where it ends, or NULL if it does not fit. */
 static uint8_t *frames_block(frames_coder *coder, uint8_t *at, const uint8_t *data, size_t n,
                              const planes_statistics *found)
 {
     const uint8_t common = (uint8_t)found->commonest;
-    const uint8_t *const inner[2] = {coder->bitmap, coder->others};
-    uint8_t *end = at + BLOCK_HEAD + 1;
+    const uint8_t *inner[2] = {coder->bitmap, coder->others};
+    planes_statistics statistics;
+    uint8_t *end = at + BLOCK_HEAD + 1, kind = BLOCK_MASKED;
     size_t lengths[2];
     if (found->share <= coder->rules.masked_share || (found->share == 1.0 && coder->kernels->constant(data, n)))
         return frames_plain_block(coder, at, NULL, data, n, found);
@@ -213,13 +221,26 @@ static uint8_t *frames_block(frames_coder *coder, uint8_t *at, const uint8_t *da
     lengths[0] = (n + 7) / 8;
     lengths[1] = coder->kernels->mask(data, n, common, coder->bitmap, coder->others);
     at[BLOCK_HEAD] = common;
-    for (int i = 0; i < 2 && end; i++) {
-        planes_statistics statistics;
-        planes_survey(coder->kernels, inner[i], NULL, lengths[i], 1, &statistics);
-        end = frames_plain_block(coder, end, at, inner[i], lengths[i], &statistics);
+    planes_survey(coder->kernels, inner[0], NULL, lengths[0], 1, &statistics);
+    if (frames_scattered(lengths[1], n, &statistics)) {
+        uint8_t *const gaps = coder->others + n / 2; /* of n bytes, the others take the first sixteenth */
+        const size_t m = gaps_from_bitmap(coder->bitmap, n, gaps, n / 8);
+        if (m <= n / 8 && coder->end - end >= 4) {
+            kind = BLOCK_SPARSE;
+            inner[0] = gaps;
+            lengths[0] = m;
+            for (int i = 0; i < 4; i++)
+                *end++ = (uint8_t)(m >> (8 * i));
+            planes_survey(coder->kernels, gaps, NULL, m, 1, &statistics);
+        }
+    }
+    end = frames_plain_block(coder, end, at, inner[0], lengths[0], &statistics);
+    if (end) {
+        planes_survey(coder->kernels, inner[1], NULL, lengths[1], 1, &statistics);
+        end = frames_plain_block(coder, end, at, inner[1], lengths[1], &statistics);
     }
     if (end)
-        frames_head(at, BLOCK_MASKED, (size_t)(end - at) - BLOCK_HEAD);
+        frames_head(at, kind, (size_t)(end - at) - BLOCK_HEAD);
     return end;
 }
 
@@ -321,7 +342,7 @@ static void frames_fill(const frames_coder *coder, frames_frame *frame, const fr
         memcpy(target, coded ? contents[i].data : asides[i].data, length);
         frames_head(asides[i].head, coded ? BLOCK_ZSTD : BLOCK_RAW, length);
         if (asides[i].outer)
-            frames_head(asides[i].outer, BLOCK_MASKED, frames_length(asides[i].outer) + length);
+            frames_head(asides[i].outer, asides[i].outer[0], frames_length(asides[i].outer) + length);
         source = follows;
     }
     frame->nbytes = total;

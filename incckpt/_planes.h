@@ -34,6 +34,7 @@
 enum { PLANES_BLOCK = 4096 };                   /* bytes transformed at a time: they stay in the L1 cache */
 enum { SAMPLE_RUNS = 16, SAMPLE_LENGTH = 256 }; /* elements looked at by planes_survey */
 enum { SAMPLE = SAMPLE_RUNS * SAMPLE_LENGTH };
+enum { GAP_SKIP = 255 }; /* a gap that goes on in the next byte */
 
 typedef struct {
     double bits;     /* entropy, bits per byte */
@@ -183,6 +184,56 @@ PLANES_INLINE void unmask_from(const uint8_t *bitmap, const uint8_t *others, siz
             count += bits & 1;
         }
     }
+}
+
+/* Write, for each set bit of a bitmap of n bits, how many clear ones come before it, in steps of GAP_SKIP; return how many
+ * bytes that takes, or `room` + 1 if they are more than `room`. */
+static size_t gaps_from_bitmap(const uint8_t *bitmap, size_t n, uint8_t *gaps, size_t room)
+{
+    size_t count = 0, next = 0;
+    for (size_t start = 0; start < n; start += 64) {
+        uint64_t word = 0;
+        memcpy(&word, bitmap + start / 8, n - start < 64 ? (n - start + 7) / 8 : 8);
+        for (; word; word &= word - 1) {
+            const size_t at = start + (size_t)__builtin_ctzll(word);
+            size_t gap = at - next;
+            for (; gap >= GAP_SKIP; gap -= GAP_SKIP) {
+                if (count == room)
+                    return room + 1;
+                gaps[count++] = GAP_SKIP;
+            }
+            if (count == room)
+                return room + 1;
+            gaps[count++] = (uint8_t)gap;
+            next = at + 1;
+        }
+    }
+    return count;
+}
+
+/* How many bytes the gaps are in front of. */
+static size_t gaps_ends(const uint8_t *gaps, size_t m)
+{
+    size_t count = 0;
+    for (size_t i = 0; i < m; i++)
+        count += gaps[i] != GAP_SKIP;
+    return count;
+}
+
+/* Fill n bytes with `common` but for `others` behind the gaps, as many as gaps_ends says. Return whether they fit. */
+static int gaps_fill(const uint8_t *gaps, size_t m, const uint8_t *others, uint8_t common, uint8_t *bytes, size_t n)
+{
+    size_t at = 0, next = 0;
+    memset(bytes, common, n);
+    for (size_t i = 0; i < m; i++) {
+        at += gaps[i];
+        if (gaps[i] == GAP_SKIP)
+            continue;
+        if (at >= n)
+            return 0;
+        bytes[at++] = others[next++];
+    }
+    return at <= n;
 }
 
 PLANES_INLINE size_t popcount_body(const uint8_t *bitmap, size_t n)

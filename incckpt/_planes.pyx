@@ -42,6 +42,9 @@ cdef extern from "_frames.h" nogil:
 
     const planes_variant planes_variants[3]
     int planes_usable() noexcept
+    size_t gaps_from_bitmap(const uint8_t *, size_t, uint8_t *, size_t) noexcept
+    size_t gaps_ends(const uint8_t *, size_t) noexcept
+    int gaps_fill(const uint8_t *, size_t, const uint8_t *, uint8_t, uint8_t *, size_t) noexcept
     size_t huffman_frame(huffman_coder, const uint8_t *, size_t, uint8_t *, size_t) noexcept
     bint unhuffman_frame(unhuffman_decoder, const uint8_t *, size_t, uint8_t *, size_t) noexcept
     void planes_survey(
@@ -519,6 +522,63 @@ def unmask(
             kernels.unmask(bits, rest, total, n, common, target)
     if set_bits != total:
         raise ValueError(f"the bitmap has {set_bits} bits set, not {total}")
+
+
+def gaps(const uint8_t[::1] bitmap not None, size_t n, uint8_t[::1] out not None):
+    """Write how many clear bits come before each set one of a bitmap of `n` bits: 255 for as many that go on, then less.
+
+    Returns
+    -------
+    int
+        How many bytes were written to `out`; if they do not fit, one more than it has.
+    """
+    cdef const uint8_t *bits = address(bitmap)
+    cdef uint8_t *target = <uint8_t *> address(out)
+    cdef size_t room = <size_t> out.shape[0]
+    cdef size_t count
+    if <size_t> bitmap.shape[0] != (n + 7) // 8 or (n % 8 and bits[n // 8] >> (n % 8)):
+        raise ValueError(f"not a bitmap of {n} bits")
+    with nogil:
+        count = gaps_from_bitmap(bits, n, target, room)
+    return count
+
+
+def gap_ends(const uint8_t[::1] gaps not None):
+    """Return how many bytes `gaps`, as the function of that name writes them, are in front of."""
+    cdef const uint8_t *source = address(gaps)
+    cdef size_t n = <size_t> gaps.shape[0]
+    cdef size_t count
+    with nogil:
+        count = gaps_ends(source, n)
+    return count
+
+
+def fill_gaps(
+    const uint8_t[::1] gaps not None, const uint8_t[::1] others not None, uint8_t common, uint8_t[::1] data not None
+):
+    """Fill `data` with `common` but for `others`, each behind its gap.
+
+    Raises
+    ------
+    ValueError
+        If they are not as many as the gaps say, or do not fit.
+    """
+    cdef const uint8_t *source = address(gaps)
+    cdef const uint8_t *rest = address(others)
+    cdef uint8_t *target = <uint8_t *> address(data)
+    cdef size_t m = <size_t> gaps.shape[0]
+    cdef size_t n = <size_t> data.shape[0]
+    cdef size_t total = <size_t> others.shape[0]
+    cdef size_t ends
+    cdef bint fits = False
+    with nogil:
+        ends = gaps_ends(source, m)
+        if ends == total:  # with more, the kernel would read beyond the others
+            fits = gaps_fill(source, m, rest, common, target, n)
+    if ends != total:
+        raise ValueError(f"the gaps are in front of {ends} bytes, not {total}")
+    if not fits:
+        raise ValueError(f"the gaps go beyond {n} bytes")
 
 
 def copy(const uint8_t[::1] source not None, uint8_t[::1] target not None):

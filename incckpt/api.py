@@ -43,7 +43,7 @@ class _Session:
         self.attempt.check_step(step, last)
         report = SaveReport(step=step)
         flat = flatten(state, allow_pickle=allow_pickle)
-        layout = Layout.of([(item.nbytes, item.itemsize) for item in flat.ranges], DEFAULT_CHUNK_BYTES)
+        layout = Layout.of(flat.sizes, flat.kinds, DEFAULT_CHUNK_BYTES)
         contents = contents_of(flat, layout, HostPool())
         snapshot = Snapshot.of(step, metrics, time.time(), flat.structure, flat.tensors, layout, contents)
         return Checkpoint.of(self.attempt.run, self.attempt.write(snapshot, report))

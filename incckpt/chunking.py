@@ -2,12 +2,13 @@
 
 A range of 1 MiB or more is cut by itself, so that what changes in one tensor never rewrites another. Smaller ranges of
 one element size lie end to end in chunks of at most 1 MiB, one frame of the codec: 10,000 tiny tensors make few
-objects, and a bias that changes rewrites no more than a frame.
+objects, and a bias that changes rewrites no more than a frame. Those of one kind lie together: the codec takes one way
+for a frame, and what suits an optimizer's second moments does not suit its first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +65,12 @@ def check_chunk_bytes(chunk_bytes: int) -> int:
     return chunk_bytes
 
 
-def plan(sizes: Sequence[tuple[int, int]], *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> ChunkTable:
+def plan(
+    sizes: Sequence[tuple[int, int]],
+    kinds: Sequence[Hashable] | None = None,
+    *,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> ChunkTable:
     """Cut ranges into chunks.
 
     Chunks are ordered by the range that their first byte belongs to.
@@ -74,6 +80,8 @@ def plan(sizes: Sequence[tuple[int, int]], *, chunk_bytes: int = DEFAULT_CHUNK_B
     sizes
         ``(bytes, element size)`` of each range: at least one byte, a multiple of the element size, which is 1, 2, 4, 8
         or 16.
+    kinds
+        What each range holds: small ranges of one kind follow each other. All are of one kind by default.
     chunk_bytes
         The most that a chunk may hold: a positive multiple of 1 MiB.
 
@@ -90,6 +98,7 @@ def plan(sizes: Sequence[tuple[int, int]], *, chunk_bytes: int = DEFAULT_CHUNK_B
         index = int(np.argmax(wrong))
         raise OptionError(f"range {index} has {nbytes[index]} bytes of element size {itemsize[index]}")
 
+    rank = _ranks(kinds, len(table))
     # Every segment goes with the range that its chunk begins with, which orders chunks of small ranges among the rest.
     large = np.flatnonzero(nbytes >= FRAME_BYTES)
     counts = -(-nbytes[large] // chunk_bytes)
@@ -99,10 +108,11 @@ def plan(sizes: Sequence[tuple[int, int]], *, chunk_bytes: int = DEFAULT_CHUNK_B
     parts = [(large_range, large_offset, np.minimum(nbytes[large_range] - large_offset, chunk_bytes), large_range)]
     for size in np.unique(itemsize):
         small = np.flatnonzero((nbytes < FRAME_BYTES) & (itemsize == size))
+        small = small[np.argsort(rank[small])]
         parts.append((small, np.zeros_like(small), nbytes[small], small[_heads(nbytes[small])]))
     seg_range, seg_range_offset, seg_nbytes, head = (np.concatenate(column) for column in zip(*parts, strict=True))
 
-    order = np.lexsort((seg_range_offset, seg_range, head))
+    order = np.lexsort((seg_range_offset, rank[seg_range], head))
     seg_range, seg_range_offset, seg_nbytes, head = (
         column[order].astype(np.int64) for column in (seg_range, seg_range_offset, seg_nbytes, head)
     )
@@ -118,6 +128,17 @@ def plan(sizes: Sequence[tuple[int, int]], *, chunk_bytes: int = DEFAULT_CHUNK_B
         seg_chunk_offset=before - before[starts[seg_chunk]],
         seg_nbytes=seg_nbytes,
     )
+
+
+def _ranks(kinds: Sequence[Hashable] | None, count: int) -> Int64s:
+    """Return the place of each range in the order of kinds, the first seen first, and of ranges within a kind."""
+    if kinds is None:
+        return np.arange(count)
+    seen: dict[Hashable, int] = {}
+    order = np.fromiter((seen.setdefault(kind, len(seen)) for kind in kinds), np.int64, count)
+    ranks = np.empty(count, np.int64)
+    ranks[np.argsort(order, kind="stable")] = np.arange(count)
+    return ranks
 
 
 def _heads(nbytes: Int64s) -> Int64s:

@@ -31,6 +31,7 @@ __all__ = [
     "numpy_dtype_to_json",
     "numpy_dtype_to_text",
     "packed_shape",
+    "range_kinds",
 ]
 
 Json: TypeAlias = Any  # None | bool | int | str | list[Json] | dict[str, Json]; mypy has no recursive alias through Any
@@ -117,6 +118,18 @@ class TensorEntry(NamedTuple):
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------
+
+
+def range_kinds(entries: Sequence[TensorEntry], count: int) -> list[str]:
+    """Return what each of `count` ranges holds: the last part of its first tensor's name, and its dtype.
+
+    Numbers of one kind look alike: all weights, all biases, all first moments of an optimizer, all second ones.
+    """
+    kinds = [""] * count
+    for entry in reversed(entries):
+        if entry.range >= 0:
+            kinds[entry.range] = f"{entry.name.rpartition('.')[2]} {entry.dtype}"
+    return kinds
 
 
 def byte_strides(entry: TensorEntry) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 A frame goes the way that a sample of it says is cheapest: *raw*; *intra* (elements rotated by one bit and split into
 byte planes); *delta* (each element's difference to the base's, in the order of float values, split into byte planes);
 or *zstd* (the whole frame). A plane is stored as a block: *raw*, *constant*, *masked* (a bitmap of the bytes unlike the
-commonest, and those bytes) or *zstd* (used as an entropy coder). The layout is in ``docs/objects.md``.
+commonest, and those bytes), *sparse* (the gaps before those bytes, and the bytes) or *zstd* (used as an entropy coder).
+The layout is in ``docs/objects.md``.
 
 Everything that takes time lets go of the interpreter's lock. Scratch memory is kept and used again.
 """
@@ -39,14 +40,15 @@ __all__ = [
 FRAME_BYTES: Final = _planes.FRAME_BYTES
 RAW, INTRA, DELTA, ZSTD = range(4)
 WAYS: Final = ("raw", "intra", "delta", "zstd")
-BLOCK_RAW, BLOCK_CONSTANT, BLOCK_MASKED, BLOCK_ZSTD = range(4)
+BLOCK_RAW, BLOCK_CONSTANT, BLOCK_MASKED, BLOCK_ZSTD, BLOCK_SPARSE = range(5)
 
 _BLOCK = struct.Struct("<BI")
+_SPARSE = struct.Struct("<BI")
 
 # From here on choice, not format: no decoder knows of it.
 _WORTHWHILE = 0.97  # of its size, to which coding must bring a block; decoding it has to be paid for
 _HUFFMAN_BITS = 1.0  # of entropy in a byte, below which zstd's matches and runs beat codes of at least a bit
-_MASKED_SHARE = 0.36  # of the commonest byte, from which a mask is smaller and faster than Huffman codes alone
+_MASKED_SHARE = 0.31  # of the commonest byte, from which a mask beats Huffman codes alone: they take 2 bits for it
 _DELTA_GAIN = 0.985  # of intra's cost, below which a delta is worth the reading of its base
 _ZSTD_GAIN = 0.9  # of the planes' cost, below which zstd is worth its slower decoding
 _SLOW_ZSTD = 0.5  # of the raw size, above which zstd decodes literals more slowly than we do
@@ -80,6 +82,7 @@ class _Worker(threading.local):
         self._planes = memoryview(bytearray(FRAME_BYTES + 8 * _PLANE_GAP))
         self.others = memoryview(bytearray(FRAME_BYTES))
         self.bitmap = memoryview(bytearray(FRAME_BYTES // 8))
+        self.gaps = memoryview(bytearray(FRAME_BYTES))
 
     def plane(self, j: int, n: int) -> memoryview:
         """Return scratch memory for plane `j` of planes of `n` bytes."""
@@ -226,6 +229,9 @@ def _read_block(
     if kind == BLOCK_MASKED and masks and length >= 1:
         _read_mask(content, n, scratch)
         return scratch, end
+    if kind == BLOCK_SPARSE and masks and length >= _SPARSE.size:
+        _read_sparse(content, n, scratch)
+        return scratch, end
     raise CodecError(f"a block of kind {kind} has {length} bytes for {n}")
 
 
@@ -241,6 +247,22 @@ def _read_mask(content: memoryview, n: int, scratch: memoryview) -> None:
         raise CodecError(f"a masked block is followed by {len(content) - at} bytes of its own")
     try:
         _planes.unmask(bitmap, others, content[0], scratch, _planes.BEST)
+    except ValueError as error:
+        raise CodecError(str(error)) from error
+
+
+def _read_sparse(content: memoryview, n: int, scratch: memoryview) -> None:
+    """Put the `n` bytes of a sparse block into `scratch`."""
+    common, gap_nbytes = _SPARSE.unpack_from(content)
+    if gap_nbytes > n:
+        raise CodecError(f"a sparse block has {gap_nbytes} gaps for {n} bytes")
+    gaps, at = _read_block(content, _SPARSE.size, gap_nbytes, _worker.gaps[:gap_nbytes], masks=False)
+    count = _planes.gap_ends(gaps)
+    others, at = _read_block(content, at, count, _worker.others[:count], masks=False)
+    if at != len(content):
+        raise CodecError(f"a sparse block is followed by {len(content) - at} bytes of its own")
+    try:
+        _planes.fill_gaps(gaps, others, common, scratch)
     except ValueError as error:
         raise CodecError(str(error)) from error
 

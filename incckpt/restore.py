@@ -17,7 +17,7 @@ from tqdm import tqdm
 from incckpt import codec
 from incckpt.assign import Assignment
 from incckpt.build import MapLocation, build
-from incckpt.entries import TensorEntry, check_entries, entry_from_json
+from incckpt.entries import TensorEntry, check_entries, entry_from_json, range_kinds
 from incckpt.errors import CodecError, CorruptionError, MissingObjectError
 from incckpt.hostmem import new_buffer
 from incckpt.manifest import Chunk, Manifest, Stored
@@ -317,10 +317,13 @@ def restore_into(
         buffers[index] = new_buffer(sizes[index][0]) if own is None else own
     reads = reads_for(manifest, buffers, contents.names())
     base.forget()
-    layout = base.layout_for(sizes) if base.keep and len(assignment.ranges) == len(sizes) else None
+    layout = None
+    if base.keep and len(assignment.ranges) == len(sizes):
+        layout = base.layout_for(sizes, range_kinds(contents.entries, len(sizes)))
     if layout is not None and layout.ranges != manifest.ranges:
         log.warning(
-            "the first save will copy everything: the checkpoint has chunks of another size (%d)", base.chunk_bytes
+            "the first save will copy everything: the checkpoint was cut into other chunks (here of up to %d bytes)",
+            base.chunk_bytes,
         )
         layout = None
     kept = {index: base.pool.take(chunk.nbytes) for index, chunk in enumerate(manifest.chunks)} if layout else {}

@@ -42,26 +42,34 @@ class DeltaHistory:
     """The deltas stored against a full object, and when it is time for another full one.
 
     A cycle of one full object and n deltas costs (F + d₁ + … + dₙ) / (n + 1) bytes a save. This falls while the next
-    delta is smaller than it, so the cycle ends when the last delta was not.
+    delta is smaller than it, so the cycle ends when the last delta was not: when (n + 1) dₙ - (d₁ + … + dₙ), which is
+    d₁ at first and grows, has reached F.
+
+    A chunk's `first` cycle ends on the way there, evenly spread over the chunks, so that not all of them are due at
+    once ever after. Later ones do not: deltas of dense training grow so slowly that, of the cost, 3 % more make a cycle
+    four times as long.
     """
 
+    first: bool = True
     count: int = 0
+    start: int = 0
     total: int = 0
     last: int = 0
 
     def add(self, nbytes: int) -> None:
         """Note a delta of `nbytes`."""
+        if self.count == 0:
+            self.start = nbytes
         self.count += 1
         self.total += nbytes
         self.last = nbytes
 
     def is_over(self, full_nbytes: int, index: int) -> bool:
-        """Whether chunk `index`, whose full object takes `full_nbytes`, should be stored in full now.
-
-        The bound differs by up to a tenth from chunk to chunk, so that not all of them are due at once.
-        """
-        stagger = 0.9 + 0.2 * (index * 0.6180339887498949 % 1.0)
-        return self.count > 0 and self.last * (self.count + 1) >= (full_nbytes + self.total) * stagger
+        """Whether chunk `index`, whose full object takes `full_nbytes`, should be stored in full now."""
+        bound: float = full_nbytes
+        if self.first:
+            bound -= index * 0.6180339887498949 % 1.0 * (full_nbytes - self.start)
+        return self.count > 0 and self.last * (self.count + 1) - self.total >= bound
 
 
 class Content:
@@ -130,6 +138,11 @@ class _Slot:
     full: Content | None = None
     latest: Content | None = None
 
+    def rebase(self, content: Content) -> None:
+        """Take the content of a new full object."""
+        content.deltas.first = self.full is None
+        self.full = content
+
     @property
     def comparable(self) -> Content | None:
         for content in (self.latest, self.full):
@@ -146,8 +159,8 @@ class Layout:
     ----------
     chunk_bytes
         The most that a chunk holds.
-    sizes
-        ``(bytes, element size)`` of each range.
+    sizes, kinds
+        ``(bytes, element size)`` of each range, and what it holds, as `range_kinds` says.
     table
         The segments.
     ranges
@@ -156,20 +169,21 @@ class Layout:
 
     chunk_bytes: int
     sizes: list[tuple[int, int]]
+    kinds: list[str]
     table: ChunkTable
     ranges: tuple[Range, ...]
 
     @classmethod
-    def of(cls, sizes: list[tuple[int, int]], chunk_bytes: int) -> Layout:
-        """Plan the chunks of ranges of these sizes."""
-        table = plan(sizes, chunk_bytes=chunk_bytes)
+    def of(cls, sizes: list[tuple[int, int]], kinds: list[str], chunk_bytes: int) -> Layout:
+        """Plan the chunks of ranges of these sizes and kinds."""
+        table = plan(sizes, kinds, chunk_bytes=chunk_bytes)
         pieces: list[list[tuple[int, int, int]]] = [[] for _ in sizes]
         order = np.lexsort((table.seg_range_offset, table.seg_range))
         columns = (table.seg_range, table.seg_chunk, table.seg_chunk_offset, table.seg_nbytes)
         for index, *piece in zip(*(column[order].tolist() for column in columns), strict=True):
             pieces[index].append((piece[0], piece[1], piece[2]))
         ranges = (Range(nbytes, item, tuple(parts)) for (nbytes, item), parts in zip(sizes, pieces, strict=True))
-        return cls(chunk_bytes, sizes, table, tuple(ranges))
+        return cls(chunk_bytes, sizes, kinds, table, tuple(ranges))
 
     def addresses(self, ranges: Sequence[ByteRange]) -> Addresses:
         """Return the address of each segment in the ranges' memory; ``uintp[m]``."""
@@ -219,10 +233,10 @@ class Base:
         self.pool.trim(keep_bytes)
         self._pinned.trim(keep_bytes)
 
-    def layout_for(self, sizes: list[tuple[int, int]]) -> Layout:
+    def layout_for(self, sizes: list[tuple[int, int]], kinds: list[str]) -> Layout:
         """Return the layout of ranges of these ``(bytes, element size)``; another than the last forgets the base."""
-        if self._layout is None or sizes != self._layout.sizes:
-            layout = Layout.of(sizes, self.chunk_bytes)
+        if self._layout is None or sizes != self._layout.sizes or kinds != self._layout.kinds:
+            layout = Layout.of(sizes, kinds, self.chunk_bytes)
             with self._lock:
                 self._layout = layout
                 self._slots = [_Slot() for _ in range(len(layout.table.chunk_nbytes))]
@@ -256,7 +270,7 @@ class Base:
             One content per chunk of the layout. What is in device memory is copied before it is compared; when this
             returns the state may change.
         """
-        layout = self.layout_for([(item.nbytes, item.itemsize) for item in flat.ranges])
+        layout = self.layout_for(flat.sizes, flat.kinds)
         table = layout.table
         with self._lock:
             held = [slot.comparable for slot in self._slots]
@@ -301,9 +315,9 @@ class Base:
             if slot.latest is content:
                 slot.latest = None
                 if stored.base is None:
-                    slot.full = content
+                    slot.rebase(content)
             elif slot.latest is not None and stored.base is None and slot.full is not content:
-                slot.full = content
+                slot.rebase(content)
 
     def full(self, layout: Layout, index: int) -> Content | None:
         """Return the content of the last full object of chunk `index` of `layout`, if that is the layout still."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from incckpt.entries import Json, TensorEntry
+from incckpt.entries import Json, TensorEntry, range_kinds
 from incckpt.errors import PickleRefusedError, StateError
 from incckpt.memory import ByteRange, TensorTable
 from incckpt.plain import MAX_DEPTH, encode_key, encode_plain, type_name
@@ -45,12 +45,22 @@ class FlatState:
     ranges: list[ByteRange]
 
     @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """``(bytes, element size)`` of each range."""
+        return [(item.nbytes, item.itemsize) for item in self.ranges]
+
+    @property
+    def kinds(self) -> list[str]:
+        """What each range holds."""
+        return range_kinds(self.tensors, len(self.ranges))
+
+    @property
     def layout(self) -> tuple[tuple[TensorEntry, ...], tuple[tuple[int, int], ...]]:
         """Everything about the tensors but their memory; equal layouts are cut into equal chunks.
 
         Holds no tensor alive. Comparing 10,000 tensors takes a few milliseconds.
         """
-        return tuple(self.tensors), tuple([(item.nbytes, item.itemsize) for item in self.ranges])
+        return tuple(self.tensors), tuple(self.sizes)
 
 
 def flatten(state: object, *, allow_pickle: bool = False) -> FlatState:

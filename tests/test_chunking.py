@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -27,9 +29,12 @@ def sizes(draw: st.DrawFn) -> list[tuple[int, int]]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(sizes(), st.sampled_from([MIB, 2 * MIB, 16 * MIB]))
-def test_every_byte_lies_in_one_chunk_of_its_element_size(ranges: list[tuple[int, int]], chunk_bytes: int) -> None:
-    table = plan(ranges, chunk_bytes=chunk_bytes)
+@given(sizes(), st.sampled_from([MIB, 2 * MIB, 16 * MIB]), st.data())
+def test_every_byte_lies_in_one_chunk_of_its_element_size(
+    ranges: list[tuple[int, int]], chunk_bytes: int, data: st.DataObject
+) -> None:
+    kinds = data.draw(st.none() | st.lists(st.sampled_from("abc"), min_size=len(ranges), max_size=len(ranges)))
+    table = plan(ranges, kinds, chunk_bytes=chunk_bytes)
     covered = [0] * len(ranges)
     filled = [0] * len(table.chunk_nbytes)
     order = []
@@ -90,6 +95,25 @@ def test_ten_thousand_tiny_tensors_make_one_chunk_per_frame() -> None:
     table = plan([(400, 4)] * 10_000)
     assert len(table.chunk_nbytes) == 4
     assert len(table.seg_range) == 10_000
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes(), st.data())
+def test_small_ranges_of_one_kind_lie_together(ranges: list[tuple[int, int]], data: st.DataObject) -> None:
+    kinds = data.draw(st.lists(st.sampled_from("abc"), min_size=len(ranges), max_size=len(ranges)))
+    table = plan(ranges, kinds)
+    for itemsize in {itemsize for _, itemsize in ranges}:
+        small = [i for i, (nbytes, size) in enumerate(ranges) if nbytes < FRAME_BYTES and size == itemsize]
+        chunks = [list(map(int, table.seg_range[table.seg_chunk == chunk])) for chunk in range(len(table.chunk_nbytes))]
+        chunks = [members for members in chunks if members[0] in small]
+        by_kind = [i for kind in dict.fromkeys(kinds) for i in small if kinds[i] == kind]
+        at = {number: place for place, number in enumerate(by_kind)}
+        assert sorted(i for members in chunks for i in members) == small
+        assert all([at[i] for i in members] == list(range(at[members[0]], at[members[-1]] + 1)) for members in chunks)
+        # As many chunks as without kinds of that order would be: each is full but for what comes next.
+        chunks.sort(key=lambda members: at[members[0]])
+        for members, after in pairwise(chunks):
+            assert sum(ranges[i][0] for i in [*members, after[0]]) > FRAME_BYTES
 
 
 def test_what_is_appended_moves_nothing_before_it() -> None:

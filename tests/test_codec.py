@@ -99,7 +99,13 @@ def mostly_constant(n: int, generator: np.random.Generator) -> Bytes:
     return raw
 
 
-KINDS = [noise, floats, halves, doubles, special, skewed, constant, integers, text, flags, mostly_constant]
+def rows(n: int, generator: np.random.Generator) -> Bytes:
+    """Return bytes that are the same but in a few rows of 32."""
+    chosen = np.repeat(generator.random(n // 32 + 1) < 0.03, 32)[:n]
+    return np.where(chosen, noise(n, generator), 3).astype(np.uint8)
+
+
+KINDS = [noise, floats, halves, doubles, special, skewed, constant, integers, text, flags, mostly_constant, rows]
 Kind: TypeAlias = Callable[[int, np.random.Generator], Bytes]
 
 
@@ -189,13 +195,25 @@ def read_block(coded: bytes, at: int, n: int) -> tuple[bytes, int]:
         return content * n, end
     if kind == 3:
         return zstandard.decompress(content), end
+    if kind == 4:
+        (m,) = struct.unpack_from("<I", content, 1)
+        gaps, inner = read_block(content, 5, m)
+        others, inner = read_block(content, inner, m - gaps.count(255))
+        assert inner == length
+        plain, place, rest = bytearray(content[:1] * n), 0, iter(others)
+        for gap in gaps:
+            place += gap
+            if gap < 255:
+                plain[place] = next(rest)
+                place += 1
+        return bytes(plain), end
     bitmap, inner = read_block(content, 1, (n + 7) // 8)
     bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little")[:n].astype(bool)
     others, inner = read_block(content, inner, int(bits.sum()))
     assert inner == length
-    plain = np.full(n, content[0], np.uint8)
-    plain[bits] = np.frombuffer(others, np.uint8)
-    return plain.tobytes(), end
+    masked = np.full(n, content[0], np.uint8)
+    masked[bits] = np.frombuffer(others, np.uint8)
+    return masked.tobytes(), end
 
 
 def block(kind: int, content: bytes) -> bytes:
@@ -509,8 +527,16 @@ def test_an_object_written_by_hand() -> None:
         bits = np.packbits(plane != 2, bitorder="little").tobytes()
         return block(2, b"\x02" + inner(bits) + inner(plane[plane != 2].tobytes()))
 
+    def sparse(plane: Bytes, inner: Callable[[bytes], bytes]) -> bytes:
+        places = np.flatnonzero(plane != 2)
+        gaps = b"".join(
+            b"\xff" * (gap // 255) + bytes([gap % 255]) for gap in (np.diff(places, prepend=-1) - 1).tolist()
+        )
+        return block(4, b"\x02" + struct.pack("<I", len(gaps)) + inner(gaps) + inner(plane[places].tobytes()))
+
     for first in (
         block(0, low.tobytes()),
+        sparse(low, lambda part: block(3, compressor.compress(part))),
         block(3, compressor.compress(low.tobytes())),
         masked(low, lambda part: block(0, part)),
         masked(low, lambda part: block(3, compressor.compress(part))),
@@ -524,6 +550,9 @@ def test_an_object_written_by_hand() -> None:
         (frames.ZSTD, compressor.compress(ones)),
         (frames.INTRA, block(1, b"\x01")),
         (frames.INTRA, block(2, b"\x01" + block(1, b"\0") + block(0, b""))),
+        (frames.INTRA, block(4, b"\x01\0\0\0\0" + block(0, b"") + block(0, b""))),
+        (frames.INTRA, block(4, b"\x01\x01\0\0\0" + block(1, b"\xff") + block(0, b""))),
+        (frames.INTRA, block(4, b"\x07\x2c\x01\0\0" + block(1, b"\0") + block(1, b"\x01"))),
         (frames.INTRA, block(2, b"\x07" + block(0, b"\xff" * 37 + b"\x0f") + block(1, b"\x01"))),
     ):
         data = one_frame(ones, way, coded)
@@ -756,7 +785,20 @@ ZEROS = bytes(300)
         (one_frame(ZEROS, 1, b""), "head of a block"),
         (one_frame(ZEROS, 1, block(0, ZEROS[:200])), "kind 0 has 200"),
         (one_frame(ZEROS, 1, block(1, b"\0\0")), "kind 1 has 2"),
-        (one_frame(ZEROS, 1, block(4, b"\0")), "kind 4"),
+        (one_frame(ZEROS, 1, block(5, b"\0")), "kind 5"),
+        (one_frame(ZEROS, 1, block(4, b"\0\0\0\0")), "kind 4 has 4"),
+        (one_frame(ZEROS, 1, block(4, b"\0" + struct.pack("<I", 301))), "301 gaps for 300"),
+        (one_frame(ZEROS, 1, block(4, b"\0\1\0\0\0" + block(0, b"\0") + block(0, b""))), "kind 0 has 0 bytes for 1"),
+        (one_frame(ZEROS, 1, block(4, b"\0\2\0\0\0" + block(1, b"\xff") + block(0, b""))), "gaps go beyond"),
+        (
+            one_frame(ZEROS, 1, block(4, b"\0\2\0\0\0" + block(1, b"\xfe") + block(0, b"\1\1"))),
+            "gaps go beyond 300",
+        ),
+        (one_frame(ZEROS, 1, block(4, b"\0\0\0\0\0" + block(0, b"") + block(0, b"") + b"\0")), "followed by 1"),
+        (
+            one_frame(ZEROS, 1, block(4, b"\0\0\0\0\0" + block(4, b"\0\0\0\0\0" + 2 * block(0, b"")))),
+            "kind 4",
+        ),
         (one_frame(ZEROS, 1, block(1, b"\0") + b"\0"), "1 bytes follow"),
         (one_frame(ZEROS, 1, struct.pack("<BI", 0, 0xFFFFFFFF)), "block has 4294967295 bytes"),
         (one_frame(ZEROS, 1, block(2, b"")), "kind 2 has 0"),

@@ -159,6 +159,53 @@ def test_mask_and_unmask(variant: int, n: int, seed: int, share: float, offset: 
     assert fence_holds(memory, n, offset)
 
 
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(n=LENGTHS, seed=SEEDS, share=st.sampled_from([0.0, 0.001, 0.01, 0.1, 0.5, 1.0]), offset=OFFSETS)
+def test_gaps(n: int, seed: int, share: float, offset: int) -> None:
+    generator = np.random.default_rng(seed)
+    data = random_bytes(n, seed, offset) | np.uint8(1)
+    data[generator.random(n) >= share] = 0
+    places = np.flatnonzero(data)
+    expected: list[int] = []
+    for gap in (np.diff(places, prepend=-1) - 1).tolist():
+        expected += [255] * (gap // 255) + [gap % 255]
+    bitmap = np.packbits(data != 0, bitorder="little")
+    memory, gaps = fenced(len(expected), offset)
+    assert _planes.gaps(bitmap, n, gaps) == len(expected)
+    assert gaps.tolist() == expected
+    assert fence_holds(memory, len(gaps), offset)
+    assert _planes.gap_ends(gaps) == len(places)
+    if expected:
+        memory, short = fenced(int(generator.integers(len(expected))), offset)
+        assert _planes.gaps(bitmap, n, short) == len(short) + 1
+        assert fence_holds(memory, len(short), offset)
+
+    memory, back = fenced(n, offset)
+    _planes.fill_gaps(gaps, data[places], 0, back)
+    np.testing.assert_array_equal(back, data)
+    assert fence_holds(memory, n, offset)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(gaps=st.lists(st.one_of(st.integers(0, 3), st.integers(250, 255)), max_size=40), n=st.integers(0, 3000))
+def test_gaps_that_lie_are_refused(gaps: list[int], n: int) -> None:
+    places = np.cumsum([gap + (gap < 255) for gap in gaps])
+    count = sum(gap < 255 for gap in gaps)
+    memory, out = fenced(n, 3)
+    with pytest.raises(ValueError, match=f"in front of {count} bytes, not {count + 1}"):
+        _planes.fill_gaps(bytes(gaps), bytes(count + 1), 0, out)
+    if gaps and places[-1] > n:
+        with pytest.raises(ValueError, match=f"beyond {n} bytes"):
+            _planes.fill_gaps(bytes(gaps), bytes(count), 0, out)
+    else:
+        _planes.fill_gaps(bytes(gaps), bytes(count), 0, out)
+        assert not out.any()
+    assert fence_holds(memory, n, 3)
+    for bits in (0, 4, 9):
+        with pytest.raises(ValueError, match=f"not a bitmap of {bits} bits"):
+            _planes.gaps(b"\xff", bits, bytearray(9))
+
+
 @EVERY_VARIANT
 @given(n=st.integers(1, 9000), where=st.floats(0, 1, exclude_max=True))
 @settings(max_examples=50, deadline=None, derandomize=True)

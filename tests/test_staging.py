@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,55 @@ def test_a_cycle_of_deltas_ends_near_its_cheapest(full: int, growth: float, star
         costs.append((full + history.total) / (count + 1))
         size *= 1 + growth
     assert costs[-1] <= 1.35 * min(costs) + 1
+
+
+def cycle(history: DeltaHistory, index: int, sizes: Iterable[float]) -> list[float]:
+    """Return what a save costs on average, after each delta of a cycle that begins with 1,000,000 bytes."""
+    costs = [1e6]
+    for count, size in enumerate(sizes, start=1):
+        if history.is_over(1_000_000, index):
+            break
+        history.add(int(1e6 * size))
+        costs.append((1e6 + history.total) / (count + 1))
+    return costs
+
+
+def dense(start: float, slope: float) -> list[float]:
+    """Return sizes of deltas that grow as those of dense training do: ever more slowly."""
+    return [min(start + slope * math.log(count), 1.0) for count in range(1, 300)]
+
+
+@given(start=st.floats(0.02, 0.9), slope=st.floats(0.01, 0.15), index=st.integers(0, 1000))
+def test_but_for_the_first_a_cycle_ends_where_it_is_cheapest(start: float, slope: float, index: int) -> None:
+    sizes = dense(start, slope)
+    costs = cycle(DeltaHistory(first=False), index, sizes)
+    best = min((1e6 + 1e6 * sum(sizes[:count])) / (count + 1) for count in range(len(sizes)))
+    assert costs[-1] <= 1.03 * best
+
+
+def test_first_cycles_differ_in_length() -> None:
+    for start, slope in ((0.82, 0.03), (0.5, 0.15), (0.1, 0.02)):
+        sizes = dense(start, slope)
+        longest = len(cycle(DeltaHistory(first=False), 0, sizes)) - 1
+        lengths = [len(cycle(DeltaHistory(), index, sizes)) - 1 for index in range(100)]
+        assert set(lengths) == set(range(2, longest + 1))
+        assert max(lengths.count(length) for length in set(lengths)) <= 2 * 100 / (longest - 1)
+
+
+def test_a_chunk_has_one_first_cycle(tmp_path: Path) -> None:
+    weights = torch.randn(1 << 16)
+    with incckpt.CheckpointManager(tmp_path) as manager:
+        firsts = []
+        for step in range(1, 30):
+            weights += 1e-3 * torch.randn(1 << 16)
+            manager.save(step, {"w": weights}).result()
+            manager.wait()
+            full = manager._base._slots[0].full
+            assert full is not None
+            firsts.append((full.deltas.first, full.deltas.count))
+    starts = [first for first, count in firsts if count == 0]
+    assert len(starts) > 2
+    assert starts == [True] + [False] * (len(starts) - 1)
 
 
 @cuda

@@ -626,3 +626,15 @@ def test_tensors_on_a_device_keep_their_aliases() -> None:
     assert stored.load(map_location="cpu")["part"].tolist() == base[20:30].tolist()
     on_host = Stored({"w": torch.arange(6.0)})
     assert on_host.load(map_location="cuda")["w"].is_cuda
+
+
+def test_kinds_are_the_ends_of_names_and_dtypes() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.Adam([parameter])
+    parameter.grad = torch.ones(4)
+    optimizer.step()
+    shared = torch.zeros(8)
+    flat = flatten({"a.weight": parameter, "b": {"weight": torch.zeros(3).half()}, "all": shared, "part": shared[2:]})
+    assert flat.kinds == ["weight float32", "weight float16", "all float32"]
+    assert flatten(optimizer.state_dict()).kinds == ["step float32", "exp_avg float32", "exp_avg_sq float32"]
+    assert flatten(torch.zeros(1)).kinds == [" float32"]

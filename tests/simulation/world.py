@@ -171,7 +171,7 @@ class Trainer:
         """Save a checkpoint of these chunks, and tell how it ended."""
         self.process.emit(("saving", self.run, self.attempt.number, step, chunks))
         contents = [self._content(index, name) for index, name in enumerate(chunks)]
-        snapshot = Snapshot(step, {}, 0.0, None, (), Layout.of([], 1 << 20), contents)
+        snapshot = Snapshot(step, {}, 0.0, None, (), Layout.of([], [], 1 << 20), contents)
         try:
             ref = self.attempt.write(snapshot, SaveReport())
         except SupersededError:
