@@ -60,7 +60,7 @@ class BuildExtensions(build_ext):
 def extension(name: str, *headers: str) -> Extension:
     """Return the extension built from ``incckpt/<name>.pyx`` and the headers that it includes."""
     return Extension(
-        f"incckpt.{name}",
+        f"incckpt.{name.replace('/', '.')}",
         [f"incckpt/{name}.pyx"],
         include_dirs=["incckpt"],
         depends=[f"incckpt/{header}" for header in headers],
@@ -68,7 +68,11 @@ def extension(name: str, *headers: str) -> Extension:
     )
 
 
-EXTENSIONS = [extension("_delta", "_detect.h", "_sums.h"), extension("_planes", "_frames.h", "_planes.h", "_huffman.h")]
+EXTENSIONS = [
+    extension("_delta", "_detect.h", "_sums.h"),
+    extension("_planes", "_frames.h", "_planes.h", "_huffman.h", "_unhuffman.h"),
+    extension("backends/_files"),
+]
 
 setup(
     ext_modules=cythonize(EXTENSIONS, build_dir="build/cython", compiler_directives=DIRECTIVES),

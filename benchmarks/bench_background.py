@@ -11,6 +11,7 @@ background holds the interpreter's lock. Then a state is restored from full obje
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import subprocess
 import sys
@@ -65,6 +66,7 @@ def beside_a_save(name: str, make: Callable[[float], Any], megabytes: int, round
     slowdowns: list[float] = []
     controls: list[float] = []
     busy: list[float] = []
+    slept: list[int] = []
     with (
         tempfile.TemporaryDirectory() as folder,
         incckpt.CheckpointManager(folder, threads=1, keep_last_n=1) as manager,
@@ -76,7 +78,9 @@ def beside_a_save(name: str, make: Callable[[float], Any], megabytes: int, round
                 value.add_(torch.randn_like(value) * 2e-5)
             alone_before = make(1.0)(lambda: False)
             saved: Future[Any] = manager.save(step, state)
+            before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
             beside = make(0.0)(lambda saved=saved: not saved.done())
+            slept.append(resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before)
             manager.wait()
             alone_after = make(1.0)(lambda: False)
             with subprocess.Popen([sys.executable, "-c", NEIGHBOUR], stdout=subprocess.PIPE) as neighbour:
@@ -91,7 +95,9 @@ def beside_a_save(name: str, make: Callable[[float], Any], megabytes: int, round
     print(
         f"{name:24} slows by {statistics.median(slowdowns):6.2%} (median of {rounds}; {min(slowdowns):.2%} to "
         f"{max(slowdowns):.2%}) while {megabytes} MB are hashed, encoded and put in {statistics.median(busy):.2f} s; "
-        f"beside another process by {statistics.median(controls):.2%} ({min(controls):.2%} to {max(controls):.2%})"
+        f"it had to wait for the interpreter's lock {statistics.median(slept):.0f} times; "
+        f"beside another process it slows by {statistics.median(controls):.2%} "
+        f"({min(controls):.2%} to {max(controls):.2%})"
     )
 
 

@@ -1,8 +1,9 @@
-/* Frames to planes to blocks, without Python: what `frames.encode_frames` decided, carried out for many frames at once.
+/* Frames to coded frames, without Python: what is chosen, and how it is carried out, for many chunks in one call.
  *
- * Each call that takes and gives back the interpreter's lock may put the training thread to sleep, so a chunk has to be
- * coded in a few calls, not in several for each frame. Blocks that need zstd's matcher cannot be coded here: their bytes
- * are set aside, their heads left in place, and the caller puts their content in.
+ * Each call that takes and gives back the interpreter's lock may put the training thread to sleep, so chunks have to be
+ * coded in few calls, not in several for each frame. What only zstd's matcher can do is left open here: blocks of low
+ * entropy are set aside with their heads in place, and frames that repeat themselves are noted. The caller has zstd code
+ * these, in one call for all, and frames_close puts the results in.
  *
  * The layout is in docs/objects.md. Nothing here checks its arguments; _planes.pyx does.
  */
@@ -11,32 +12,66 @@
 
 #include "_planes.h"
 
+enum { WAY_RAW, WAY_INTRA, WAY_DELTA, WAY_ZSTD };
 enum { BLOCK_RAW, BLOCK_CONSTANT, BLOCK_MASKED, BLOCK_ZSTD, BLOCK_SPARSE };
-enum { BLOCK_HEAD = 5, PLANE_GAP = 192 }; /* bytes between planes: a power of two apart they would share cache sets */
-
-#define FRAMES_FULL SIZE_MAX
+enum { FRAME_BYTES = 1 << 20, BLOCK_HEAD = 5, PLANE_GAP = 192 }; /* planes a power of two apart would share cache sets */
+enum { REPEATS_BYTES = 16 << 10, REPEATS_LOG = 12, REPEATS_COST = 2 /* bytes that zstd needs for a match, about */ };
+#define REPEATS_SIGN 0.98 /* matches by chance, in numbers, save less */
 
 typedef struct {
-    size_t at;     /* of its block's head in `out`; the content is to follow that */
-    size_t outer;  /* of the head of the masked block around it, or FRAMES_FULL */
-    size_t start;  /* in `side` */
+    double worthwhile;    /* of its size, to which coding has to bring a block; decoding it has to be paid for */
+    double huffman_bits;  /* of entropy in a byte, below which zstd's matches and runs beat codes of at least a bit */
+    double masked_share;  /* of the commonest byte, from which a mask is smaller and faster than Huffman codes alone */
+    double delta_gain;    /* of intra's cost, below which a delta is worth the reading of its base */
+    double zstd_gain;     /* of the planes' size, below which zstd is worth its slower decoding */
+    size_t fewest;        /* elements, below which planes do not pay for their heads */
+} frames_rules;
+
+typedef struct {
+    uint8_t *head;  /* of its block; the content is to follow that */
+    uint8_t *outer; /* head of the masked or sparse block around it, or NULL */
+    const uint8_t *data;
     size_t nbytes;
 } frames_aside;
 
 typedef struct {
-    const planes_variant *kernels;
-    double raw_bits;     /* entropy of a byte from which a plane is not tried */
-    double huffman_bits; /* below which zstd's matcher is better */
-    double masked_share; /* of the commonest byte, above which a plane is masked */
-    double worthwhile;   /* of its size, to which coding must bring a block */
-    uint8_t *planes, *others, *bitmap;
+    const uint8_t *raw;
+    size_t raw_nbytes;
+    uint8_t *start;
+    size_t nbytes;      /* at `start` */
+    size_t full_nbytes; /* what it would be without a base, about */
+    size_t asides;      /* still to be put in */
+    int way;
+    int repeats; /* itself, so that zstd is worth a try */
+} frames_frame;
+
+typedef struct {
+    const uint8_t *raw, *base;
+    size_t nbytes;
+    int itemsize;
     uint8_t *out;
-    size_t end; /* of what this frame may take of `out` */
-    uint8_t *side;
-    size_t side_at, side_end;
+} frames_chunk;
+
+typedef struct {
+    const void *data;
+    size_t nbytes;
+} frames_bytes;
+
+typedef struct {
+    const planes_variant *kernels;
+    frames_rules rules;
+    uint8_t *planes, *others, *bitmap; /* scratch */
+    uint8_t *end;                      /* of what this frame may take */
+    uint8_t *side;                     /* where what is set aside goes */
     frames_aside *asides;
-    size_t count, most;
+    size_t count;
 } frames_coder;
+
+/* Bytes that all frames of `nbytes` may set aside, and blocks. */
+static size_t frames_side(size_t nbytes) { return nbytes + nbytes / 8 + 16 * (nbytes / FRAME_BYTES + 1); }
+static size_t frames_most_asides(size_t nbytes) { return 16 * (nbytes / FRAME_BYTES + 1); }
+
+static size_t frames_count(size_t nbytes) { return (nbytes + FRAME_BYTES - 1) / FRAME_BYTES; }
 
 static void frames_head(uint8_t *at, uint8_t kind, size_t length)
 {
@@ -45,45 +80,120 @@ static void frames_head(uint8_t *at, uint8_t kind, size_t length)
         at[1 + i] = (uint8_t)(length >> (8 * i));
 }
 
-/* Write a block without a mask at `at` and return where it ends. */
-static size_t frames_plain_block(frames_coder *coder, size_t at, size_t outer, const uint8_t *data, size_t n,
-                                 const planes_statistics *found)
+static size_t frames_length(const uint8_t *head)
 {
-    uint8_t *const head = coder->out + at;
-    const size_t room = (size_t)(coder->worthwhile * (double)n);
-    size_t left;
+    return (size_t)head[1] | (size_t)head[2] << 8 | (size_t)head[3] << 16 | (size_t)head[4] << 24;
+}
+
+/* ---- what to do -------------------------------------------------------------------------------------------------- */
+
+/* The size to expect of planes with these statistics, of their raw size. */
+static double frames_cost(const frames_coder *coder, const planes_statistics *planes, int itemsize)
+{
+    double bits = 0.0;
+    for (int j = 0; j < itemsize; j++)
+        bits += planes[j].bits < 8.0 * coder->rules.worthwhile ? planes[j].bits : 8.0;
+    return bits / (8.0 * itemsize);
+}
+
+/* The size to expect of what is left to code where four bytes or more repeat, of the raw size, if a byte that does not
+ * costs `literal`; from the middle of a frame. */
+static double frames_repeats(const uint8_t *raw, size_t nbytes, double literal)
+{
+    uint16_t seen[1 << REPEATS_LOG];
+    const size_t n = nbytes < REPEATS_BYTES ? nbytes : REPEATS_BYTES;
+    size_t literals = 0, matches = 0, misses = 0, i = 0;
+    raw += (nbytes - n) / 2;
+    memset(seen, 0, sizeof seen);
+    while (i + 4 <= n) {
+        uint32_t word, other;
+        memcpy(&word, raw + i, 4);
+        uint16_t *const place = &seen[(uint32_t)(word * UINT32_C(2654435761)) >> (32 - REPEATS_LOG)];
+        const size_t before = *place;
+        *place = (uint16_t)i;
+        memcpy(&other, raw + before, 4);
+        if (before < i && other == word) {
+            size_t length = 4;
+            while (i + length < n && raw[before + length] == raw[i + length])
+                length++;
+            i += length;
+            matches++;
+            misses = 0;
+        } else { /* look less often the longer nothing was found */
+            const size_t step = 1 + misses++ / 32;
+            literals += step;
+            i += step;
+        }
+    }
+    return ((double)literals * literal + (double)(matches * REPEATS_COST)) / (double)n;
+}
+
+/* Choose between the ways by samples, filling in the statistics of the planes; returns whether to code planes at all. */
+static int frames_choose(const frames_coder *coder, frames_frame *frame, const uint8_t *base, int itemsize,
+                         planes_statistics *planes)
+{
+    const size_t n = frame->raw_nbytes / (size_t)itemsize;
+    double cost, full;
+    frame->repeats = 0;
+    frame->full_nbytes = frame->raw_nbytes;
+    if (n < coder->rules.fewest)
+        return 0;
+    planes_survey(coder->kernels, frame->raw, NULL, n, itemsize, planes);
+    cost = frames_cost(coder, planes, itemsize);
+    full = cost < 1.0 ? cost : 1.0;
+    frame->way = WAY_INTRA;
+    if (base) {
+        planes_statistics differences[8];
+        double delta;
+        planes_survey(coder->kernels, frame->raw, base, n, itemsize, differences);
+        delta = frames_cost(coder, differences, itemsize);
+        if (delta < coder->rules.delta_gain * full) {
+            frame->way = WAY_DELTA;
+            frame->full_nbytes = (size_t)(full * (double)frame->raw_nbytes + 0.5);
+            cost = delta;
+            memcpy(planes, differences, sizeof differences);
+        }
+    }
+    cost = cost < 1.0 ? cost : 1.0;
+    /* A sample knows little of what repeats further away: the least sign is followed. */
+    frame->repeats = frames_repeats(frame->raw, frame->raw_nbytes, full) < REPEATS_SIGN * cost;
+    return cost < 1.0;
+}
+
+/* ---- planes to blocks -------------------------------------------------------------------------------------------- */
+
+/* Write a block without a mask at `at` and return where it ends, or NULL if it does not fit. */
+static uint8_t *frames_plain_block(frames_coder *coder, uint8_t *at, uint8_t *outer, const uint8_t *data, size_t n,
+                                   const planes_statistics *found)
+{
+    uint8_t *const content = at + BLOCK_HEAD;
+    const size_t room = (size_t)(coder->rules.worthwhile * (double)n);
     if (coder->end - at < BLOCK_HEAD)
-        return FRAMES_FULL;
-    left = coder->end - at - BLOCK_HEAD;
+        return NULL;
+    const size_t left = (size_t)(coder->end - content);
     if (n > 1 && found->share == 1.0 && left && coder->kernels->constant(data, n)) {
-        head[BLOCK_HEAD] = (uint8_t)found->commonest;
-        frames_head(head, BLOCK_CONSTANT, 1);
-        return at + BLOCK_HEAD + 1;
+        content[0] = (uint8_t)found->commonest;
+        frames_head(at, BLOCK_CONSTANT, 1);
+        return content + 1;
     }
-    if (n && found->bits < coder->huffman_bits) {
-        frames_aside *const aside = coder->asides + coder->count;
-        if (coder->count == coder->most || coder->side_end - coder->side_at < n)
-            return FRAMES_FULL;
-        memcpy(coder->side + coder->side_at, data, n);
-        *aside = (frames_aside){at, outer, coder->side_at, n};
-        coder->side_at += n;
-        coder->count++;
-        frames_head(head, BLOCK_ZSTD, 0);
-        return at + BLOCK_HEAD;
+    if (n && found->bits < coder->rules.huffman_bits) {
+        memcpy(coder->side, data, n);
+        coder->asides[coder->count++] = (frames_aside){at, outer, coder->side, n};
+        coder->side += n;
+        return content;
     }
-    if (n && found->bits < coder->raw_bits) {
-        const size_t size =
-            huffman_frame(coder->kernels->coder, data, n, head + BLOCK_HEAD, room < left ? room : left);
+    if (n && found->bits < 8.0 * coder->rules.worthwhile) {
+        const size_t size = huffman_frame(coder->kernels->coder, data, n, content, room < left ? room : left);
         if (size) {
-            frames_head(head, BLOCK_ZSTD, size);
-            return at + BLOCK_HEAD + size;
+            frames_head(at, BLOCK_ZSTD, size);
+            return content + size;
         }
     }
     if (left < n)
-        return FRAMES_FULL;
-    memcpy(head + BLOCK_HEAD, data, n);
-    frames_head(head, BLOCK_RAW, n);
-    return at + BLOCK_HEAD + n;
+        return NULL;
+    memcpy(content, data, n);
+    frames_head(at, BLOCK_RAW, n);
+    return content + n;
 }
 
 /* Whether the set bits of a bitmap, `count` of n, are few and lie anywhere: gaps are then shorter than the bitmap's bytes
@@ -95,23 +205,22 @@ static int frames_scattered(size_t count, size_t n, const planes_statistics *bit
     return count && count <= n / 16 && bitmap->bits > 0.85 * bits;
 }
 
-/* Write a plane as a block at `at` and return where it ends. */
-static size_t frames_block(frames_coder *coder, size_t at, const uint8_t *data, size_t n,
-                           const planes_statistics *found)
+/* Write a plane as a block at `at` and return where it ends, or NULL if it does not fit. */
+static uint8_t *frames_block(frames_coder *coder, uint8_t *at, const uint8_t *data, size_t n,
+                             const planes_statistics *found)
 {
     const uint8_t common = (uint8_t)found->commonest;
     const uint8_t *inner[2] = {coder->bitmap, coder->others};
     planes_statistics statistics;
-    uint8_t kind = BLOCK_MASKED;
-    size_t lengths[2], end;
-    if (found->share <= coder->masked_share || (found->share == 1.0 && coder->kernels->constant(data, n)))
-        return frames_plain_block(coder, at, FRAMES_FULL, data, n, found);
+    uint8_t *end = at + BLOCK_HEAD + 1, kind = BLOCK_MASKED;
+    size_t lengths[2];
+    if (found->share <= coder->rules.masked_share || (found->share == 1.0 && coder->kernels->constant(data, n)))
+        return frames_plain_block(coder, at, NULL, data, n, found);
     if (coder->end - at < BLOCK_HEAD + 1)
-        return FRAMES_FULL;
+        return NULL;
     lengths[0] = (n + 7) / 8;
     lengths[1] = coder->kernels->mask(data, n, common, coder->bitmap, coder->others);
-    coder->out[at + BLOCK_HEAD] = common;
-    end = at + BLOCK_HEAD + 1;
+    at[BLOCK_HEAD] = common;
     planes_survey(coder->kernels, inner[0], NULL, lengths[0], 1, &statistics);
     if (frames_scattered(lengths[1], n, &statistics)) {
         uint8_t *const gaps = coder->others + n / 2; /* of n bytes, the others take the first sixteenth */
@@ -121,47 +230,153 @@ static size_t frames_block(frames_coder *coder, size_t at, const uint8_t *data, 
             inner[0] = gaps;
             lengths[0] = m;
             for (int i = 0; i < 4; i++)
-                coder->out[end++] = (uint8_t)(m >> (8 * i));
+                *end++ = (uint8_t)(m >> (8 * i));
             planes_survey(coder->kernels, gaps, NULL, m, 1, &statistics);
         }
     }
     end = frames_plain_block(coder, end, at, inner[0], lengths[0], &statistics);
-    if (end != FRAMES_FULL) {
+    if (end) {
         planes_survey(coder->kernels, inner[1], NULL, lengths[1], 1, &statistics);
         end = frames_plain_block(coder, end, at, inner[1], lengths[1], &statistics);
     }
-    if (end != FRAMES_FULL)
-        frames_head(coder->out + at, kind, end - at - BLOCK_HEAD);
+    if (end)
+        frames_head(at, kind, (size_t)(end - at) - BLOCK_HEAD);
     return end;
 }
 
-/* Write the planes of a frame of `nbytes` as blocks at `at`, and what is left over; return where that ends. */
-static size_t frames_code(frames_coder *coder, size_t at, const uint8_t *raw, const uint8_t *base, size_t nbytes,
-                          int itemsize, const planes_statistics *found)
+/* Write a frame's planes as blocks, and what is left over, at its start; return where that ends, or NULL if it does not
+ * fit into as many bytes as the frame has. */
+static uint8_t *frames_planes(frames_coder *coder, const frames_frame *frame, const uint8_t *base, int itemsize,
+                              const planes_statistics *found)
 {
-    const size_t n = nbytes / (size_t)itemsize, body = n * (size_t)itemsize, slot = BLOCK_HEAD + n;
-    const size_t count = coder->count, side_at = coder->side_at;
-    uint8_t *planes[8];
+    const size_t n = frame->raw_nbytes / (size_t)itemsize, body = n * (size_t)itemsize, slot = BLOCK_HEAD + n;
+    const size_t tail = frame->raw_nbytes - body;
+    uint8_t *planes[8], *at = frame->start;
     int noise = 0;
-    coder->end = at + nbytes;
+    coder->end = frame->start + frame->raw_nbytes;
     /* The low planes are mostly noise: those below the first that is not are split right to where they are stored. */
-    while (noise < itemsize && found[noise].bits >= coder->raw_bits && (size_t)(noise + 1) * slot <= nbytes)
+    while (noise < itemsize && found[noise].bits >= 8.0 * coder->rules.worthwhile
+           && (size_t)(noise + 1) * slot <= frame->raw_nbytes)
         noise++;
     for (int j = 0; j < itemsize; j++)
-        planes[j] = j < noise ? coder->out + at + (size_t)j * slot + BLOCK_HEAD
-                              : coder->planes + (size_t)j * (n + PLANE_GAP);
-    coder->kernels->split(raw, base, n, itemsize, planes);
+        planes[j] = j < noise ? at + (size_t)j * slot + BLOCK_HEAD : coder->planes + (size_t)j * (n + PLANE_GAP);
+    coder->kernels->split(frame->raw, base, n, itemsize, planes);
     for (int j = 0; j < noise; j++, at += slot)
-        frames_head(coder->out + at, BLOCK_RAW, n);
-    for (int j = noise; j < itemsize && at != FRAMES_FULL; j++)
+        frames_head(at, BLOCK_RAW, n);
+    for (int j = noise; j < itemsize && at; j++)
         at = frames_block(coder, at, planes[j], n, &found[j]);
-    if (at == FRAMES_FULL || coder->end - at < nbytes - body) {
+    if (!at || (size_t)(coder->end - at) < tail)
+        return NULL;
+    memcpy(at, frame->raw + body, tail);
+    return at + tail;
+}
+
+/* ---- chunks ------------------------------------------------------------------------------------------------------ */
+
+static void frames_store(frames_frame *frame)
+{
+    memcpy(frame->start, frame->raw, frame->raw_nbytes);
+    frame->way = WAY_RAW;
+    frame->nbytes = frame->full_nbytes = frame->raw_nbytes;
+    frame->asides = 0;
+}
+
+static void frames_code_one(frames_coder *coder, frames_frame *frame, const uint8_t *base, int itemsize)
+{
+    planes_statistics planes[8];
+    uint8_t *const side = coder->side;
+    const size_t count = coder->count;
+    if (frames_choose(coder, frame, base, itemsize, planes)) {
+        uint8_t *const end = frames_planes(coder, frame, frame->way == WAY_DELTA ? base : NULL, itemsize, planes);
+        if (end) {
+            frame->nbytes = (size_t)(end - frame->start);
+            frame->asides = coder->count - count;
+            if (frame->way != WAY_DELTA)
+                frame->full_nbytes = frame->nbytes;
+            return;
+        }
         coder->count = count;
-        coder->side_at = side_at;
-        return FRAMES_FULL;
+        coder->side = side;
     }
-    memcpy(coder->out + at, raw + body, nbytes - body);
-    return at + (nbytes - body);
+    frames_store(frame);
+}
+
+/* Code the frames of a chunk to `out`, and describe them in `frames`. One that is still open has as many bytes to itself
+ * as it has raw ones, so that it can be closed in place. */
+static void frames_code(frames_coder *coder, const frames_chunk *chunk, frames_frame *frames)
+{
+    uint8_t *at = chunk->out;
+    for (size_t start = 0; start < chunk->nbytes; start += FRAME_BYTES, frames++) {
+        const size_t left = chunk->nbytes - start;
+        frames->raw = chunk->raw + start;
+        frames->raw_nbytes = left < FRAME_BYTES ? left : FRAME_BYTES;
+        frames->start = at;
+        frames_code_one(coder, frames, chunk->base ? chunk->base + start : NULL, chunk->itemsize);
+        at = frames->asides || frames->repeats ? chunk->out + start + frames->raw_nbytes : at + frames->nbytes;
+    }
+}
+
+/* Put in what was set aside: `contents[i]`, or where that is not worth it `asides[i].data`. From the last to the first,
+ * so that everything moves towards the end, once. */
+static void frames_fill(const frames_coder *coder, frames_frame *frame, const frames_aside *asides,
+                        const frames_bytes *contents)
+{
+    uint8_t *source = frame->start + frame->nbytes, *target;
+    size_t total = frame->nbytes;
+    for (size_t i = 0; i < frame->asides; i++) {
+        const int coded = contents[i].nbytes <= (size_t)(coder->rules.worthwhile * (double)asides[i].nbytes);
+        total += coded ? contents[i].nbytes : asides[i].nbytes;
+    }
+    if (total >= frame->raw_nbytes) {
+        frames_store(frame);
+        return;
+    }
+    target = frame->start + total;
+    for (size_t i = frame->asides; i-- > 0;) {
+        const int coded = contents[i].nbytes <= (size_t)(coder->rules.worthwhile * (double)asides[i].nbytes);
+        const size_t length = coded ? contents[i].nbytes : asides[i].nbytes;
+        uint8_t *const follows = asides[i].head + BLOCK_HEAD;
+        target -= source - follows;
+        memmove(target, follows, (size_t)(source - follows));
+        target -= length;
+        memcpy(target, coded ? contents[i].data : asides[i].data, length);
+        frames_head(asides[i].head, coded ? BLOCK_ZSTD : BLOCK_RAW, length);
+        if (asides[i].outer)
+            frames_head(asides[i].outer, asides[i].outer[0], frames_length(asides[i].outer) + length);
+        source = follows;
+    }
+    frame->nbytes = total;
+    if (frame->way != WAY_DELTA)
+        frame->full_nbytes = total;
+}
+
+/* Complete the frames of a chunk and bring them together. `asides` and `contents` are those of its frames in order, as
+ * are `texts` what zstd makes of those that repeat themselves; returns how many of both were used. */
+static void frames_close(const frames_coder *coder, const frames_chunk *chunk, frames_frame *frames,
+                         const frames_aside **asides, const frames_bytes **contents, const frames_bytes **texts)
+{
+    uint8_t *at = chunk->out;
+    for (size_t i = 0; i < frames_count(chunk->nbytes); i++) {
+        frames_frame *const frame = frames + i;
+        const size_t count = frame->asides;
+        if (count)
+            frames_fill(coder, frame, *asides, *contents);
+        *asides += count;
+        *contents += count;
+        if (frame->repeats) {
+            const frames_bytes *const text = (*texts)++;
+            if (text->nbytes < frame->full_nbytes)
+                frame->full_nbytes = text->nbytes;
+            if ((double)text->nbytes < coder->rules.zstd_gain * (double)frame->nbytes) {
+                memcpy(frame->start, text->data, text->nbytes);
+                frame->way = WAY_ZSTD;
+                frame->nbytes = text->nbytes;
+            }
+        }
+        memmove(at, frame->start, frame->nbytes);
+        frame->start = at;
+        at += frame->nbytes;
+    }
 }
 
 #endif

@@ -27,6 +27,7 @@
 #endif
 
 #include "_huffman.h"
+#include "_unhuffman.h"
 
 #define PLANES_INLINE static inline __attribute__((always_inline))
 
@@ -332,16 +333,18 @@ typedef struct {
     size_t (*mask)(const uint8_t *, size_t, uint8_t, uint8_t *, uint8_t *);
     void (*unmask)(const uint8_t *, const uint8_t *, size_t, size_t, uint8_t, uint8_t *);
     huffman_coder coder;
+    unhuffman_decoder decoder;
 } planes_variant;
 
 /* Slowest first. */
 static const planes_variant planes_variants[] = {
     {"baseline", split_baseline, join_baseline, constant_baseline, popcount_baseline, mask_baseline, unmask_baseline,
-     huffman_streams},
+     huffman_streams, unhuffman_blocks},
 #if PLANES_X86
-    {"avx2", split_avx2, join_avx2, constant_avx2, popcount_avx2, mask_baseline, unmask_baseline, huffman_streams_bmi2},
+    {"avx2", split_avx2, join_avx2, constant_avx2, popcount_avx2, mask_baseline, unmask_baseline, huffman_streams_bmi2,
+     unhuffman_blocks_bmi2},
     {"avx512", split_avx512, join_avx512, constant_avx512, popcount_avx512, mask_avx512, unmask_avx512,
-     huffman_streams_bmi2},
+     huffman_streams_bmi2, unhuffman_blocks_bmi2},
 #endif
 };
 
@@ -350,7 +353,8 @@ static int planes_usable(void)
 {
 #if PLANES_X86
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("bmi2"))
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("bmi")
+        || !__builtin_cpu_supports("bmi2"))
         return 1;
     if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq")
         || !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512vbmi")

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -7,17 +7,14 @@ from zstandard import BufferSegment
 
 _Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
+FRAME_BYTES: Final[int]
 VARIANTS: Final[tuple[str, ...]]
 BEST: Final[int]
 
 def split(raw: _Buffer, base: _Buffer | None, planes: Sequence[_Buffer], variant: int) -> None: ...
 def join(planes: Sequence[_Buffer], base: _Buffer | None, raw: _Buffer, variant: int) -> None: ...
 def survey(raw: _Buffer, base: _Buffer | None, itemsize: int, variant: int) -> list[tuple[float, float, int]]: ...
-def survey_frames(
-    raw: _Buffer, base: _Buffer | None, itemsize: int, frame: int, variant: int
-) -> tuple[list[list[tuple[float, float, int]]], list[list[tuple[float, float, int]]]]: ...
-def gather(parts: Sequence[_Buffer | BufferSegment], out: _Buffer) -> int: ...
-def digests(sha256: int, raw: _Buffer, frame: int) -> bytes: ...
+def digests(sha256: int, chunks: Sequence[_Buffer]) -> list[bytes]: ...
 def constant(data: _Buffer, variant: int) -> bool: ...
 def mask(data: _Buffer, common: int, bitmap: _Buffer, others: _Buffer, variant: int) -> int: ...
 def popcount(bitmap: _Buffer, variant: int) -> int: ...
@@ -27,25 +24,22 @@ def gap_ends(gaps: _Buffer) -> int: ...
 def fill_gaps(gaps: _Buffer, others: _Buffer, common: int, data: _Buffer) -> None: ...
 def copy(source: _Buffer, target: _Buffer) -> None: ...
 def huffman(data: _Buffer, out: _Buffer, variant: int) -> int: ...
+def unhuffman(coded: _Buffer, out: _Buffer, variant: int) -> bool: ...
 
 class Coder:
-    out: Final[bytearray]
-    side: Final[bytearray]
-
     def __init__(
         self,
-        frames: int,
-        frame: int,
-        raw_bits: float,
+        worthwhile: float,
         huffman_bits: float,
         masked_share: float,
-        worthwhile: float,
+        delta_gain: float,
+        zstd_gain: float,
+        fewest: int,
     ) -> None: ...
-    def code(
+    def encode(
         self,
-        raw: _Buffer,
-        base: _Buffer | None,
-        itemsize: int,
-        plans: Sequence[tuple[bool, Sequence[tuple[float, float, int]]] | None],
+        chunks: Sequence[tuple[_Buffer, _Buffer | None, int, _Buffer]],
+        fast: Callable[[list[memoryview]], Iterable[_Buffer | BufferSegment]],
+        general: Callable[[list[memoryview]], Iterable[_Buffer | BufferSegment]],
         variant: int,
-    ) -> tuple[list[tuple[int, int] | None], list[tuple[int, int, int, int]]]: ...
+    ) -> list[list[tuple[int, int, int]]]: ...

@@ -4,7 +4,8 @@ Bytes in, bytes and numbers out; no policy. Every function checks the sizes that
 the interpreter's lock, and takes the number of the instruction set to use, an index into ``VARIANTS``.
 """
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
@@ -19,7 +20,14 @@ cdef extern from "_frames.h" nogil:
         double share
         double commonest
 
+    ctypedef struct unhuffman_stream:
+        pass
+
+    ctypedef struct unhuffman_table:
+        pass
+
     ctypedef void (*huffman_coder)(huffman_stream *, const uint64_t *) noexcept nogil
+    ctypedef int (*unhuffman_decoder)(unhuffman_stream *, const unhuffman_table *, int) noexcept nogil
 
     ctypedef struct planes_variant:
         const char *name
@@ -30,6 +38,7 @@ cdef extern from "_frames.h" nogil:
         size_t (*mask)(const uint8_t *, size_t, uint8_t, uint8_t *, uint8_t *) noexcept nogil
         void (*unmask)(const uint8_t *, const uint8_t *, size_t, size_t, uint8_t, uint8_t *) noexcept nogil
         huffman_coder coder
+        unhuffman_decoder decoder
 
     const planes_variant planes_variants[3]
     int planes_usable() noexcept
@@ -37,43 +46,73 @@ cdef extern from "_frames.h" nogil:
     size_t gaps_ends(const uint8_t *, size_t) noexcept
     int gaps_fill(const uint8_t *, size_t, const uint8_t *, uint8_t, uint8_t *, size_t) noexcept
     size_t huffman_frame(huffman_coder, const uint8_t *, size_t, uint8_t *, size_t) noexcept
+    bint unhuffman_frame(unhuffman_decoder, const uint8_t *, size_t, uint8_t *, size_t) noexcept
     void planes_survey(
         const planes_variant *, const uint8_t *, const uint8_t *, size_t, int, planes_statistics *
     ) noexcept
 
-    const size_t FRAMES_FULL
+    const size_t FRAME_NBYTES "FRAME_BYTES"
     const size_t PLANE_GAP
 
+    ctypedef struct frames_rules:
+        double worthwhile
+        double huffman_bits
+        double masked_share
+        double delta_gain
+        double zstd_gain
+        size_t fewest
+
     ctypedef struct frames_aside:
-        size_t at
-        size_t outer
-        size_t start
+        const uint8_t *data
+        size_t nbytes
+
+    ctypedef struct frames_frame:
+        const uint8_t *raw
+        size_t raw_nbytes
+        uint8_t *start
+        size_t nbytes
+        size_t full_nbytes
+        int way
+        int repeats
+
+    ctypedef struct frames_chunk:
+        const uint8_t *raw
+        const uint8_t *base
+        size_t nbytes
+        int itemsize
+        uint8_t *out
+
+    ctypedef struct frames_bytes:
+        const void *data
         size_t nbytes
 
     ctypedef struct frames_coder:
         const planes_variant *kernels
-        double raw_bits
-        double huffman_bits
-        double masked_share
-        double worthwhile
+        frames_rules rules
         uint8_t *planes
         uint8_t *others
         uint8_t *bitmap
-        uint8_t *out
         uint8_t *side
-        size_t side_at
-        size_t side_end
         frames_aside *asides
         size_t count
-        size_t most
 
-    size_t frames_code(
-        frames_coder *, size_t, const uint8_t *, const uint8_t *, size_t, int, const planes_statistics *
+    size_t frames_count(size_t nbytes) noexcept
+    size_t frames_side(size_t nbytes) noexcept
+    size_t frames_most_asides(size_t nbytes) noexcept
+    void frames_code(frames_coder *, const frames_chunk *, frames_frame *) noexcept
+    void frames_close(
+        const frames_coder *,
+        const frames_chunk *,
+        frames_frame *,
+        const frames_aside **,
+        const frames_bytes **,
+        const frames_bytes **,
     ) noexcept
 
 
 ctypedef uint8_t *(*hash_function)(const uint8_t *, size_t, uint8_t *) noexcept nogil
 
+FRAME_BYTES = FRAME_NBYTES
 VARIANTS = tuple(planes_variants[i].name.decode() for i in range(planes_usable()))
 BEST = len(VARIANTS) - 1
 
@@ -183,225 +222,215 @@ def survey(const uint8_t[::1] raw not None, const uint8_t[::1] base, int itemsiz
     return [(found[j].bits, found[j].share, <int> found[j].commonest) for j in range(itemsize)]
 
 
-def survey_frames(const uint8_t[::1] raw not None, const uint8_t[::1] base, int itemsize, size_t frame, int variant):
-    """Return what `survey` says of each frame of `frame` bytes, the last of which may be shorter, in one call.
+cdef class Held:
+    """Buffers, which cannot be resized or freed before they are let go of or this object is."""
 
-    Bytes beyond a frame's last element are left out.
+    cdef Py_buffer *buffers
+    cdef size_t count
 
-    Returns
-    -------
-    list of list of (float, float, int)
-        For each frame, for each plane, without the base.
-    list of list of (float, float, int)
-        The same as a delta; empty without a base.
-    """
-    cdef const planes_variant *kernels = chosen(variant)
-    if itemsize not in (1, 2, 4, 8) or not frame:
-        raise ValueError(f"frames of {frame} bytes are not to be cut into elements of {itemsize}")
-    if base is not None and base.shape[0] != raw.shape[0]:
-        raise ValueError(f"base has {base.shape[0]} bytes, not {raw.shape[0]}")
-    cdef size_t nbytes = <size_t> raw.shape[0]
-    cdef size_t width = <size_t> itemsize
-    cdef size_t count = (nbytes + frame - 1) // frame
-    cdef const uint8_t *source = address(raw)
-    cdef const uint8_t *before = address(base)
-    cdef size_t rows = count if base is None else 2 * count
-    cdef planes_statistics *found = <planes_statistics *> malloc((rows * width + 1) * sizeof(planes_statistics))
-    cdef size_t i, j, start
-    if found == NULL:
-        raise MemoryError
-    try:
-        with nogil:
-            for i in range(rows):
-                start = i % count * frame
-                planes_survey(
-                    kernels,
-                    source + start,
-                    before + start if i >= count else NULL,
-                    min(frame, nbytes - start) // width,
-                    itemsize,
-                    found + i * width,
-                )
-        answers = [
-            [
-                (found[i * width + j].bits, found[i * width + j].share, <int> found[i * width + j].commonest)
-                for j in range(width)
-            ]
-            for i in range(rows)
-        ]
-        return answers[:count], answers[count:]
-    finally:
-        free(found)
+    def __cinit__(self, size_t most):
+        self.count = 0
+        self.buffers = <Py_buffer *> malloc((most + 1) * sizeof(Py_buffer))
+        if self.buffers == NULL:
+            raise MemoryError
+
+    cdef Py_buffer *hold(self, item, int flags) except NULL:
+        """Take one more, of at most as many as were asked for."""
+        PyObject_GetBuffer(item, &self.buffers[self.count], flags)
+        self.count += 1
+        return &self.buffers[self.count - 1]
+
+    cdef const frames_bytes *as_bytes(self, frames_bytes *places) noexcept:
+        for i in range(self.count):
+            places[i].data, places[i].nbytes = self.buffers[i].buf, <size_t> self.buffers[i].len
+        return places
+
+    def __dealloc__(self):
+        for i in range(self.count):
+            PyBuffer_Release(&self.buffers[i])
+        free(self.buffers)
 
 
 cdef class Coder:
-    """Codes frames as planes, many in one call, in scratch memory of its own.
+    """Codes chunks as frames, many in one call, in scratch memory of its own; for one thread at a time.
 
     Parameters
     ----------
-    frames
-        The most frames in one call.
-    frame
-        Bytes of a frame.
-    raw_bits, huffman_bits, masked_share, worthwhile
-        Entropy in bits from which a plane is not coded, and below which zstd's matcher has to do it; share of the
-        commonest byte above which it is masked; part of its size to which coding has to bring a block.
+    worthwhile
+        Part of its size to which coding has to bring a block.
+    huffman_bits
+        Entropy of a byte, in bits, below which zstd's matcher has to code a block.
+    masked_share
+        Share of the commonest byte above which a plane is masked.
+    delta_gain
+        Part of the cost without a base, below which a frame becomes a delta.
+    zstd_gain
+        Part of the planes' size, below which a frame becomes zstd's.
+    fewest
+        Elements of a frame, below which it is stored as it is.
     """
 
     cdef frames_coder state
-    cdef size_t frame
-    cdef readonly object out
-    """``uint8[frames * frame]``: where `code` writes."""
-    cdef readonly object side
-    """What `code` set aside."""
-    cdef object scratch
-    cdef Py_buffer buffers[3]
-    cdef int held
+    cdef uint8_t *scratch
+    cdef uint8_t *side
+    cdef size_t side_nbytes
 
     def __cinit__(
-        self, size_t frames, size_t frame, double raw_bits, double huffman_bits, double masked_share, double worthwhile
+        self,
+        double worthwhile,
+        double huffman_bits,
+        double masked_share,
+        double delta_gain,
+        double zstd_gain,
+        size_t fewest,
     ):
-        cdef size_t planes = frame + 8 * PLANE_GAP
-        self.held = 0
-        self.frame = frame
-        self.out = bytearray(frames * frame)
-        self.side = bytearray(frames * (frame + frame // 8 + 64))
-        self.scratch = bytearray(planes + frame + frame // 8 + 64)
-        for owner in (self.out, self.side, self.scratch):
-            PyObject_GetBuffer(owner, &self.buffers[self.held], PyBUF_SIMPLE | PyBUF_WRITABLE)
-            self.held += 1
-        self.state.raw_bits, self.state.huffman_bits = raw_bits, huffman_bits
-        self.state.masked_share, self.state.worthwhile = masked_share, worthwhile
-        self.state.out = <uint8_t *> self.buffers[0].buf
-        self.state.side = <uint8_t *> self.buffers[1].buf
-        self.state.side_end = <size_t> self.buffers[1].len
-        self.state.planes = <uint8_t *> self.buffers[2].buf
-        self.state.others = self.state.planes + planes
-        self.state.bitmap = self.state.others + frame
-        self.state.most = frames * 16  # planes of a frame times blocks of a masked plane
-        self.state.asides = <frames_aside *> malloc(self.state.most * sizeof(frames_aside))
-        if self.state.asides == NULL:
+        cdef size_t planes = FRAME_NBYTES + 8 * PLANE_GAP
+        self.state.rules.worthwhile, self.state.rules.huffman_bits = worthwhile, huffman_bits
+        self.state.rules.masked_share, self.state.rules.delta_gain = masked_share, delta_gain
+        self.state.rules.zstd_gain, self.state.rules.fewest = zstd_gain, fewest
+        self.scratch = <uint8_t *> malloc(planes + FRAME_NBYTES + FRAME_NBYTES // 8 + 64)
+        if self.scratch == NULL:
             raise MemoryError
+        self.state.planes = self.scratch
+        self.state.others = self.scratch + planes
+        self.state.bitmap = self.state.others + FRAME_NBYTES
 
     def __dealloc__(self):
-        free(self.state.asides)
-        for i in range(self.held):
-            PyBuffer_Release(&self.buffers[i])
+        free(self.scratch)
+        free(self.side)
 
-    def code(self, const uint8_t[::1] raw not None, const uint8_t[::1] base, int itemsize, plans, int variant):
-        """Code the frames of `raw` that have a plan.
+    cdef size_t reserve(self, size_t nbytes) except 0:
+        """Make room for what `nbytes` raw bytes may set aside; what is not used is never touched."""
+        cdef size_t wanted = frames_side(nbytes) + 1
+        if wanted > self.side_nbytes:
+            free(self.side)
+            self.side = <uint8_t *> malloc(wanted)
+            self.side_nbytes = wanted if self.side != NULL else 0
+            if self.side == NULL:
+                raise MemoryError
+        self.state.side = self.side
+        return wanted
+
+    def encode(self, chunks, fast, general, int variant):
+        """Code chunks, each to the first bytes of its `out`.
+
+        Takes and gives back the interpreter's lock once, and twice more where zstd is needed.
 
         Parameters
         ----------
-        raw
-            ``uint8[n]``, frames one after the other; only the last may be shorter than a frame.
-        base
-            ``uint8[n]``, or ``None``.
-        plans
-            For each frame ``None``, or whether it is to be a delta and the statistics of its planes.
+        chunks
+            Of each: raw bytes, ``uint8[n]``; base, the same, or ``None``; bytes of an element, 1, 2, 4 or 8; out,
+            ``uint8[n]`` or more.
+        fast, general
+            Called with a list of memoryviews, none empty, return what zstd's fast and its better matcher make of each.
+        variant
+            Index into ``VARIANTS``.
 
         Returns
         -------
-        list of (int, int) or None
-            For each frame, where in `out` its bytes begin and end; ``None`` without a plan, or if it is not smaller.
-        list of (int, int, int, int)
-            Blocks with no content yet, in order: the place of the head in `out`, of the head of the masked block around
-            it or -1, and start and length in `side` of the bytes to be coded.
+        list of list of (int, int, int)
+            For each chunk, for each frame: its way, its coded bytes, and what they would be without a base.
         """
-        cdef size_t nbytes = <size_t> raw.shape[0]
-        cdef size_t count = (nbytes + self.frame - 1) // self.frame
-        cdef size_t i, j, start, at, end
-        if itemsize not in (1, 2, 4, 8):
-            raise ValueError(f"no elements of {itemsize} bytes")
-        if base is not None and base.shape[0] != raw.shape[0]:
-            raise ValueError(f"base has {base.shape[0]} bytes, not {raw.shape[0]}")
-        if <size_t> len(plans) != count or count * self.frame > <size_t> self.buffers[0].len:
-            raise ValueError(f"{len(plans)} plans for {count} frames, of at most {self.buffers[0].len // self.frame}")
-        self.state.kernels = chosen(variant)
-        self.state.count = self.state.side_at = 0
-        cdef const uint8_t *source = address(raw)
-        cdef const uint8_t *before = address(base)
-        cdef size_t size = count * (sizeof(planes_statistics) * <size_t> itemsize + sizeof(size_t)) + 1
-        cdef planes_statistics *found = <planes_statistics *> malloc(size)
-        if found == NULL:
-            raise MemoryError
-        cdef size_t *ends = <size_t *> (found + count * <size_t> itemsize)  # what is wanted, then what was done
+        cdef size_t many = <size_t> len(chunks), frames = 0, nbytes = 0, texts = 0, i, j
+        cdef Held held = Held(3 * many)
+        cdef Held contents, others
+        cdef frames_chunk *sources = <frames_chunk *> malloc((many + 1) * sizeof(frames_chunk))
+        cdef frames_frame *found = NULL
+        cdef frames_frame *frame
+        cdef frames_aside *asides = NULL
+        cdef frames_bytes *places = NULL
+        cdef const frames_aside *next_aside
+        cdef const frames_bytes *next_content
+        cdef const frames_bytes *next_text
+        cdef Py_buffer *buffer
         try:
-            for i in range(count):
-                ends[i] = 0
-                plan = plans[i]
-                if plan is not None:
-                    delta, statistics = plan
-                    if delta and base is None:
-                        raise ValueError("a delta needs a base")
-                    if len(statistics) != itemsize:
-                        raise ValueError(f"statistics of {len(statistics)} planes, not of {itemsize}")
-                    ends[i] = 2 if delta else 1
-                    for j in range(<size_t> itemsize):
-                        bits, share, commonest = statistics[j]
-                        found[i * itemsize + j].bits = bits
-                        found[i * itemsize + j].share = share
-                        found[i * itemsize + j].commonest = <uint8_t> commonest
+            if sources == NULL:
+                raise MemoryError
+            for i in range(many):
+                raw, base, itemsize, out = chunks[i]
+                buffer = held.hold(raw, PyBUF_SIMPLE)
+                sources[i].raw, sources[i].nbytes = <const uint8_t *> buffer.buf, <size_t> buffer.len
+                sources[i].base, sources[i].itemsize = NULL, itemsize
+                if itemsize not in (1, 2, 4, 8):
+                    raise ValueError(f"no elements of {itemsize} bytes")
+                if base is not None:
+                    buffer = held.hold(base, PyBUF_SIMPLE)
+                    sources[i].base = <const uint8_t *> buffer.buf
+                    if <size_t> buffer.len != sources[i].nbytes:
+                        raise ValueError(f"base has {buffer.len} bytes, not {sources[i].nbytes}")
+                buffer = held.hold(out, PyBUF_SIMPLE | PyBUF_WRITABLE)
+                sources[i].out = <uint8_t *> buffer.buf
+                if <size_t> buffer.len < sources[i].nbytes:
+                    raise ValueError(f"{sources[i].nbytes} bytes may not fit into {buffer.len}")
+                frames += frames_count(sources[i].nbytes)
+                nbytes += sources[i].nbytes
+            # Chunks are many and small, or few: a bound for each frame of each.
+            found = <frames_frame *> malloc((frames + 1) * sizeof(frames_frame))
+            asides = <frames_aside *> malloc(frames_most_asides(frames * FRAME_NBYTES) * sizeof(frames_aside))
+            if found == NULL or asides == NULL:
+                raise MemoryError
+            self.reserve(nbytes + 16 * (frames + 1))
+            self.state.kernels, self.state.asides, self.state.count = chosen(variant), asides, 0
             with nogil:
-                for i in range(count):
-                    if ends[i]:
-                        start = i * self.frame
-                        ends[i] = frames_code(
-                            &self.state,
-                            start,
-                            source + start,
-                            before + start if ends[i] == 2 else NULL,
-                            min(self.frame, nbytes - start),
-                            itemsize,
-                            found + i * <size_t> itemsize,
-                        )
-                    else:
-                        ends[i] = FRAMES_FULL
-            spans = [None if ends[i] == FRAMES_FULL else (i * self.frame, ends[i]) for i in range(count)]
+                frame = found
+                for i in range(many):
+                    frames_code(&self.state, &sources[i], frame)
+                    frame += frames_count(sources[i].nbytes)
+                for j in range(frames):
+                    if found[j].repeats:
+                        texts += 1
+            if self.state.count or texts:
+                contents = held_all(
+                    fast,
+                    [
+                        PyMemoryView_FromMemory(<char *> asides[j].data, <Py_ssize_t> asides[j].nbytes, PyBUF_READ)
+                        for j in range(self.state.count)
+                    ],
+                )
+                others = held_all(
+                    general,
+                    [
+                        PyMemoryView_FromMemory(<char *> found[j].raw, <Py_ssize_t> found[j].raw_nbytes, PyBUF_READ)
+                        for j in range(frames)
+                        if found[j].repeats
+                    ],
+                )
+                places = <frames_bytes *> malloc((contents.count + others.count + 1) * sizeof(frames_bytes))
+                if places == NULL:
+                    raise MemoryError
+                next_aside = asides
+                next_content = contents.as_bytes(places)
+                next_text = others.as_bytes(places + contents.count)
+                with nogil:
+                    frame = found
+                    for i in range(many):
+                        frames_close(&self.state, &sources[i], frame, &next_aside, &next_content, &next_text)
+                        frame += frames_count(sources[i].nbytes)
+            answers = []
+            frame = found
+            for i in range(many):
+                answer = []
+                for j in range(frames_count(sources[i].nbytes)):
+                    answer.append((frame[j].way, frame[j].nbytes, frame[j].full_nbytes))
+                answers.append(answer)
+                frame += frames_count(sources[i].nbytes)
+            return answers
         finally:
+            free(sources)
             free(found)
-        return spans, [
-            (
-                self.state.asides[i].at,
-                -1 if self.state.asides[i].outer == FRAMES_FULL else <Py_ssize_t> self.state.asides[i].outer,
-                self.state.asides[i].start,
-                self.state.asides[i].nbytes,
-            )
-            for i in range(self.state.count)
-        ]
+            free(asides)
+            free(places)
 
 
-def gather(parts, uint8_t[::1] out not None):
-    """Copy `parts`, bytes-like objects, end to end to the beginning of `out`; return where they end.
-
-    Raises
-    ------
-    ValueError
-        They do not fit.
-    """
-    cdef size_t count = <size_t> len(parts)
-    cdef size_t room = <size_t> out.shape[0]
-    cdef size_t total = 0, held = 0, i
-    cdef uint8_t *target = <uint8_t *> address(out)
-    cdef Py_buffer *buffers = <Py_buffer *> malloc((count + 1) * sizeof(Py_buffer))
-    if buffers == NULL:
-        raise MemoryError
-    try:
-        for part in parts:
-            PyObject_GetBuffer(part, &buffers[held], PyBUF_SIMPLE)
-            held += 1
-            total += <size_t> buffers[held - 1].len
-        if total > room:
-            raise ValueError(f"{total} bytes do not fit into {room}")
-        with nogil:
-            for i in range(count):
-                memcpy(target, buffers[i].buf, <size_t> buffers[i].len)
-                target += buffers[i].len
-    finally:
-        for i in range(held):
-            PyBuffer_Release(&buffers[i])
-        free(buffers)
-    return total
+cdef Held held_all(function, data):
+    """Call `function` with a list and hold the buffers that it returns, one for each; not if it is empty."""
+    results = list(function(data)) if data else []
+    if len(results) != len(data):
+        raise ValueError(f"{len(results)} results for {len(data)} buffers")
+    cdef Held held = Held(<size_t> len(results))
+    for item in results:
+        held.hold(item, PyBUF_SIMPLE)
+    return held
 
 
 def constant(const uint8_t[::1] data not None, int variant):
@@ -566,14 +595,15 @@ def copy(const uint8_t[::1] source not None, uint8_t[::1] target not None):
     if <size_t> target.shape[0] != n:
         raise ValueError(f"{n} bytes do not fit into {target.shape[0]}")
     if n < SMALL:  # handing the lock over and back takes longer
-        memcpy(end, start, n)
+        if n:
+            memcpy(end, start, n)
     else:
         with nogil:
             memcpy(end, start, n)
 
 
-def digests(size_t sha256, const uint8_t[::1] raw not None, size_t frame):
-    """Return the SHA-256 digests of the frames of `frame` bytes of `raw`, end to end, in one call.
+def digests(size_t sha256, chunks):
+    """Return for each of `chunks`, ``uint8[n]``, the SHA-256 digests of its frames, end to end, all in one call.
 
     Parameters
     ----------
@@ -581,23 +611,34 @@ def digests(size_t sha256, const uint8_t[::1] raw not None, size_t frame):
         Address of a function ``unsigned char *(const unsigned char *data, size_t nbytes, unsigned char *digest)``, such
         as OpenSSL's ``SHA256``, that needs no lock.
     """
-    cdef size_t nbytes = <size_t> raw.shape[0]
-    cdef size_t count = (nbytes + frame - 1) // frame
     cdef hash_function function = <hash_function> <void *> sha256
-    cdef const uint8_t *source = address(raw)
-    found = bytearray(32 * count)
-    cdef uint8_t[::1] view = found
-    cdef uint8_t *target = &view[0] if count else NULL
-    cdef size_t i
+    cdef size_t many = <size_t> len(chunks), i
+    cdef Held sources = Held(many)
+    cdef Held targets = Held(many)
     cdef bint failed = False
+    found = []
+    for chunk in chunks:
+        target = bytearray(32 * frames_count(<size_t> sources.hold(chunk, PyBUF_SIMPLE).len))
+        targets.hold(target, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        found.append(target)
     with nogil:
-        for i in range(count):
-            if function(source + i * frame, min(frame, nbytes - i * frame), target + 32 * i) == NULL:
+        for i in range(many):
+            if not hash_frames(function, &sources.buffers[i], <uint8_t *> targets.buffers[i].buf):
                 failed = True
                 break
     if failed:
-        raise RuntimeError("the SHA-256 function failed")
-    return bytes(found)
+        raise MemoryError("OpenSSL's SHA256 failed")
+    return [bytes(item) for item in found]
+
+
+cdef bint hash_frames(hash_function function, const Py_buffer *source, uint8_t *target) noexcept nogil:
+    """Write the digests of the frames of `source` to `target`; returns whether that worked."""
+    cdef const uint8_t *data = <const uint8_t *> source.buf
+    cdef size_t nbytes = <size_t> source.len, i
+    for i in range(frames_count(nbytes)):
+        if function(data + i * FRAME_NBYTES, min(FRAME_NBYTES, nbytes - i * FRAME_NBYTES), target + 32 * i) == NULL:
+            return False
+    return True
 
 
 def huffman(const uint8_t[::1] data not None, uint8_t[::1] out not None, int variant):
@@ -613,3 +654,18 @@ def huffman(const uint8_t[::1] data not None, uint8_t[::1] out not None, int var
     with nogil:
         size = huffman_frame(kernels.coder, source, n, target, room)
     return size
+
+
+def unhuffman(const uint8_t[::1] coded not None, uint8_t[::1] out not None, int variant):
+    """Fill `out` with what a frame that `huffman` wrote holds, and return whether it is one, of that many bytes.
+
+    Where it is none, which zstd may be able to read nonetheless, `out` is undefined.
+    """
+    cdef const planes_variant *kernels = chosen(variant)
+    cdef const uint8_t *source = address(coded)
+    cdef uint8_t *target = <uint8_t *> address(out)
+    cdef size_t nbytes = <size_t> coded.shape[0], n = <size_t> out.shape[0]
+    cdef bint done
+    with nogil:
+        done = unhuffman_frame(kernels.decoder, source, nbytes, target, n)
+    return done

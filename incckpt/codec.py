@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
 
@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from incckpt.digests import frame_digests
 from incckpt.errors import CodecError
-from incckpt.frames import BATCH, DELTA, FRAME_BYTES, WAYS, CodedFrame, decode_frame, encode_frames, encode_text
+from incckpt.frames import DELTA, FRAME_BYTES, WAYS, CodedFrame, decode_frame, encode_chunks, encode_text
 
 __all__ = [
     "FRAME_BYTES",
@@ -32,13 +32,16 @@ __all__ = [
     "Digest",
     "Encoded",
     "Header",
+    "Source",
     "WayBytes",
     "decode",
     "decode_document",
     "decode_frames",
     "digest",
+    "digest_many",
     "encode",
     "encode_document",
+    "encode_many",
     "header_nbytes",
     "max_nbytes",
     "read_header",
@@ -181,8 +184,12 @@ def digest(raw: Buffer) -> Digest:
     raw
         ``uint8[n]``, contiguous.
     """
-    frames = frame_digests(_view(raw), FRAME_BYTES)
-    return Digest(hashlib.sha256(frames).digest(), frames)
+    return digest_many([raw])[0]
+
+
+def digest_many(chunks: Sequence[Buffer]) -> list[Digest]:
+    """Return the digests of chunks, as `digest` does of one; the interpreter's lock is handed over once for all."""
+    return [Digest(hashlib.sha256(frames).digest(), frames) for frames in frame_digests([_view(raw) for raw in chunks])]
 
 
 def _view(data: Buffer) -> memoryview:
@@ -199,53 +206,10 @@ def _spans(nbytes: int) -> Iterator[tuple[int, int]]:
 # ---- encoding --------------------------------------------------------------------------------------------------------
 
 
-class _Writer:
-    """Puts an object together: its frames one after the other, and the header when all of them are there."""
+class Source(NamedTuple):
+    """A chunk to be coded.
 
-    def __init__(self, nbytes: int, digest: Digest, out: Buffer | None) -> None:
-        if len(digest.frames) != 32 * len(range(0, nbytes, FRAME_BYTES)):
-            raise ValueError(f"{len(digest.frames) // 32} frame digests cannot be those of {nbytes} bytes")
-        self.out = _view(np.empty(max_nbytes(nbytes), np.uint8) if out is None else out)
-        if len(self.out) < max_nbytes(nbytes) or self.out.readonly:
-            raise ValueError(f"`out` must be writable, of at least {max_nbytes(nbytes)} bytes")
-        self.nbytes, self.digest = nbytes, digest
-        self.at = header_nbytes(nbytes)
-        self.full_nbytes = self.at
-        self.coded: list[CodedFrame] = []
-
-    def room(self, nbytes: int) -> memoryview:
-        """Return the memory for the next frame, of `nbytes` raw bytes."""
-        return self.out[self.at : self.at + nbytes]
-
-    def add(self, frame: CodedFrame) -> None:
-        """Take what is at the beginning of `room` as the next frame."""
-        self.coded.append(frame)
-        self.at += frame.nbytes
-        self.full_nbytes += frame.full_nbytes
-
-    def finish(self, itemsize: int, base: bytes) -> Encoded:
-        """Write the header."""
-        delta = any(frame.way == DELTA for frame in self.coded)
-        head = (itemsize, _HAS_BASE, 0, self.nbytes, base) if delta else (itemsize, 0, 0, self.nbytes, _NO_BASE)
-        _HEAD.pack_into(self.out, 0, MAGIC, FORMAT, *head)
-        at = _HEAD.size
-        totals: dict[str, WayBytes] = {}
-        for i, ((start, stop), frame) in enumerate(zip(_spans(self.nbytes), self.coded, strict=True)):
-            frame_digest = self.digest.frames[32 * i : 32 * i + 32]
-            _ENTRY.pack_into(self.out, at, frame.way, _NO_PADDING, frame.nbytes, frame_digest)
-            at += _ENTRY.size
-            total = totals.get(WAYS[frame.way], WayBytes(0, 0))
-            totals[WAYS[frame.way]] = WayBytes(total.raw + stop - start, total.stored + frame.nbytes)
-        _CHECK.pack_into(self.out, at, zlib.crc32(self.out[:at]))
-        return Encoded(self.out[: self.at], base if delta else None, totals, self.full_nbytes)
-
-
-def encode(
-    raw: Buffer, itemsize: int, *, digest: Digest, base: Base | None = None, out: Buffer | None = None
-) -> Encoded:
-    """Return the object of a chunk.
-
-    Parameters
+    Attributes
     ----------
     raw
         ``uint8[n]``, contiguous, at any address.
@@ -258,26 +222,84 @@ def encode(
         What frames may be coded as a delta against.
     out
         Memory to write the object to, at least `max_nbytes` of ``n``; new memory by default.
+    """
+
+    raw: Buffer
+    itemsize: int
+    digest: Digest
+    base: Base | None = None
+    out: Buffer | None = None
+
+
+class _Object:
+    """An object to be: memory for it, in which the frames come first and the header last."""
+
+    def __init__(self, raw: memoryview, digest: Digest, out: Buffer | None) -> None:
+        self.raw, self.digest = raw, digest
+        if len(digest.frames) != 32 * len(range(0, len(raw), FRAME_BYTES)):
+            raise ValueError(f"{len(digest.frames) // 32} frame digests cannot be those of {len(raw)} bytes")
+        room = max_nbytes(len(raw))
+        self.out = _view(np.empty(room, np.uint8) if out is None else out)
+        if len(self.out) < room or self.out.readonly:
+            raise ValueError(f"`out` must be writable, of at least {room} bytes")
+        self._frames_at = header_nbytes(len(raw))
+        self.frames_out = self.out[self._frames_at : room]
+
+    def finish(self, frames: Sequence[CodedFrame], itemsize: int, base: bytes) -> Encoded:
+        """Write the header."""
+        delta = any(frame.way == DELTA for frame in frames)
+        head = (itemsize, _HAS_BASE, 0, len(self.raw), base) if delta else (itemsize, 0, 0, len(self.raw), _NO_BASE)
+        _HEAD.pack_into(self.out, 0, MAGIC, FORMAT, *head)
+        at, end = _HEAD.size, self._frames_at
+        totals: dict[str, WayBytes] = {}
+        for i, ((start, stop), frame) in enumerate(zip(_spans(len(self.raw)), frames, strict=True)):
+            frame_digest = self.digest.frames[32 * i : 32 * i + 32]
+            _ENTRY.pack_into(self.out, at, frame.way, _NO_PADDING, frame.nbytes, frame_digest)
+            at += _ENTRY.size
+            end += frame.nbytes
+            total = totals.get(WAYS[frame.way], WayBytes(0, 0))
+            totals[WAYS[frame.way]] = WayBytes(total.raw + stop - start, total.stored + frame.nbytes)
+        _CHECK.pack_into(self.out, at, zlib.crc32(self.out[:at]))
+        full_nbytes = self._frames_at + sum(frame.full_nbytes for frame in frames)
+        return Encoded(self.out[:end], base if delta else None, totals, full_nbytes)
+
+
+def encode(
+    raw: Buffer, itemsize: int, *, digest: Digest, base: Base | None = None, out: Buffer | None = None
+) -> Encoded:
+    """Return the object of a chunk; the arguments are those of a `Source`.
 
     Raises
     ------
     ValueError
         If the arguments do not fit each other.
     """
-    if itemsize not in (1, 2, 4, 8, 16):
-        raise ValueError(f"itemsize must be 1, 2, 4, 8 or 16, not {itemsize}")
-    itemsize = min(itemsize, 8)
-    view = _view(raw)
-    identity, before = (_NO_BASE, None) if base is None else (base.identity, _view(base.raw))
-    if len(identity) != 32 or (before is not None and len(before) != len(view)):
-        raise ValueError(f"the base must have an identity of 32 bytes, and {len(view)} raw bytes as the chunk has")
-    writer = _Writer(len(view), digest, out)
-    for start in range(0, len(view), BATCH * FRAME_BYTES):
-        raw_frames = view[start : start + BATCH * FRAME_BYTES]
-        base_frames = None if before is None else before[start : start + BATCH * FRAME_BYTES]
-        for frame in encode_frames(raw_frames, base_frames, itemsize, writer.room(len(raw_frames))):
-            writer.add(frame)
-    return writer.finish(itemsize, identity)
+    return encode_many([Source(raw, itemsize, digest, base, out)])[0]
+
+
+def encode_many(sources: Sequence[Source]) -> list[Encoded]:
+    """Return the objects of chunks; the interpreter's lock is handed over one to three times for all.
+
+    Raises
+    ------
+    ValueError
+        If the arguments of one do not fit each other.
+    """
+    objects: list[_Object] = []
+    chunks: list[tuple[memoryview, memoryview | None, int, memoryview]] = []
+    for source in sources:
+        if source.itemsize not in (1, 2, 4, 8, 16):
+            raise ValueError(f"itemsize must be 1, 2, 4, 8 or 16, not {source.itemsize}")
+        raw = _view(source.raw)
+        identity, before = (_NO_BASE, None) if source.base is None else (source.base.identity, _view(source.base.raw))
+        if len(identity) != 32 or (before is not None and len(before) != len(raw)):
+            raise ValueError(f"the base must have an identity of 32 bytes, and {len(raw)} raw bytes as the chunk has")
+        objects.append(_Object(raw, source.digest, source.out))
+        chunks.append((raw, before, min(source.itemsize, 8), objects[-1].frames_out))
+    return [
+        one.finish(frames, min(source.itemsize, 8), _NO_BASE if source.base is None else source.base.identity)
+        for one, frames, source in zip(objects, encode_chunks(chunks), sources, strict=True)
+    ]
 
 
 def encode_document(raw: Buffer, *, digest: Digest) -> bytes:
@@ -291,10 +313,13 @@ def encode_document(raw: Buffer, *, digest: Digest) -> bytes:
         What `digest` returned for `raw`.
     """
     view = _view(raw)
-    writer = _Writer(len(view), digest, None)
+    coded = _Object(view, digest, None)
+    frames: list[CodedFrame] = []
+    at = 0
     for start, stop in _spans(len(view)):
-        writer.add(encode_text(view[start:stop], writer.room(stop - start)))
-    return writer.finish(1, _NO_BASE).data.tobytes()
+        frames.append(encode_text(view[start:stop], coded.frames_out[at : at + stop - start]))
+        at += frames[-1].nbytes
+    return coded.finish(frames, 1, _NO_BASE).data.tobytes()
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------

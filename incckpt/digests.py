@@ -1,4 +1,4 @@
-"""SHA-256 of many frames in one call, without the interpreter's lock.
+"""SHA-256 of the frames of many chunks in one call, without the interpreter's lock.
 
 :mod:`hashlib` takes and gives back the lock for every frame, and each time may put the training thread to sleep
 (docs/decisions/007). The function that it calls in the end, OpenSSL's, is called directly where it can be found; where
@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+from collections.abc import Sequence
 from typing import Final
 
 from incckpt import _planes
+from incckpt.frames import FRAME_BYTES
 
 __all__ = ["frame_digests"]
 
@@ -35,16 +37,19 @@ def _find_sha256() -> int:
 _SHA256: Final = _find_sha256()
 
 
-def frame_digests(raw: memoryview, frame: int) -> bytes:
-    """Return the SHA-256 digests of the frames of `raw`, 32 bytes each, end to end.
+def frame_digests(chunks: Sequence[memoryview]) -> list[bytes]:
+    """Return, for each chunk, the SHA-256 digests of its frames, 32 bytes each, end to end.
 
     Parameters
     ----------
-    raw
-        ``uint8[n]``.
-    frame
-        Bytes of a frame; the last may be shorter.
+    chunks
+        Of each ``uint8[n]``; a chunk's last frame may be shorter.
     """
     if _SHA256:
-        return _planes.digests(_SHA256, raw, frame)
-    return b"".join(hashlib.sha256(raw[start : start + frame]).digest() for start in range(0, len(raw), frame))
+        return _planes.digests(_SHA256, chunks)
+    return [
+        b"".join(
+            hashlib.sha256(raw[start : start + FRAME_BYTES]).digest() for start in range(0, raw.nbytes, FRAME_BYTES)
+        )
+        for raw in chunks
+    ]

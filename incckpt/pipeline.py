@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Final, TypeVar
 
 __all__ = ["LOCAL_REQUESTS", "REMOTE_REQUESTS", "Pipeline"]
 
 _T = TypeVar("_T")
+_R = TypeVar("_R")
 
 REMOTE_REQUESTS: Final = 32
 LOCAL_REQUESTS: Final = 4
@@ -21,7 +22,7 @@ class Pipeline:
     Parameters
     ----------
     requests
-        How many items may be under way at once, most of them waiting; at least `threads` are.
+        How many items, or calls of `together`, may be under way at once, most of them waiting; at least `threads` are.
     threads
         How many workers may compute at one time: they hold `cpu` while they do.
     bytes_in_flight
@@ -32,6 +33,8 @@ class Pipeline:
 
     def __init__(self, *, requests: int, threads: int, bytes_in_flight: int, name: str) -> None:
         self._workers = ThreadPoolExecutor(max(requests, threads), name)
+        # Another pool, since those who wait for its results are workers. Without it each does its requests by itself.
+        self._requests = ThreadPoolExecutor(requests, f"{name}-request") if requests > threads else None
         self.cpu = threading.BoundedSemaphore(threads)
         self._limit = bytes_in_flight
         self._used = 0
@@ -79,9 +82,25 @@ class Pipeline:
         if errors:
             raise errors[0]
 
+    def together(self, function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+        """Return what `function` makes of each of `items`, called by a worker for requests that should not queue.
+
+        Raises
+        ------
+        BaseException
+            The first that `function` raised; none is under way any more.
+        """
+        if self._requests is None or len(items) == 1:
+            return [function(item) for item in items]
+        under_way = [self._requests.submit(function, item) for item in items]
+        wait(under_way)
+        return [future.result() for future in under_way]
+
     def close(self) -> None:
         """Let go of the threads."""
         self._workers.shutdown()
+        if self._requests is not None:
+            self._requests.shutdown()
 
     def _acquire(self, nbytes: int) -> None:
         with self._freed:

@@ -14,6 +14,7 @@ from incckpt.backends.base import ReadableBuffer
 from incckpt.document import Json
 from incckpt.entries import TensorEntry, entry_to_json
 from incckpt.errors import BackendError, SupersededError
+from incckpt.hostmem import HostPool
 from incckpt.manifest import Chunk, Manifest, Stored
 from incckpt.objects import ObjectKey, chunk_keys, manifest_keys
 from incckpt.pipeline import REMOTE_REQUESTS, Pipeline
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _ABORTED_TRIES = 3
 _REMEMBERED = 1 << 16  # chunks of the past; forgetting one costs at most that it is put again
+_BATCH_BYTES = 32 << 20  # hashed, or coded, without the interpreter's lock changing hands (docs/decisions/007)
 _DELTA_WORTHWHILE = 0.95  # of a full object's size; above, a delta is not worth that a restore reads two objects
 
 
@@ -165,6 +167,8 @@ class Writer:
         self._pipeline = pipeline or Pipeline(
             requests=requests, threads=threads, bytes_in_flight=256 << 20, name="incckpt-write"
         )
+        self._threads = threads
+        self._buffers = HostPool()  # for objects: fresh memory would be slow, and giving it back interrupts all cores
         self._heartbeat_seconds = heartbeat_seconds
         self._by_identity: dict[str, Chunk] = {}
         self._previous: tuple[RefName, frozenset[str]] | None = None
@@ -316,41 +320,75 @@ class Writer:
         claims: dict[str, int] = {}
         claiming = threading.Lock()
 
-        def store(index: int) -> None:
+        def look(index: int) -> Content | None:
             content = contents[index]
-            identity = self._identity(content, report)
+            content.stored = self._reusable(content, known)
+            if content.stored is not None:
+                return None
+            return self._base(content, self._base_of(snapshot.layout, index), index, known)
+
+        def store(batch: Sequence[int]) -> None:
+            self._hash([contents[index] for index in batch], report)
             with claiming:
-                if claims.setdefault(identity, index) != index:
-                    return
-            content.stored = self._reusable(content, identity, known)
-            if content.stored is None:
-                base = self._base(content, self._base_of(snapshot.layout, index), index, known)
-                content.stored = self._put(content, identity, nonce, base, report)
+                mine = [index for index in batch if claims.setdefault(contents[index].identity, index) == index]
+            bases = dict(zip(mine, self._pipeline.together(look, mine), strict=True))
+            new = [(contents[index], bases[index]) for index in mine if contents[index].stored is None]
+            objects = [(*pair, encoded) for pair, encoded in zip(new, self._encode(new, report), strict=True)]
+            self._pipeline.together(lambda item: self._put(*item, nonce, report), objects)
 
         unsure = [
             index
             for index, content in enumerate(contents)
             if content.stored is None or not self._usable(content.stored, known, look=False)
         ]
-        self._pipeline.each(unsure, lambda index: contents[index].nbytes, store)
+        batches = _batches(unsure, [contents[index].nbytes for index in unsure], self._threads)
+        self._pipeline.each(batches, lambda batch: sum(contents[index].nbytes for index in batch), store)
+        self._buffers.trim(self._threads * _BATCH_BYTES)
         chunks: list[Chunk] = []
         for content in contents:
             if content.digest is not None:
-                twin = contents[claims.get(content.digest.identity.hex(), len(chunks))].stored
+                twin = contents[claims.get(content.identity, len(chunks))].stored
                 if twin is not None:
                     content.stored = replace(twin, itemsize=content.itemsize)
             assert content.stored is not None
             chunks.append(content.stored)
         return chunks
 
-    def _identity(self, content: Content, report: SaveReport) -> str:
-        if content.digest is None:
+    def _hash(self, contents: Sequence[Content], report: SaveReport) -> None:
+        raws = [(content, content.raw) for content in contents if content.digest is None]
+        with self._pipeline.cpu:
+            started = time.perf_counter()
+            digests = codec.digest_many([raw for _, raw in raws if raw is not None])
+            report.spent("hash", time.perf_counter() - started)
+        for (content, _), digest in zip(raws, digests, strict=True):
+            content.digest = digest
+
+    def _encode(self, contents: Sequence[tuple[Content, Content | None]], report: SaveReport) -> list[codec.Encoded]:
+        """Return the objects of contents, each with the one that it may be a delta against."""
+        sources: list[codec.Source] = []
+        for content, full in contents:
             assert content.raw is not None
-            with self._pipeline.cpu:
-                started = time.perf_counter()
-                content.digest = codec.digest(content.raw)
-                report.spent("hash", time.perf_counter() - started)
-        return content.digest.identity.hex()
+            assert content.digest is not None
+            base = None
+            if full is not None:
+                assert full.raw is not None
+                assert full.stored is not None
+                base = codec.Base(bytes.fromhex(full.stored.identity), full.raw)
+            out = self._buffers.take(codec.max_nbytes(content.nbytes))
+            sources.append(codec.Source(content.raw, content.itemsize, content.digest, base, out))
+        with self._pipeline.cpu:
+            started = time.perf_counter()
+            encoded = codec.encode_many(sources)
+            dear = [
+                index
+                for index, one in enumerate(encoded)
+                if one.base is not None and len(one.data) > _DELTA_WORTHWHILE * one.full_nbytes
+            ]
+            again = codec.encode_many([sources[index]._replace(base=None) for index in dear])
+            report.spent("encode", time.perf_counter() - started)
+        for index, one in zip(dear, again, strict=True):
+            encoded[index] = one
+        return encoded
 
     def _usable(self, chunk: Chunk, known: _Known, *, look: bool = True) -> bool:
         """Whether the objects of `chunk` may be relied on: none condemned, each needed by a living ref or seen now."""
@@ -361,8 +399,9 @@ class Writer:
                 return False
         return True
 
-    def _reusable(self, content: Content, identity: str, known: _Known) -> Chunk | None:
+    def _reusable(self, content: Content, known: _Known) -> Chunk | None:
         """Return where the content is stored already, if it is."""
+        identity = content.identity
         candidates = [content.stored, self._by_identity.get(identity)]
         for chunk in candidates:
             if chunk is not None and self._usable(chunk, known):
@@ -380,32 +419,22 @@ class Writer:
         due = full.deltas.is_over(full.stored.size, index)
         return full if not due and self._usable(full.stored, known) else None
 
-    def _put(self, content: Content, identity: str, nonce: str, full: Content | None, report: SaveReport) -> Chunk:
-        assert content.raw is not None
-        assert content.digest is not None
-        base = None
-        if full is not None:
-            assert full.raw is not None
-            assert full.stored is not None
-            base = codec.Base(bytes.fromhex(full.stored.identity), full.raw)
-        with self._pipeline.cpu:
-            started = time.perf_counter()
-            encoded = codec.encode(content.raw, content.itemsize, digest=content.digest, base=base)
-            if encoded.base is not None and len(encoded.data) > _DELTA_WORTHWHILE * encoded.full_nbytes:
-                encoded = codec.encode(content.raw, content.itemsize, digest=content.digest)
-            report.spent("encode", time.perf_counter() - started)
+    def _put(
+        self, content: Content, full: Content | None, encoded: codec.Encoded, nonce: str, report: SaveReport
+    ) -> None:
+        """Put the object of `content`; `full` is what it is against, if it is a delta."""
         started = time.perf_counter()
-        base_stored = None
+        size, base = len(encoded.data), None
         if encoded.base is not None:
             assert full is not None
             assert full.stored is not None
-            full.deltas.add(len(encoded.data))
-            base_stored = Stored(full.stored.identity, full.stored.nonce, full.stored.size)
-        chunk = Chunk(identity, content.nbytes, content.itemsize, nonce, len(encoded.data), base_stored)
+            full.deltas.add(size)
+            base = Stored(full.stored.identity, full.stored.nonce, full.stored.size)
+        chunk = Chunk(content.identity, content.nbytes, content.itemsize, nonce, size, base)
         self._put_object(chunk_keys(chunk)[0], encoded.data)
+        content.stored = chunk
         report.spent("put", time.perf_counter() - started)
         report.put(encoded)
-        return chunk
 
     def _put_object(self, key: ObjectKey, data: ReadableBuffer) -> None:
         self._tried.append(str(key))
@@ -445,3 +474,18 @@ class Writer:
             nbytes=manifest.nbytes,
             written=report.put_bytes + len(data),
         )
+
+
+def _batches(indexes: Sequence[int], sizes: Sequence[int], threads: int) -> Iterator[list[int]]:
+    """Cut a list of chunks, given their bytes, into batches: not too small, and enough of them for all threads."""
+    most = min(_BATCH_BYTES, sum(sizes) // (2 * threads))
+    batch: list[int] = []
+    nbytes = 0
+    for index, size in zip(indexes, sizes, strict=True):
+        if batch and nbytes + size > most:
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(index)
+        nbytes += size
+    if batch:
+        yield batch

@@ -100,6 +100,12 @@ class Content:
         self.stored: Chunk | None = None
         self.deltas = DeltaHistory()
 
+    @property
+    def identity(self) -> str:
+        """Identity of `raw`, 64 hexadecimal digits, once there is a digest."""
+        assert self.digest is not None
+        return self.digest.identity.hex()
+
 
 @dataclass
 class StageReport:

@@ -394,6 +394,35 @@ def test_threads_do_not_share_scratch_memory() -> None:
         assert [raw.tobytes() for raw in back] == [raw.tobytes() for raw in chunks]
 
 
+SIZES = st.one_of(st.integers(0, 40_000), st.integers(FRAME_BYTES - 5, FRAME_BYTES + 40_000))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    kinds=st.lists(
+        st.tuples(st.sampled_from(KINDS), st.sampled_from(ITEMSIZES), SIZES, st.sampled_from([None, *BASES])),
+        max_size=5,
+    ),
+    seed=st.integers(0, 2**32),
+)
+def test_chunks_coded_together_are_as_coded_alone(
+    kinds: list[tuple[Kind, int, int, Callable[[Bytes, np.random.Generator], Bytes] | None]], seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    sources = []
+    for kind, itemsize, n, make_base in kinds:
+        raw = kind(n, generator)
+        base = None
+        if make_base is not None:
+            before = make_base(raw, generator)
+            base = Base(codec.digest(before).identity, before)
+        sources.append(codec.Source(raw, itemsize, codec.digest(raw), base))
+    together = codec.encode_many(sources)
+    for source, found in zip(sources, together, strict=True):
+        alone = codec.encode(source.raw, source.itemsize, digest=source.digest, base=source.base)
+        assert found == alone
+
+
 def test_memory_of_the_caller_is_used_and_not_outgrown() -> None:
     for kind in KINDS:
         raw = kind(70_001, np.random.default_rng(0))

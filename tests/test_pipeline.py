@@ -67,3 +67,35 @@ def test_an_interrupted_caller_waits_for_what_is_under_way(pipeline: Pipeline) -
     with pytest.raises(KeyboardInterrupt):
         pipeline.each(items(), lambda item: 1, work)
     assert finished.is_set(), "it was writing to the caller's memory"
+
+
+def test_requests_are_under_way_together(pipeline: Pipeline) -> None:
+    arrived = threading.Barrier(8)
+
+    def request(item: int) -> int:
+        arrived.wait(60)
+        return item * item
+
+    assert pipeline.together(request, range(8)) == [item * item for item in range(8)]
+    assert pipeline.together(request, []) == []
+
+
+def test_a_failed_request_waits_for_the_others(pipeline: Pipeline) -> None:
+    failed, finished = threading.Event(), threading.Event()
+
+    def request(item: int) -> None:
+        if item == 0:
+            failed.set()
+            raise ValueError("no")
+        failed.wait()
+        finished.set()
+
+    with pytest.raises(ValueError, match="no"):
+        pipeline.together(request, range(2))
+    assert finished.is_set(), "it was reading the caller's memory"
+
+
+def test_where_requests_are_work_each_thread_does_its_own() -> None:
+    pipeline = Pipeline(requests=2, threads=2, bytes_in_flight=100, name="test")
+    assert set(pipeline.together(lambda _: threading.get_ident(), range(5))) == {threading.get_ident()}
+    pipeline.close()

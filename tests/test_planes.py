@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
+import os
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,6 +22,7 @@ Elements: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
 
 EVERY_VARIANT = pytest.mark.parametrize("variant", range(len(_planes.VARIANTS)), ids=_planes.VARIANTS)
 ITEMSIZES = (1, 2, 4, 8)
+MUTATIONS = int(os.environ.get("INCCKPT_FUZZ", "10000"))
 # Around the ends of vectors, of the kernels' blocks of 4096 bytes and of a bitmap's bytes.
 LENGTHS = st.one_of(st.integers(0, 200), st.sampled_from([511, 512, 513, 1023, 1024, 1025, 4095, 4096, 4097, 9001]))
 SEEDS = st.integers(0, 2**32)
@@ -247,6 +249,17 @@ def huffman(data: Bytes, variant: int, room: int | None = None) -> bytes:
     return out[:size].tobytes()
 
 
+def unhuffman(frame: bytes, n: int, variant: int, offset: int = 3) -> bytes | None:
+    """Return the `n` bytes that our own decoder finds in `frame`, or ``None`` if it says that it is not for it.
+
+    The frame lies at the end of its memory: a sanitizer would notice if anything beyond it was read.
+    """
+    memory, out = fenced(n, offset)
+    found = _planes.unhuffman(np.frombuffer(frame, np.uint8).copy(), out, variant)
+    assert fence_holds(memory, n, offset)
+    return out.tobytes() if found else None
+
+
 def unzstd(frame: bytes, n: int) -> bytes:
     assert zstandard.frame_content_size(frame) == n
     return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
@@ -284,6 +297,7 @@ def test_any_zstd_reads_the_huffman_codes(variant: int, data: Bytes) -> None:
     frame = huffman(data, variant)
     assert unzstd(frame, len(data)) == data.tobytes()
     assert frame == huffman(data, 0)
+    assert unhuffman(frame, len(data), variant) == data.tobytes()
 
 
 @EVERY_VARIANT
@@ -303,7 +317,58 @@ def test_the_longest_codes(variant: int, order: str, first: int) -> None:
         data = np.roll(data, 30_000)
     frame = huffman(data, variant)
     assert unzstd(frame, len(data)) == data.tobytes()
+    assert unhuffman(frame, len(data), variant) == data.tobytes()
     assert len(frame) < 0.36 * len(data)
+
+
+def planes_like(n: int, seed: int) -> Bytes:
+    """Return `n` bytes as planes have them: blocks of long codes and of short ones, of one byte and of noise."""
+    generator = np.random.default_rng(seed)
+    pieces: list[Bytes] = []
+    while 65_536 * len(pieces) < n:
+        width = generator.choice([0, 0.4, 2, 15, 70, 1000])
+        pieces.append((generator.normal(0, width, 1 << 16) + generator.integers(256)).astype(np.int64).astype(np.uint8))
+    return np.concatenate(pieces)[:n]
+
+
+@EVERY_VARIANT
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(blocks=st.integers(0, 5), rest=st.integers(0, 1 << 16), seed=SEEDS, offset=OFFSETS)
+def test_our_own_decoder_reads_the_huffman_codes(variant: int, blocks: int, rest: int, seed: int, offset: int) -> None:
+    data = planes_like((blocks << 16) + max(rest, 1), seed)
+    frame = huffman(data, variant)
+    assert unhuffman(frame, len(data), variant, offset) == data.tobytes()
+    assert unhuffman(frame, len(data) - 1, variant) is None
+    assert unhuffman(frame, len(data) + 1, variant) is None
+    for cut in {0, 1, 8, 9, 11, 12, 17, 20, 60, len(frame) // 2, len(frame) - 1}:
+        if cut < len(frame):
+            assert unhuffman(frame[:cut], len(data), variant) is None
+    assert unhuffman(frame + b"\0", len(data), variant) is None
+
+
+def test_frames_of_zstd_itself_are_left_to_it() -> None:
+    for data in (planes_like(200_000, 1).tobytes(), bytes(100_000), b"to be or not to be " * 999):
+        for level in (-5, 1, 3, 19):
+            frame = zstandard.ZstdCompressor(level=level).compress(data)
+            assert unhuffman(frame, len(data), _planes.BEST) in (None, data)
+
+
+def test_our_own_decoder_never_disagrees_with_zstd() -> None:
+    """Of a damaged frame it says that it is none, or what zstd says; and no memory but the output's is written."""
+    generator = np.random.default_rng(7)
+    frames = [(huffman(data, 0), len(data)) for data in (planes_like(n, n) for n in (70, 999, 66_000, 140_000))]
+    accepted = 0
+    for number in range(MUTATIONS):
+        frame, n = frames[0] if number % 16 else frames[number // 16 % 4]
+        damaged = bytearray(frame)
+        head = number % 3 and min(len(damaged), 90)  # most of it is codes, in which damage is less interesting
+        for _ in range(generator.integers(1, 4)):
+            damaged[generator.integers(head or len(damaged))] = generator.integers(256)
+        ours = unhuffman(bytes(damaged), n, number % len(_planes.VARIANTS))
+        if ours is not None:
+            accepted += 1
+            assert ours == unzstd(bytes(damaged), n)
+    assert accepted > 0
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -376,6 +441,33 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         _planes.mask(eight, 0, bytearray(1), bytearray(7), 0)
     with pytest.raises(ValueError, match="a bitmap of 8 bytes"):
         _planes.unmask(b"\0\0", b"", 0, eight, 0)
+
+
+def test_chunks_that_do_not_fit_are_refused() -> None:
+    coder = _planes.Coder(0.97, 1.0, 0.36, 0.985, 0.9, 64)
+    eight, out = np.zeros(8, np.uint8), bytearray(8)
+    for chunk, reason in [
+        ((eight, None, 3, out), "elements of 3"),
+        ((eight, eight[:7], 2, out), "base has 7 bytes, not 8"),
+        ((eight, None, 2, out[:7]), "8 bytes may not fit into 7"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            coder.encode([(eight, None, 4, bytearray(8)), chunk], list, list, _planes.BEST)
+    with pytest.raises((BufferError, ValueError)):
+        coder.encode([(eight, None, 4, bytes(8))], list, list, _planes.BEST)
+    with pytest.raises(IndexError, match="variant"):
+        coder.encode([(eight, None, 4, out)], list, list, 99)
+    assert coder.encode([], list, list, _planes.BEST) == []
+    assert coder.encode([(eight, None, 4, out)], list, list, _planes.BEST) == [[(0, 8, 8)]]
+    sparse = np.where(np.arange(4096) % 64 == 0, np.arange(4096) % 251, 0).astype(np.uint8)
+    with pytest.raises(ValueError, match="0 results for"):
+        coder.encode([(sparse, None, 1, bytearray(4096))], lambda data: [], lambda data: [], _planes.BEST)
+    with pytest.raises(ZeroDivisionError):
+        coder.encode([(sparse, None, 1, bytearray(4096))], lambda data: [bytes(1 // 0)], list, _planes.BEST)
+    # What does not help is left: the blocks that were set aside are stored as they are.
+    (frame,) = coder.encode([(sparse, None, 1, bytearray(4096))], list, list, _planes.BEST)[0]
+    assert frame[0] == 1
+    assert 512 < frame[1] < 1024
 
 
 @EVERY_VARIANT

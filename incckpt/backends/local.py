@@ -9,6 +9,7 @@ are no hard links, with the rename that refuses to replace.
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import re
@@ -17,7 +18,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 
 from incckpt.backends.base import Backend, Entry, Leftover, ReadableBuffer, is_key, validate_key, validate_prefix
-from incckpt.backends.system import SystemCalls
+from incckpt.backends.system import NativeCalls, SystemCalls
 from incckpt.errors import (
     BackendError,
     BackendPermissionError,
@@ -69,7 +70,9 @@ class LocalBackend(Backend):
 
     def __init__(self, root: str | os.PathLike[str], *, calls: SystemCalls | None = None) -> None:
         self._root = os.path.abspath(os.fspath(root))
-        self._calls = calls if calls is not None else SystemCalls()
+        self._calls = calls if calls is not None else NativeCalls()
+        self._token = (0, "")  # of this process, for the names of temporary files
+        self._numbers = itertools.count()
         self._durable: set[str] = set()  # folders whose own names are known to be on the disk
         self._place_new: Callable[[str, str], None] = self._link
         self._folder_sync_refused = False
@@ -231,30 +234,25 @@ class LocalBackend(Backend):
         view = memoryview(data).cast("B")
         folder = os.path.dirname(path)
         self._make_folder(folder)
-        temporary = os.path.join(folder, _TEMPORARY + secrets.token_hex(8))
+        temporary = os.path.join(folder, self._temporary_name())
         try:
-            fd = self._open_new(temporary)
             try:
-                written = 0
-                while written < len(view):
-                    written += self._calls.write(fd, view[written:])
-                self._calls.fsync(fd)
-            finally:
-                self._calls.close(fd)
+                self._calls.write_new(temporary, view)
+            except FileNotFoundError:  # someone removed the folder since it was made: make it again
+                self._durable.clear()
+                self._make_folder(folder)
+                self._calls.write_new(temporary, view)
             name(temporary, path)
         except BaseException:
             self._discard(temporary)
             raise
         self._sync_folder(folder)
 
-    def _open_new(self, path: str) -> int:
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
-        try:
-            return self._calls.open(path, flags)
-        except FileNotFoundError:  # someone removed the folder since it was made: make it again
-            self._durable.clear()
-            self._make_folder(os.path.dirname(path))
-            return self._calls.open(path, flags)
+    def _temporary_name(self) -> str:
+        """Return a name that nobody else uses, on whatever machine; a forked child has a token of its own."""
+        if os.getpid() != self._token[0]:
+            self._token = (os.getpid(), secrets.token_hex(8))
+        return f"{_TEMPORARY}{self._token[1]}{next(self._numbers):08x}"
 
     def _discard(self, temporary: str) -> None:
         try:
@@ -325,9 +323,8 @@ class LocalBackend(Backend):
         self._durable.add(folder)
 
     def _sync_folder(self, folder: str) -> None:
-        fd = self._calls.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            self._calls.fsync(fd)
+            self._calls.sync_folder(folder)
         except OSError as exc:
             if exc.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
                 raise
@@ -338,8 +335,6 @@ class LocalBackend(Backend):
                     self.url,
                     exc.strerror,
                 )
-        finally:
-            self._calls.close(fd)
 
     # -- paths and errors ---------------------------------------------------------------------------------------------
 

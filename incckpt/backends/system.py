@@ -13,7 +13,12 @@ import sys
 from collections.abc import Callable
 from functools import cache
 
-__all__ = ["SystemCalls"]
+from incckpt.backends import _files
+
+__all__ = ["COMPOSED", "NativeCalls", "SystemCalls"]
+
+COMPOSED = frozenset({"sync_folder", "write_new"})
+"""The methods of `SystemCalls` that are made of others."""
 
 _AT_FDCWD = -100
 _LINUX_NOREPLACE = 1
@@ -38,7 +43,7 @@ def _exclusive_rename() -> Callable[[bytes, bytes], int] | None:
 
 
 class SystemCalls:
-    """Each method is one system call, raising `OSError` as :mod:`os` does."""
+    """Each method is one system call, or is made of others here, raising `OSError` as :mod:`os` does."""
 
     def open(self, path: str, flags: int, mode: int = 0o666) -> int:
         """Open a file or folder; `mode` is narrowed by the umask."""
@@ -109,3 +114,37 @@ class SystemCalls:
         """Read a folder's entries."""
         with os.scandir(path) as entries:
             return list(entries)
+
+    def write_new(self, path: str, data: memoryview) -> None:
+        """Make a file that does not exist yet, with `data` (flat bytes) as its content, durable.
+
+        After an error the file may be there, with a part of the data.
+        """
+        fd = self.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            written = 0
+            while written < len(data):
+                written += self.write(fd, data[written:])
+            self.fsync(fd)
+        finally:
+            self.close(fd)
+
+    def sync_folder(self, path: str) -> None:
+        """Make the entries of a folder durable."""
+        fd = self.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self.fsync(fd)
+        finally:
+            self.close(fd)
+
+
+class NativeCalls(SystemCalls):
+    """The same, and what is made of several calls is done without handing over the interpreter's lock in between."""
+
+    def write_new(self, path: str, data: memoryview) -> None:
+        """See `SystemCalls`."""
+        _files.write_new(path, data)
+
+    def sync_folder(self, path: str) -> None:
+        """See `SystemCalls`."""
+        _files.sync_folder(path)

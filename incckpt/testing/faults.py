@@ -25,7 +25,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NoReturn, Protocol
 
 from incckpt.backends.base import Backend, Entry, ReadableBuffer
-from incckpt.backends.system import SystemCalls
+from incckpt.backends.system import COMPOSED, SystemCalls
 from incckpt.backends.wrapper import WrapperBackend
 from incckpt.errors import BackendError
 
@@ -325,7 +325,7 @@ class _WatchedCalls(SystemCalls):
         return lambda *args: self._call(name, *args)
 
 
-_SYSTEM_CALLS = frozenset(name for name in vars(SystemCalls) if not name.startswith("_"))
+_SYSTEM_CALLS = frozenset(name for name in vars(SystemCalls) if not name.startswith("_")) - COMPOSED
 
 
 class PowerCut(BaseException):

@@ -1,0 +1,376 @@
+/* What _huffman.h writes, back to bytes: two blocks at a time, eight streams side by side.
+ *
+ * A code's length is known only when it has been looked up, so one stream keeps a processor waiting most of the time.
+ * zstd decodes the four streams of a block together, this the eight of two blocks. Only frames as _huffman.h writes them
+ * are read; of anything else, damaged or not, it says so, and the caller asks zstd.
+ *
+ * Coded bytes are not trusted: nothing outside of them is read, and of the output what was asked for is written.
+ * References are to RFC 8878, as in _huffman.h.
+ */
+#ifndef INCCKPT_UNHUFFMAN_H
+#define INCCKPT_UNHUFFMAN_H
+
+#include "_huffman.h"
+
+enum { UNHUFFMAN_SIZE = 1 << HUFFMAN_LIMIT, UNHUFFMAN_FIVE = 7 /* bytes that five codes take at most */ };
+
+/* The longest code's bits, next ones first, to a symbol (high byte) and the length of its code (low byte). */
+typedef uint16_t unhuffman_table[UNHUFFMAN_SIZE];
+
+typedef struct {
+    const uint8_t *first; /* of its bytes; they are read from the last to the first */
+    size_t bits;          /* left, below the mark of the end */
+    uint8_t *out, *end;
+} unhuffman_stream;
+
+static uint64_t unhuffman_load(const uint8_t *at)
+{
+    uint64_t word;
+    memcpy(&word, at, 8);
+    return word;
+}
+
+static unsigned unhuffman_highest(unsigned x) { return 31 - (unsigned)__builtin_clz(x); }
+
+/* Return the `count` (at most 16) bits below bit `end` of `bytes`, followed by zeros where they begin before bit 0. */
+static unsigned unhuffman_peek(const uint8_t *bytes, size_t end, unsigned count)
+{
+    const size_t low = end > count ? end - count : 0;
+    uint32_t word = 0;
+    for (size_t i = low / 8, k = 0; i * 8 < end; i++, k++)
+        word |= (uint32_t)bytes[i] << (8 * k);
+    word = word >> (low % 8) & ((UINT32_C(1) << (end - low)) - 1);
+    return word << (count - (unsigned)(end - low));
+}
+
+/* ---- the table --------------------------------------------------------------------------------------------------- */
+
+/* Read FSE-coded weights (4.1, 4.2.1.2), all of `n` bytes; return how many there are, at most 255, or 0. */
+static int unhuffman_fse(const uint8_t *bytes, size_t n, uint8_t *weights)
+{
+    struct {
+        uint8_t symbol, bits, next;
+    } states[HUFFMAN_STATES];
+    int counts[16], symbols = 0, remaining;
+    uint8_t next[16];
+    size_t at = 4; /* bits */
+    const unsigned log = (bytes[0] & 15) + 5;
+    const size_t bits = 8 * n;
+    if (log > HUFFMAN_LOG)
+        return 0;
+    for (remaining = (1 << log) + 1; remaining > 1;) {
+        /* A number up to `remaining`: the smaller ones take one bit less. */
+        const unsigned width = unhuffman_highest((unsigned)remaining) + 1;
+        const int spare = (1 << width) - 1 - remaining;
+        unsigned value = 0;
+        if (symbols == 16 || at + width > bits)
+            return 0;
+        for (unsigned i = 0; i < width; i++)
+            value |= (unsigned)(bytes[(at + i) / 8] >> ((at + i) % 8) & 1) << i;
+        const int low = (int)(value & ((1u << (width - 1)) - 1));
+        int count;
+        if (low < spare) {
+            count = low;
+            at += width - 1;
+        } else {
+            count = (int)value < 1 << (width - 1) ? (int)value : (int)value - spare;
+            at += width;
+        }
+        count--; /* -1: less than one */
+        counts[symbols++] = count;
+        remaining -= count < 0 ? 1 : count;
+        while (count == 0) { /* how many more zeros */
+            if (at + 2 > bits)
+                return 0;
+            const int zeros = (bytes[at / 8] >> (at % 8) | (at % 8 == 7 && at / 8 + 1 < n ? bytes[at / 8 + 1] << 1 : 0)) & 3;
+            at += 2;
+            if (symbols + zeros > 16)
+                return 0;
+            for (int i = 0; i < zeros; i++)
+                counts[symbols++] = 0;
+            if (zeros < 3)
+                break;
+        }
+    }
+    if (remaining != 1)
+        return 0;
+    const size_t first = (at + 7) / 8;
+    if (first >= n || bytes[n - 1] == 0)
+        return 0;
+
+    const int size = 1 << log;
+    int high = size - 1, place = 0;
+    for (int s = 0; s < symbols; s++) {
+        next[s] = (uint8_t)(counts[s] < 0 ? 1 : counts[s]);
+        if (counts[s] < 0)
+            states[high--].symbol = (uint8_t)s;
+    }
+    for (int s = 0; s < symbols; s++)
+        for (int i = 0; i < counts[s]; i++) {
+            states[place].symbol = (uint8_t)s;
+            do
+                place = (place + (size >> 1) + (size >> 3) + 3) & (size - 1);
+            while (place > high);
+        }
+    for (int i = 0; i < size; i++) {
+        const unsigned state = next[states[i].symbol]++;
+        states[i].bits = (uint8_t)(log - unhuffman_highest(state));
+        states[i].next = (uint8_t)((state << states[i].bits) - (unsigned)size);
+    }
+
+    /* Two states take turns; the end is where one would need bits that are not there. */
+    size_t left = 8 * (n - first) - 8 + unhuffman_highest(bytes[n - 1]);
+    unsigned state[2];
+    int count = 0;
+    if (left < 2 * log)
+        return 0;
+    for (int k = 0; k < 2; k++, left -= log)
+        state[k] = unhuffman_peek(bytes + first, left, log);
+    for (int k = 0;; k ^= 1) {
+        if (count >= 254)
+            return 0;
+        weights[count++] = states[state[k]].symbol;
+        if (states[state[k]].bits > left)
+            break;
+        const unsigned width = states[state[k]].bits;
+        state[k] = states[state[k]].next + (width ? unhuffman_peek(bytes + first, left, width) : 0);
+        left -= width;
+    }
+    weights[count] = states[state[(count & 1)]].symbol;
+    return left == 0 ? count + 1 : 0;
+}
+
+/* Read the description of a code (4.2.1) of at most `n` bytes; return its length, or 0. */
+static size_t unhuffman_describe(const uint8_t *bytes, size_t n, unhuffman_table table)
+{
+    uint8_t weights[256];
+    unsigned starts[HUFFMAN_LIMIT + 2] = {0}, total = 0, longest, place = 0;
+    int count;
+    size_t size;
+    if (n < 2)
+        return 0;
+    if (bytes[0] < 128) {
+        size = 1 + (size_t)bytes[0];
+        count = size > n || size < 3 ? 0 : unhuffman_fse(bytes + 1, size - 1, weights);
+    } else {
+        count = bytes[0] - 127;
+        size = 1 + (size_t)(count + 1) / 2;
+        if (size > n)
+            return 0;
+        for (int i = 0; i < count; i++)
+            weights[i] = i % 2 ? bytes[1 + i / 2] & 15 : bytes[1 + i / 2] >> 4;
+    }
+    if (count == 0)
+        return 0;
+    for (int s = 0; s < count; s++) {
+        if (weights[s] > HUFFMAN_LIMIT)
+            return 0;
+        total += (1u << weights[s]) >> 1;
+    }
+    /* The last weight is what is missing to a power of two. */
+    if (total == 0 || (longest = unhuffman_highest(total) + 1) > HUFFMAN_LIMIT)
+        return 0;
+    const unsigned missing = (1u << longest) - total;
+    if (missing & (missing - 1))
+        return 0;
+    weights[count] = (uint8_t)(unhuffman_highest(missing) + 1);
+    for (int s = 0; s <= count; s++)
+        starts[weights[s]]++;
+    for (unsigned w = 1; w <= longest; w++) {
+        const unsigned span = 1u << (w - 1) << (HUFFMAN_LIMIT - longest), many = starts[w];
+        starts[w] = place;
+        place += many * span;
+    }
+    for (int s = 0; s <= count; s++)
+        if (weights[s]) {
+            const unsigned span = 1u << (weights[s] - 1) << (HUFFMAN_LIMIT - longest);
+            const uint16_t entry = (uint16_t)(s << 8 | (int)(longest + 1 - weights[s]));
+            for (unsigned i = 0; i < span; i++)
+                table[starts[weights[s]] + i] = entry;
+            starts[weights[s]] += span;
+        }
+    return size;
+}
+
+/* ---- blocks ------------------------------------------------------------------------------------------------------ */
+
+/* Set up the streams of a block of literals (3.1.1.3.1.1) that decodes to n bytes; returns whether it is one. */
+static int unhuffman_open(const uint8_t *bytes, size_t nbytes, size_t n, uint8_t *out, unhuffman_table table,
+                          unhuffman_stream *streams)
+{
+    size_t sizes[4], at = 5, left;
+    if (nbytes < 5 + 1 || (bytes[0] & 15) != (2 | 3 << 2))
+        return 0;
+    const uint64_t head = (uint64_t)bytes[0] | (uint64_t)bytes[1] << 8 | (uint64_t)bytes[2] << 16
+                          | (uint64_t)bytes[3] << 24 | (uint64_t)bytes[4] << 32;
+    const size_t regenerated = head >> 4 & 0x3ffff, size = head >> 22 & 0x3ffff;
+    if (regenerated != n || n < HUFFMAN_FEWEST || 5 + size + 1 != nbytes || bytes[nbytes - 1] != 0)
+        return 0; /* the last is the number of sequences */
+    const size_t described = unhuffman_describe(bytes + at, size, table);
+    if (!described || size - described < 6 + 4)
+        return 0;
+    at += described;
+    left = size - described - 6;
+    for (int k = 0; k < 3; k++, at += 2) {
+        sizes[k] = (size_t)bytes[at] | (size_t)bytes[at + 1] << 8;
+        if (sizes[k] >= left)
+            return 0;
+        left -= sizes[k];
+    }
+    sizes[3] = left;
+    for (int k = 0; k < 4; k++) {
+        const uint8_t *const first = bytes + at;
+        at += sizes[k];
+        if (sizes[k] == 0 || bytes[at - 1] == 0)
+            return 0;
+        const size_t begin = (size_t)k * ((n + 3) / 4), end = k < 3 ? begin + (n + 3) / 4 : n;
+        streams[k] = (unhuffman_stream){first, 8 * (sizes[k] - 1) + unhuffman_highest(bytes[at - 1]), out + begin,
+                                        out + end};
+    }
+    return 1;
+}
+
+/* Decode what is left of a stream, with a look at its ends for each symbol; returns whether it ends as it should. */
+static int unhuffman_rest(unhuffman_stream *stream, const uint16_t *table)
+{
+    while (stream->out < stream->end) {
+        const unsigned entry = table[unhuffman_peek(stream->first, stream->bits, HUFFMAN_LIMIT)];
+        if ((entry & 255) > stream->bits)
+            return 0;
+        stream->bits -= entry & 255;
+        *stream->out++ = (uint8_t)(entry >> 8);
+    }
+    return stream->bits == 0;
+}
+
+/* Decode the most of `count` streams, 4 or 8, four to a table: what can be decoded without a look at their ends. */
+HUFFMAN_INLINE void unhuffman_fives(unhuffman_stream *streams, const unhuffman_table *tables, const int count)
+{
+    uint64_t words[8]; /* the highest bits are next; the lowest that is set marks how many are used up */
+    const uint8_t *at[8];
+    uint8_t *out[8];
+    for (int k = 0; k < count; k++) {
+        const size_t end = streams[k].bits;
+        if (end < 64)
+            return;
+        at[k] = streams[k].first + (end + 7) / 8 - 8;
+        words[k] = (unhuffman_load(at[k]) | 1) << ((8 - end % 8) % 8);
+        out[k] = streams[k].out;
+    }
+    for (;;) {
+        size_t fives = SIZE_MAX;
+        for (int k = 0; k < count; k++) {
+            const size_t left = (size_t)(at[k] - streams[k].first) / UNHUFFMAN_FIVE;
+            const size_t room = (size_t)(streams[k].end - out[k]) / 5;
+            fives = left < fives ? left : fives;
+            fives = room < fives ? room : fives;
+        }
+        if (fives == 0)
+            break;
+        for (; fives; fives--) {
+#pragma GCC unroll 5
+            for (int i = 0; i < 5; i++)
+#pragma GCC unroll 8
+                for (int k = 0; k < count; k++) {
+                    const unsigned entry = tables[k / 4][words[k] >> (64 - HUFFMAN_LIMIT)];
+                    words[k] <<= entry & 63;
+                    out[k][i] = (uint8_t)(entry >> 8);
+                }
+#pragma GCC unroll 8
+            for (int k = 0; k < count; k++) {
+                const unsigned used = (unsigned)__builtin_ctzll(words[k]);
+                at[k] -= used >> 3;
+                words[k] = (unhuffman_load(at[k]) | 1) << (used & 7);
+                out[k] += 5;
+            }
+        }
+    }
+    for (int k = 0; k < count; k++) {
+        streams[k].bits = 8 * (size_t)(at[k] - streams[k].first) + 64 - (size_t)__builtin_ctzll(words[k]);
+        streams[k].out = out[k];
+    }
+}
+
+/* Decode the streams of one block or of two; returns whether they end as they should. */
+HUFFMAN_INLINE int unhuffman_blocks_body(unhuffman_stream *streams, const unhuffman_table *tables, int blocks)
+{
+    if (blocks == 2)
+        unhuffman_fives(streams, tables, 8);
+    for (int i = 0; i < blocks; i++)
+        unhuffman_fives(streams + 4 * i, tables + i, 4);
+    for (int k = 0; k < 4 * blocks; k++)
+        if (!unhuffman_rest(&streams[k], tables[k / 4]))
+            return 0;
+    return 1;
+}
+
+static int unhuffman_blocks(unhuffman_stream *streams, const unhuffman_table *tables, int blocks)
+{
+    return unhuffman_blocks_body(streams, tables, blocks);
+}
+
+#if defined(__x86_64__)
+/* With shifts by a register that leave the flags alone. */
+__attribute__((target("bmi,bmi2"))) static int unhuffman_blocks_bmi2(unhuffman_stream *streams,
+                                                                     const unhuffman_table *tables, int blocks)
+{
+    return unhuffman_blocks_body(streams, tables, blocks);
+}
+#endif
+
+typedef int (*unhuffman_decoder)(unhuffman_stream *, const unhuffman_table *, int);
+
+/* Decode a zstd frame to exactly n bytes; returns whether it is one as huffman_frame writes them. */
+static int unhuffman_frame(unhuffman_decoder decoder, const uint8_t *bytes, size_t nbytes, uint8_t *out, size_t n)
+{
+    enum { RAW, REPEATED, COMPRESSED };
+    const uint8_t head[5] = {0x28, 0xb5, 0x2f, 0xfd, 0xa0};
+    unhuffman_table tables[2];
+    unhuffman_stream streams[8];
+    size_t at = 9, done = 0;
+    int opened = 0;
+    if (nbytes < at || memcmp(bytes, head, sizeof head) != 0)
+        return 0;
+    if (((size_t)bytes[5] | (size_t)bytes[6] << 8 | (size_t)bytes[7] << 16 | (size_t)bytes[8] << 24) != n)
+        return 0;
+    for (int last = 0; !last;) {
+        if (nbytes - at < 3 || done == n)
+            return 0;
+        const uint32_t block = (uint32_t)bytes[at] | (uint32_t)bytes[at + 1] << 8 | (uint32_t)bytes[at + 2] << 16;
+        const size_t m = n - done < HUFFMAN_BLOCK ? n - done : HUFFMAN_BLOCK, size = block >> 3;
+        const size_t stored = (block >> 1 & 3) == REPEATED ? 1 : size;
+        at += 3;
+        last = block & 1;
+        if (nbytes - at < stored)
+            return 0;
+        switch (block >> 1 & 3) {
+        case RAW:
+            if (size != m)
+                return 0;
+            memcpy(out + done, bytes + at, m);
+            break;
+        case REPEATED:
+            if (size != m)
+                return 0;
+            memset(out + done, bytes[at], m);
+            break;
+        case COMPRESSED:
+            if (!unhuffman_open(bytes + at, size, m, out + done, tables[opened], streams + 4 * opened))
+                return 0;
+            if (++opened == 2) {
+                if (!decoder(streams, (const unhuffman_table *)tables, 2))
+                    return 0;
+                opened = 0;
+            }
+            break;
+        default: return 0;
+        }
+        at += stored;
+        done += m;
+    }
+    if (opened && !decoder(streams, (const unhuffman_table *)tables, 1))
+        return 0;
+    return done == n && at == nbytes;
+}
+
+#endif
