@@ -179,10 +179,26 @@ def test_errors_are_the_systems_and_name_the_path(tmp_path: Path, calls: SystemC
             calls.sync_folder(str(path))
         assert caught.value.errno == code
     calls.sync_folder(str(taken))
+    for temporary, path, named, code in [
+        (file, tmp_path / "k", file, errno.EEXIST),
+        (tmp_path / "none" / "t", tmp_path / "k", tmp_path / "none" / "t", errno.ENOENT),
+        (tmp_path / "t1", taken, taken, errno.EISDIR),
+        (tmp_path / "t2", tmp_path / "none" / "k", tmp_path / "none" / "k", errno.ENOENT),
+    ]:
+        with pytest.raises(OSError, match=str(named)) as caught:
+            calls.write_over(str(temporary), str(path), memoryview(b"new"))
+        assert caught.value.errno == code
+        assert str(named) in (caught.value.filename, caught.value.filename2)
+        if temporary.parent == tmp_path and temporary != file:
+            temporary.unlink()
     assert file.read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
+    calls.write_over(str(tmp_path / "t"), str(file), memoryview(b"new"))
+    assert file.read_bytes() == b"new"
     with pytest.raises(ValueError, match="null"):
         calls.write_new(f"{tmp_path}/a\0b", memoryview(b""))
+    with pytest.raises(ValueError, match="null"):
+        calls.write_over(str(tmp_path / "t"), f"{tmp_path}/a\0b", memoryview(b""))
 
 
 @forks

@@ -15,6 +15,7 @@ cdef extern from *:
     #include <errno.h>
     #include <fcntl.h>
     #include <stdint.h>
+    #include <stdio.h>
     #include <unistd.h>
 
     /* Make what was written to a file, or the entries of a folder, durable; as SystemCalls.fsync. */
@@ -41,7 +42,7 @@ cdef extern from *:
         return *fd < 0 ? errno : 0;
     }
 
-    /* Each returns 0 or an error number. */
+    /* Those below return 0 or an error number. */
 
     static int files_write_new(const char *path, const uint8_t *data, size_t nbytes)
     {
@@ -75,9 +76,12 @@ cdef extern from *:
             code = errno;
         return code;
     }
+
+    static int files_rename(const char *from, const char *to) { return rename(from, to) ? errno : 0; }
     """
     int files_write_new(const char *path, const uint8_t *data, size_t nbytes) noexcept nogil
     int files_sync_folder(const char *path) noexcept nogil
+    int files_rename(const char *source, const char *target) noexcept nogil
 
 
 def write_new(path, const uint8_t[::1] data not None):
@@ -88,16 +92,11 @@ def write_new(path, const uint8_t[::1] data not None):
     OSError
         What the system says; the file may be there then, with a part of the data.
     """
-    cdef bytes name = os.fsencode(path)
-    cdef char *c_name
-    cdef size_t nbytes = <size_t> data.shape[0]
-    cdef const uint8_t *start = &data[0] if nbytes else NULL
+    cdef Path name = Path(path)
     cdef int code
-    PyBytes_AsStringAndSize(name, &c_name, NULL)  # which refuses null bytes
     with nogil:
-        code = files_write_new(c_name, start, nbytes)
-    if code:
-        raise OSError(code, os.strerror(code), path)
+        code = files_write_new(name.c_name, start(data), <size_t> data.shape[0])
+    check(code, path)
 
 
 def sync_folder(path):
@@ -108,11 +107,52 @@ def sync_folder(path):
     OSError
         What the system says.
     """
-    cdef bytes name = os.fsencode(path)
-    cdef char *c_name
+    cdef Path name = Path(path)
     cdef int code
-    PyBytes_AsStringAndSize(name, &c_name, NULL)  # which refuses null bytes
     with nogil:
-        code = files_sync_folder(c_name)
+        code = files_sync_folder(name.c_name)
+    check(code, path)
+
+
+def write_over(temporary, path, const uint8_t[::1] data not None):
+    """`write_new` of `temporary`, which is given the name `path` then, and `sync_folder` of the folder that it is in.
+
+    Raises
+    ------
+    OSError
+        What the system says of the one of the three that it names.
+    """
+    folder = os.path.dirname(path)
+    cdef Path first = Path(temporary), last = Path(path), above = Path(folder)
+    cdef int wrote, renamed = 0, synced = 0
+    with nogil:
+        wrote = files_write_new(first.c_name, start(data), <size_t> data.shape[0])
+        if not wrote:
+            renamed = files_rename(first.c_name, last.c_name)
+            if not renamed:
+                synced = files_sync_folder(above.c_name)
+    check(wrote, temporary)
+    check(renamed, path)
+    check(synced, folder)
+
+
+cdef class Path:
+    """A path as the system takes it."""
+
+    cdef bytes name
+    cdef char *c_name
+
+    def __cinit__(self, path):
+        self.name = os.fsencode(path)
+        PyBytes_AsStringAndSize(self.name, &self.c_name, NULL)  # which refuses null bytes
+
+
+cdef const uint8_t *start(const uint8_t[::1] data) noexcept nogil:
+    return &data[0] if data.shape[0] else NULL
+
+
+cdef int check(int code, path) except -1:
+    """Raise what `code` stands for, if it is not 0."""
     if code:
         raise OSError(code, os.strerror(code), path)
+    return 0

@@ -96,14 +96,14 @@ class LocalBackend(Backend):
     def put(self, key: str, data: ReadableBuffer) -> None:
         path = self._path(key)
         try:
-            self._write(path, data, self._calls.replace)
+            self._write(path, data, self._write_over)
         except OSError as exc:
             raise self._error(exc, "put", key, path, missing_is_key=False) from exc
 
     def create(self, key: str, data: ReadableBuffer) -> None:
         path = self._path(key)
         try:
-            self._write(path, data, self._name_new)
+            self._write(path, data, self._write_new)
         except BackendError:
             raise
         except FileExistsError as exc:
@@ -229,24 +229,35 @@ class LocalBackend(Backend):
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def _write(self, path: str, data: ReadableBuffer, name: Callable[[str, str], None]) -> None:
-        """Write a temporary file, make it durable, call ``name(temporary, path)``, make the name durable."""
+    def _write(self, path: str, data: ReadableBuffer, write: Callable[[str, str, memoryview], None]) -> None:
+        """Call ``write(temporary, path, data)`` with its folder there, and have no temporary file left if it fails."""
         view = memoryview(data).cast("B")
         folder = os.path.dirname(path)
         self._make_folder(folder)
         temporary = os.path.join(folder, self._temporary_name())
         try:
             try:
-                self._calls.write_new(temporary, view)
+                write(temporary, path, view)
             except FileNotFoundError:  # someone removed the folder since it was made: make it again
                 self._durable.clear()
                 self._make_folder(folder)
-                self._calls.write_new(temporary, view)
-            name(temporary, path)
+                write(temporary, path, view)
         except BaseException:
             self._discard(temporary)
             raise
-        self._sync_folder(folder)
+
+    def _write_over(self, temporary: str, path: str, data: memoryview) -> None:
+        try:
+            self._calls.write_over(temporary, path, data)
+        except OSError as exc:
+            if exc.filename != os.path.dirname(path):
+                raise
+            self._accept_unsynced(exc)
+
+    def _write_new(self, temporary: str, path: str, data: memoryview) -> None:
+        self._calls.write_new(temporary, data)
+        self._name_new(temporary, path)
+        self._sync_folder(os.path.dirname(path))
 
     def _temporary_name(self) -> str:
         """Return a name that nobody else uses, on whatever machine; a forked child has a token of its own."""
@@ -326,15 +337,19 @@ class LocalBackend(Backend):
         try:
             self._calls.sync_folder(folder)
         except OSError as exc:
-            if exc.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
-                raise
-            if not self._folder_sync_refused:
-                self._folder_sync_refused = True
-                logger.warning(
-                    "%s: this file system cannot sync a folder (%s); a power cut may undo the last seconds of writes",
-                    self.url,
-                    exc.strerror,
-                )
+            self._accept_unsynced(exc)
+
+    def _accept_unsynced(self, exc: OSError) -> None:
+        """Say once that folders cannot be synced, if that is why syncing one failed; raise `exc` if it is not."""
+        if exc.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise exc
+        if not self._folder_sync_refused:
+            self._folder_sync_refused = True
+            logger.warning(
+                "%s: this file system cannot sync a folder (%s); a power cut may undo the last seconds of writes",
+                self.url,
+                exc.strerror,
+            )
 
     # -- paths and errors ---------------------------------------------------------------------------------------------
 

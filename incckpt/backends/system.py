@@ -17,7 +17,7 @@ from incckpt.backends import _files
 
 __all__ = ["COMPOSED", "NativeCalls", "SystemCalls"]
 
-COMPOSED = frozenset({"sync_folder", "write_new"})
+COMPOSED = frozenset({"sync_folder", "write_new", "write_over"})
 """The methods of `SystemCalls` that are made of others."""
 
 _AT_FDCWD = -100
@@ -137,6 +137,20 @@ class SystemCalls:
         finally:
             self.close(fd)
 
+    def write_over(self, temporary: str, path: str, data: memoryview) -> None:
+        """`write_new` of `temporary`, which is given the name `path` then, and `sync_folder` of the folder it is in.
+
+        An error names the one of the three that it is about.
+        """
+        self.write_new(temporary, data)
+        self.replace(temporary, path)
+        folder = os.path.dirname(path)
+        try:
+            self.sync_folder(folder)
+        except OSError as exc:
+            exc.filename = folder
+            raise
+
 
 class NativeCalls(SystemCalls):
     """The same, and what is made of several calls is done without handing over the interpreter's lock in between."""
@@ -148,3 +162,7 @@ class NativeCalls(SystemCalls):
     def sync_folder(self, path: str) -> None:
         """See `SystemCalls`."""
         _files.sync_folder(path)
+
+    def write_over(self, temporary: str, path: str, data: memoryview) -> None:
+        """See `SystemCalls`."""
+        _files.write_over(temporary, path, data)
