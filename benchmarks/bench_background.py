@@ -27,6 +27,7 @@ import incckpt
 from incckpt.backends.local import LocalBackend
 from incckpt.testing.faults import CountingBackend
 
+_WARM_UP = 5  # saves, after which most of the store's folders are there
 NEIGHBOUR = "import hashlib; print(flush=True)\nwhile True: hashlib.sha256(bytes(1 << 20))"
 
 
@@ -71,11 +72,13 @@ def beside_a_save(name: str, make: Callable[[float], Any], megabytes: int, round
         tempfile.TemporaryDirectory() as folder,
         incckpt.CheckpointManager(folder, threads=1, keep_last_n=1) as manager,
     ):
-        manager.save(0, state).result()
-        manager.wait()
-        for step in range(1, rounds + 1):
+        for step in range(rounds + _WARM_UP):
             for value in state.values():
                 value.add_(torch.randn_like(value) * 2e-5)
+            if step < _WARM_UP:
+                manager.save(step, state).result()
+                manager.wait()
+                continue
             alone_before = make(1.0)(lambda: False)
             saved: Future[Any] = manager.save(step, state)
             before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
