@@ -177,6 +177,34 @@ class Backend(ABC):
             If the key does not exist.
         """
 
+    def get_into(self, key: str, parts: Sequence[memoryview]) -> int:
+        """Fill `parts` with the value, one after the other, without memory of the value's size besides if possible.
+
+        What they hold is undefined if it raises, or if the value is not as long as they are together.
+
+        Parameters
+        ----------
+        parts
+            Writable, contiguous, ``uint8`` each.
+
+        Returns
+        -------
+        int
+            Bytes of the value; or, if it is longer than `parts`, any number beyond theirs.
+
+        Raises
+        ------
+        KeyNotFoundError
+            If the key does not exist.
+        """
+        data = memoryview(self.get(key, 0, sum(map(len, parts)) + 1))
+        at = 0
+        for part in parts:
+            piece = data[at : at + len(part)]
+            part[: len(piece)] = piece
+            at += len(part)
+        return len(data)
+
     @abstractmethod
     def put(self, key: str, data: ReadableBuffer) -> None:
         """Store `data` at `key`, replacing what was there; durable when it returns.

@@ -14,7 +14,8 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from incckpt.backends.base import Backend, Entry, Leftover, ReadableBuffer, is_key, validate_key, validate_prefix
 from incckpt.backends.system import SystemCalls
@@ -76,19 +77,16 @@ class LocalBackend(Backend):
         self.url = f"file://{self._root}"
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        path = self._path(key)
-        try:
-            fd = self._calls.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                size = self._size(fd, key, path)
-                stop = size if end is None else min(end, size)
-                return self._read(fd, start, stop, key)
-            finally:
-                self._calls.close(fd)
-        except BackendError:
-            raise
-        except OSError as exc:
-            raise self._error(exc, "get", key, path) from exc
+        with self._open(key) as (fd, size):
+            return self._read(fd, start, size if end is None else min(end, size), key)
+
+    def get_into(self, key: str, parts: Sequence[memoryview]) -> int:
+        with self._open(key) as (fd, size):
+            start = 0
+            for part in parts:
+                self._read_into(fd, part[: size - start], start, key)
+                start = min(start + len(part), size)
+            return size
 
     def put(self, key: str, data: ReadableBuffer) -> None:
         path = self._path(key)
@@ -172,16 +170,42 @@ class LocalBackend(Backend):
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _open(self, key: str) -> Iterator[tuple[int, int]]:
+        """Open a value to be read; gives its descriptor and its size."""
+        path = self._path(key)
+        try:
+            fd = self._calls.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                yield fd, self._size(fd, key, path)
+            finally:
+                self._calls.close(fd)
+        except BackendError:
+            raise
+        except OSError as exc:
+            raise self._error(exc, "get", key, path) from exc
+
+    def _read_into(self, fd: int, part: memoryview, start: int, key: str) -> None:
+        done = 0
+        while done < len(part):  # one read may return less than was asked for
+            got = self._calls.preadv(fd, part[done:], start + done)
+            if not got:
+                raise self._ends_early(key, start + done, start + len(part))
+            done += got
+
     def _read(self, fd: int, start: int, stop: int, key: str) -> bytes:
         parts: list[bytes] = []
         while start < stop:  # one read may return less than was asked for (at most 2 GiB on Linux)
             part = self._calls.pread(fd, stop - start, start)
             if not part:
-                message = f"{self.url}: key {key!r} ends early, at byte {start} of {stop}"
-                raise BackendError(errno.EIO, message, transient=True)
+                raise self._ends_early(key, start, stop)
             parts.append(part)
             start += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _ends_early(self, key: str, at: int, stop: int) -> BackendError:
+        message = f"{self.url}: key {key!r} ends early, at byte {at} of {stop}"
+        return BackendError(errno.EIO, message, transient=True)
 
     def _size(self, fd: int, key: str, path: str) -> int:
         found = self._calls.fstat(fd)

@@ -8,15 +8,25 @@ and where a kill leaves parts behind.
 from __future__ import annotations
 
 import errno
+import functools
+import http.client
 import logging
+import os
 import re
+import ssl
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
+import aiobotocore.session
 import aiohttp
 import botocore.config
 import botocore.exceptions
+import botocore.httpsession
+import botocore.loaders
 import botocore.parsers
+import botocore.utils
 import s3fs
 
 from incckpt.backends.base import (
@@ -29,7 +39,9 @@ from incckpt.backends.base import (
     validate_key,
     validate_prefix,
 )
+from incckpt.backends.direct import Connections, Patience, SignedRequest
 from incckpt.backends.remote import (
+    CONNECTING,
     NO_SUCH_ROOT,
     POOL,
     CredentialsExpired,
@@ -106,17 +118,55 @@ class _Session:
         )
         self._bucket = bucket
         self._opened: Any = None
+        self._lock = threading.Lock()
+        self._connections: Connections | None = None
+        self._direct: bool | None = None
 
     async def open(self) -> None:
         """Make the client, or make it again if its connections were closed."""
         try:
+            if self._fs.session is None:  # as s3fs would, but for the loader
+                session = aiobotocore.session.AioSession(**self._fs.kwargs)
+                session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
+                self._fs.session = session
             self._opened = await self._fs.set_session()
         except (TypeError, ValueError) as exc:
             raise OptionError(f"storage_options for S3 are not what s3fs takes: {exc}") from exc
 
     async def call(self, operation: str, **parameters: Any) -> dict[str, Any]:
         """Make one request, with those of s3fs's additional parameters that the operation takes."""
+        return await self._call(await self._fs.get_s3(self._bucket), operation, parameters)
+
+    async def sign(self, operation: str, **parameters: Any) -> SignedRequest | None:
+        """Return the request that `call` would make; ``None`` if only the client itself can (through a proxy, say)."""
         client = await self._fs.get_s3(self._bucket)
+        if self._direct is None:
+            config, url = client.meta.config, client.meta.endpoint_url
+            self._direct = not (config.client_cert or config.proxies or botocore.utils.get_environ_proxies(url))
+        if not self._direct:
+            return None
+        client.meta.events.register("before-send.s3", _hand_over, unique_id="incckpt")
+        signing = _signing.set(True)
+        try:
+            await self._call(client, operation, parameters)
+        except _SignedError as signed:
+            return SignedRequest(signed.request.method, signed.request.url, dict(signed.request.headers.items()))
+        finally:
+            _signing.reset(signing)
+        return None
+
+    def connections(self) -> Connections:
+        """Return the connections for signed requests."""
+        with self._lock:
+            if self._connections is None:
+                verify = self._fs.client_kwargs.get("verify")
+                if verify is None:
+                    found = self._fs.session.get_config_variable("ca_bundle")
+                    verify = found or os.environ.get("REQUESTS_CA_BUNDLE") or True
+                self._connections = Connections(limit=POOL, connecting=CONNECTING, tls=_tls(verify))
+            return self._connections
+
+    async def _call(self, client: Any, operation: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
         takes = client.meta.service_model.operation_model(client.meta.method_to_api_mapping[operation]).input_shape
         additional = {**self._fs.s3_additional_kwargs, **self._fs.req_kw}
         chosen = {name: value for name, value in additional.items() if name in takes.members}
@@ -125,6 +175,9 @@ class _Session:
 
     async def close(self) -> None:
         """Close the client's connections."""
+        with self._lock:
+            if self._connections is not None:
+                self._connections.close()
         if self._opened is not None:
             await self._opened.close()
 
@@ -175,6 +228,33 @@ class S3Backend(RemoteBackend[_Session]):
             return data[start:end]  # all of it: also from a server that does not know ranges
 
         return self._call("get", key, request)
+
+    def get_into(self, key: str, parts: Sequence[memoryview]) -> int:
+        name = self._name(key)
+        room = sum(map(len, parts))
+
+        async def sign(session: _Session, _: Deadline) -> SignedRequest | None:
+            return await session.sign("get_object", Key=name)
+
+        def transfer(connection: Any) -> int | None:
+            session: _Session = connection.client
+            signed = self._on_loop(connection, sign)
+            if signed is None:
+                return None
+            wait = Patience(self._timeout, self._min_rate)
+            with session.connections().request(signed, wait) as reply:
+                length = reply.length
+                if reply.status != 200 or length is None:
+                    return None  # what the answer means is for the client to say, which asks again
+                if length <= room:
+                    wait.expect(length)
+                    got = reply.read_into(_first(parts, length))
+                    if got != length:
+                        raise self._cut_short(key, got, length)
+                return length
+
+        found = self._connectedly("get", key, transfer)
+        return super().get_into(key, parts) if found is None else found
 
     def put(self, key: str, data: ReadableBuffer) -> None:
         self._put("put", key, data, {})
@@ -347,7 +427,7 @@ class S3Backend(RemoteBackend[_Session]):
         return RequestFailed(_status(exc), code, message, transient=True if code in _MAY_PASS else None)
 
     def _is_transient(self, exc: Exception) -> bool:
-        if isinstance(exc, botocore.exceptions.SSLError | aiohttp.ClientSSLError):
+        if isinstance(exc, botocore.exceptions.SSLError | aiohttp.ClientSSLError | ssl.SSLCertVerificationError):
             return False
         return isinstance(exc, _CONNECTION_ERRORS)
 
@@ -361,6 +441,50 @@ class S3Backend(RemoteBackend[_Session]):
         return ""
 
 
+class _SignedError(Exception):
+    """Not an error: carries a request out of the client, ready to be sent."""
+
+    def __init__(self, request: Any) -> None:
+        super().__init__("signed")
+        self.request = request
+
+
+_signing: ContextVar[bool] = ContextVar("_signing", default=False)
+
+
+def _hand_over(request: Any, **_: Any) -> None:
+    """Keep the client from sending a request that was only to be signed."""
+    if _signing.get():
+        raise _SignedError(request)
+
+
+@functools.cache
+def _loader(data_path: str | None) -> Any:
+    """Return what reads botocore's descriptions of services and keeps them: the next client takes half the time."""
+    return botocore.loaders.create_loader(data_path)
+
+
+def _tls(verify: bool | str) -> ssl.SSLContext:
+    """Return how to verify a server, as botocore does: by default certificates, a file of them, or not at all."""
+    context: ssl.SSLContext = botocore.httpsession.create_urllib3_context()
+    if verify:
+        context.check_hostname = True
+        context.load_verify_locations(botocore.httpsession.get_cert_path(verify))
+    else:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _first(parts: Sequence[memoryview], nbytes: int) -> list[memoryview]:
+    """Return the first `nbytes` of `parts`."""
+    chosen = []
+    for part in parts:
+        chosen.append(part[:nbytes])
+        nbytes -= len(chosen[-1])
+    return chosen
+
+
 class _NoBulkDelete(IncckptError):
     """The server does not take a bulk delete as this client sends it."""
 
@@ -372,6 +496,8 @@ _CONNECTION_ERRORS = (
     botocore.exceptions.CredentialRetrievalError,
     botocore.parsers.ResponseParserError,
     aiohttp.ClientError,
+    http.client.HTTPException,
+    ssl.SSLError,
     ConnectionError,
     EOFError,
 )
