@@ -142,6 +142,10 @@ class Backend(ABC):
     Consistency: a successful `put`, `create` or `delete` is seen by every later `get`, `head` and `list`, from
     anywhere.
 
+    Durability: what `head` and `list` report, that a key is there and also that it is not, is durable when they report
+    it, even if the call that made it so has not returned yet, in whatever process: a save relies on an object that it
+    finds as on one that it has put. `get` promises nothing of the kind.
+
     Keys are checked by every method (:func:`validate_key`; `OptionError`). No key may also be the folder of another
     (``a`` beside ``a/b``): object stores would take both, file systems cannot.
 
