@@ -1,9 +1,9 @@
-"""Large bodies over blocking sockets: in the caller's thread, straight into the memory that they are for.
+"""Large bodies over blocking sockets: in the caller's thread, straight out of and into the memory that they are in.
 
 On the event loop every body of every request goes through one thread, in pieces that are allocated, copied and joined;
 that costs a processor two to three times what the kernel's share of a transfer does. Here a connection is the standard
-library's, whose ``readinto`` has the kernel copy into the caller's memory and holds no interpreter lock meanwhile. Who
-the request is from, and where it goes, is settled by the backend's own client, which signs it.
+library's: the kernel copies from and to the caller's memory, and nobody holds the interpreter's lock meanwhile. Who the
+request is from, and where it goes, is settled by the backend's own client, which signs it.
 """
 
 from __future__ import annotations
@@ -140,8 +140,13 @@ class Connections:
         self._closed = False
 
     @contextmanager
-    def request(self, request: SignedRequest, wait: Patience) -> Iterator[Reply]:
-        """Send a request that has no body and may be repeated; yields the answer.
+    def request(self, request: SignedRequest, wait: Patience, body: memoryview | None = None) -> Iterator[Reply]:
+        """Send a request; yields the answer. It is sent again if a connection that was idle turns out to be closed.
+
+        Parameters
+        ----------
+        body
+            ``uint8[n]``; its length is for the request's headers to say.
 
         Raises
         ------
@@ -149,7 +154,7 @@ class Connections:
             If there is none. `TimeoutError` if `wait` is over.
         """
         with self._slots:
-            connection, reply = self._ask(request, wait)
+            connection, reply = self._ask(request, wait, body)
             keep = False
             try:
                 yield Reply(reply, connection, wait)
@@ -173,7 +178,7 @@ class Connections:
             connection.close()
 
     def _ask(
-        self, request: SignedRequest, wait: Patience
+        self, request: SignedRequest, wait: Patience, body: memoryview | None
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         _, _, path, query, _ = urlsplit(request.url)
         target = f"{path or '/'}?{query}" if query else path or "/"
@@ -187,6 +192,9 @@ class Connections:
                     connection.connect()
                 connection.sock.settimeout(wait.left())
                 connection.request(request.method, target, headers=headers)
+                if body is not None:
+                    _send(connection, body, wait)
+                connection.sock.settimeout(wait.left())
                 return connection, connection.getresponse()
             except BaseException as error:
                 connection.close()
@@ -216,6 +224,18 @@ class Connections:
                 self._idle.setdefault((scheme, netloc), deque()).append(connection)
                 return
         connection.close()
+
+
+def _send(connection: http.client.HTTPConnection, body: memoryview, wait: Patience) -> None:
+    """Send a body after its headers."""
+    try:
+        for start in range(0, len(body), _PIECE):
+            connection.sock.settimeout(wait.left())
+            connection.send(body[start : start + _PIECE])
+    except ConnectionError:
+        # A server that refuses may say why, and hang up before it has all of the body.
+        if not _readable(connection):
+            raise
 
 
 def _readable(connection: http.client.HTTPConnection) -> bool:
