@@ -10,15 +10,20 @@ Contenders, each warm, in another order every round:
   brings it back into new memory, its hashes checked; ``restore`` brings it back into the tensors that are there;
 - ``backend``: the backend that a store uses, called from `--threads` threads, as a save and a restore do;
 - ``s3fs``: ``pipe`` and ``cat`` of all objects in one call, as s3fs comes;
-- ``s3fs tuned``: the same with our connection settings and as many requests at once.
+- ``s3fs tuned``: the same with our connection settings and as many requests at once;
+- ``obstore``: from `--threads` threads; left out, with the reason, where it is not installed.
 
 A server on the same machine takes its share of the processors: then the figures compare, and say little by themselves.
-CPU is that of this process, all its threads, per GiB moved.
+CPU is that of this process, all its threads, per GiB moved. What saving and restoring cost besides moving bytes, and
+cannot do without, is measured in the same run: SHA-256 of the bytes, and the first touch of memory for them.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import mmap
+import os
 import statistics
 import subprocess
 import sys
@@ -92,12 +97,20 @@ class Incckpt:
     def __init__(self, bucket: str, path: str, options: Mapping[str, Any], threads: int) -> None:
         self.backend = S3Backend(bucket, path, options)
         self.pool = ThreadPoolExecutor(threads)
+        self.nbytes = 0
 
     def put(self, values: Mapping[str, bytes]) -> None:
+        self.nbytes = len(next(iter(values.values())))
         list(self.pool.map(self.backend.put, values, values.values()))
 
-    def get(self, keys: list[str]) -> list[bytes]:
-        return list(self.pool.map(self.backend.get, keys))
+    def get(self, keys: list[str]) -> list[npt.NDArray[np.uint8]]:
+        return list(self.pool.map(self._get, keys))
+
+    def _get(self, key: str) -> npt.NDArray[np.uint8]:
+        value = np.empty(self.nbytes, np.uint8)
+        if self.backend.get_into(key, [value.data]) != self.nbytes:
+            raise SystemExit(f"{key} has another size")
+        return value
 
     def close(self) -> None:
         self.backend.delete([entry.key for entry in self.backend.list()])
@@ -124,6 +137,53 @@ class S3fs:
         self.fs.rm(self.root, recursive=True)
 
 
+class Obstore:
+    """obstore, whose requests run in threads of its own."""
+
+    def __init__(self, bucket: str, path: str, options: Mapping[str, Any], threads: int) -> None:
+        import obstore
+        from obstore.store import S3Store
+
+        self.obstore = obstore
+        given: dict[str, Any] = {"region": os.environ.get("AWS_REGION", "us-east-1")}
+        if endpoint := options.get("endpoint_url"):
+            given |= {"endpoint": endpoint, "virtual_hosted_style_request": False}
+            given["client_options"] = {"allow_http": endpoint.startswith("http://")}
+        if key := options.get("key"):
+            given |= {"access_key_id": key, "secret_access_key": options["secret"]}
+        self.store = S3Store(bucket, prefix=path, **given)
+        self.pool = ThreadPoolExecutor(threads)
+
+    def put(self, values: Mapping[str, bytes]) -> None:
+        def put(key: str, value: bytes) -> None:
+            self.obstore.put(self.store, key, value, use_multipart=False)
+
+        list(self.pool.map(put, values, values.values()))
+
+    def get(self, keys: list[str]) -> list[memoryview]:
+        return list(self.pool.map(lambda key: memoryview(self.obstore.get(self.store, key).bytes()), keys))
+
+    def close(self) -> None:
+        for found in self.obstore.list(self.store):
+            self.obstore.delete(self.store, [entry["path"] for entry in found])
+        self.pool.shutdown()
+
+
+def touch(nbytes: int) -> None:
+    """Write to every page of memory that is new, as numpy's arrays get it: in large pages where there are such."""
+    with mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        memory[::4096] = bytes(-(-nbytes // 4096))
+
+
+def hash_all(values: Mapping[str, bytes]) -> None:
+    """Hash the values as chunks are."""
+    for value in values.values():
+        for start in range(0, len(value), MIB):
+            hashlib.sha256(memoryview(value)[start : start + MIB]).digest()
+
+
 def measure(work: Callable[[], object], nbytes: int) -> tuple[float, float]:
     """Return MiB per second and CPU seconds per GiB of `work`."""
     cpu, start = time.process_time(), time.perf_counter()
@@ -135,13 +195,17 @@ def measure(work: Callable[[], object], nbytes: int) -> tuple[float, float]:
 def run(bucket: str, path: str, options: Mapping[str, Any], arguments: argparse.Namespace) -> None:
     """Measure and print."""
     tuned = {**options, "config_kwargs": client_config(), "max_concurrency": 1}
-    contenders: dict[str, Checkpoints | Incckpt | S3fs] = {
+    contenders: dict[str, Checkpoints | Incckpt | S3fs | Obstore] = {
         "save, load": Checkpoints(bucket, f"{path}/load", options, in_place=False),
         "save, restore": Checkpoints(bucket, f"{path}/restore", options, in_place=True),
         "backend": Incckpt(bucket, f"{path}/incckpt", options, arguments.threads),
         "s3fs": S3fs(bucket, f"{path}/s3fs", options),
         "s3fs tuned": S3fs(bucket, f"{path}/tuned", tuned, arguments.threads),
     }
+    try:
+        contenders["obstore"] = Obstore(bucket, f"{path}/obstore", options, arguments.threads)
+    except ImportError as error:
+        print(f"obstore is left out: {error}")
     nbytes = arguments.objects * arguments.mib * MIB
     generator = np.random.default_rng(0)
     keys = [f"objects/{number:04d}" for number in range(arguments.objects)]
@@ -162,6 +226,8 @@ def run(bucket: str, path: str, options: Mapping[str, Any], arguments: argparse.
                 if number:  # the first round warms up
                     figures.setdefault((name, "put"), []).append(put)
                     figures.setdefault((name, "get"), []).append(get)
+            figures.setdefault(("SHA-256", ""), []).append(measure(lambda: hash_all(values), nbytes))  # noqa: B023
+            figures.setdefault(("first touch", ""), []).append(measure(lambda: touch(nbytes), nbytes))
     finally:
         for contender in contenders.values():
             contender.close()

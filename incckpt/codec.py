@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from incckpt.digests import frame_digests
 from incckpt.errors import CodecError
-from incckpt.frames import DELTA, FRAME_BYTES, WAYS, CodedFrame, decode_frame, encode_chunks, encode_text
+from incckpt.frames import DELTA, FRAME_BYTES, RAW, WAYS, CodedFrame, decode_frame, encode_chunks, encode_text
 
 __all__ = [
     "FRAME_BYTES",
@@ -37,6 +37,7 @@ __all__ = [
     "decode",
     "decode_document",
     "decode_frames",
+    "decode_in_place",
     "digest",
     "digest_many",
     "encode",
@@ -394,6 +395,34 @@ def decode(data: Buffer, out: Buffer, *, identity: bytes, base: Base | None = No
     if header.offsets[-1] != len(view):
         raise CodecError(f"the object has {len(view)} bytes, where its header says {header.offsets[-1]}")
     decode_frames(header, range(len(header.ways)), view[header.offsets[0] :], out, base=base, verify=verify)
+
+
+def decode_in_place(head: Buffer, out: Buffer, *, identity: bytes, verify: bool = True) -> None:
+    """Turn coded bytes into raw ones where they are: of an object that is as long as its raw bytes and their header.
+
+    Parameters
+    ----------
+    head
+        The object's header.
+    out
+        ``uint8[n]``, contiguous and writable: the rest of the object. Undefined if an error is raised.
+    identity, verify
+        As for `decode`.
+
+    Raises
+    ------
+    CodecError
+        As `decode`.
+    """
+    view = _view(out)
+    header = read_header(head)
+    if header.identity != identity:
+        raise CodecError(f"the object holds {header.identity.hex()}, not {identity.hex()}")
+    if header.nbytes != len(view) or header.base is not None or any(way != RAW for way in header.ways):
+        decode(bytes(head) + bytes(view), out, identity=identity, verify=verify)
+    elif verify and (digests := frame_digests([view])[0]) != header.digests:
+        frame = next(i for i in range(len(header.ways)) if digests[32 * i :][:32] != header.digests[32 * i :][:32])
+        raise CodecError(f"frame {frame} ({WAYS[RAW]}) is damaged: its digest is wrong")
 
 
 def decode_frames(

@@ -7,7 +7,7 @@ so two saves never put one key, and a delete that arrives late never hits a newe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from incckpt.backends.base import Backend, ReadableBuffer
@@ -106,11 +106,34 @@ class Objects:
         try:
             data = self.backend.get(str(key), 0, None if size is None else size + 1)
         except KeyNotFoundError as error:
-            raise MissingObjectError(f"object {key} is missing from {self.backend.url}") from error
-        if size is not None and len(data) != size:
-            found = "longer" if len(data) > size else f"{len(data)} bytes"
-            raise CorruptionError(f"object {key} is damaged: {size} bytes were written, it is {found}")
+            raise self._missing(key) from error
+        if size is not None:
+            _check_size(key, size, len(data))
         return data
+
+    def get_into(self, key: ObjectKey, parts: Sequence[memoryview]) -> None:
+        """Fill `parts` with the object's bytes, one after the other; undefined if an error is raised.
+
+        Parameters
+        ----------
+        parts
+            ``uint8`` each, together as long as the manifest says that the object is.
+
+        Raises
+        ------
+        MissingObjectError
+            If it is not in the store.
+        CorruptionError
+            If its size is another one.
+        """
+        try:
+            found = self.backend.get_into(str(key), parts)
+        except KeyNotFoundError as error:
+            raise self._missing(key) from error
+        _check_size(key, sum(map(len, parts)), found)
+
+    def _missing(self, key: ObjectKey) -> MissingObjectError:
+        return MissingObjectError(f"object {key} is missing from {self.backend.url}")
 
     def exists(self, key: ObjectKey) -> bool:
         """Return whether the object is there now (one request)."""
@@ -124,3 +147,9 @@ class Objects:
         """Yield key and size in bytes of every full object of that content there is now (one listing)."""
         for entry in self.backend.list(f"{OBJECTS}{identity[:2]}/{identity[2:]}."):
             yield ObjectKey.parse(entry.key), entry.size
+
+
+def _check_size(key: ObjectKey, size: int, found: int) -> None:
+    if found != size:
+        is_now = "longer" if found > size else f"{found} bytes"
+        raise CorruptionError(f"object {key} is damaged: {size} bytes were written, it is {is_now}")

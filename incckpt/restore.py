@@ -19,7 +19,7 @@ from incckpt.assign import Assignment
 from incckpt.build import MapLocation, build
 from incckpt.entries import TensorEntry, check_entries, entry_from_json, range_kinds
 from incckpt.errors import CodecError, CorruptionError, MissingObjectError
-from incckpt.hostmem import new_buffer
+from incckpt.hostmem import HostPool, new_buffer
 from incckpt.manifest import Chunk, Manifest, Stored
 from incckpt.objects import ObjectKey, chunk_keys
 from incckpt.pipeline import LOCAL_REQUESTS, REMOTE_REQUESTS, Pipeline
@@ -75,6 +75,8 @@ class Reader:
     def __init__(self, store: Store, *, threads: int, verify: bool = True, bytes_in_flight: int = 256 << 20) -> None:
         self._store = store
         self._verify = verify
+        self._bytes_in_flight = bytes_in_flight
+        self._pool = HostPool()
         self._pipeline = Pipeline(
             requests=REMOTE_REQUESTS if store.backend.remote else LOCAL_REQUESTS,
             threads=threads,
@@ -124,7 +126,7 @@ class Reader:
         out = whole if whole is not None else _sole_destination(group)
         scratch = out is None
         if out is None:
-            out = np.empty(chunk.nbytes, np.uint8)
+            out = self._scratch(chunk.nbytes)
         keys = chunk_keys(chunk)
         key = keys[0]
         try:
@@ -136,10 +138,18 @@ class Reader:
                 for other in kept[1:]:
                     other[:] = kept[0]
                 key = keys[0]
-            data = self._store.objects.get(key, chunk.size)
-            with self._pipeline.cpu:
-                codec.decode(data, out, identity=bytes.fromhex(chunk.identity), base=base, verify=self._verify)
-                self._distribute(group, out, scratch)
+            identity = bytes.fromhex(chunk.identity)
+            if base is None and chunk.size == codec.max_nbytes(chunk.nbytes):  # nothing in it is compressed
+                head = bytearray(codec.header_nbytes(chunk.nbytes))
+                self._store.objects.get_into(key, [memoryview(head), out.data])
+                with self._pipeline.cpu:
+                    codec.decode_in_place(head, out, identity=identity, verify=self._verify)
+                    self._distribute(group, out, scratch)
+            else:
+                data = self._fetch(key, chunk.size)
+                with self._pipeline.cpu:
+                    codec.decode(data, out, identity=identity, base=base, verify=self._verify)
+                    self._distribute(group, out, scratch)
         except MissingObjectError as error:
             raise MissingObjectError(f"{error} ({_needed_by(group)})") from error
         except CodecError as error:
@@ -149,12 +159,22 @@ class Reader:
 
     def _read_base(self, stored: Stored, key: ObjectKey, out: Bytes) -> codec.Base:
         """Decode a delta's base; `out` may be the memory that the delta is decoded to."""
-        data = self._store.objects.get(key, stored.size)
+        data = self._fetch(key, stored.size)
         identity = bytes.fromhex(stored.identity)
         with self._pipeline.cpu:
             # Its digests are not checked: a wrong base gives a wrong chunk, and the chunk's digests are.
             codec.decode(data, out, identity=identity, verify=False)
         return codec.Base(identity, out)
+
+    def _fetch(self, key: ObjectKey, size: int) -> Bytes:
+        data = self._scratch(size)
+        self._store.objects.get_into(key, [data.data])
+        return data
+
+    def _scratch(self, nbytes: int) -> Bytes:
+        """Return memory for a moment: recycled, since to touch new pages costs more than to fill them."""
+        self._pool.trim(max(0, self._bytes_in_flight - self._pool.used_bytes - _capacity(nbytes)))
+        return self._pool.take(_capacity(nbytes))[:nbytes]
 
     @staticmethod
     def _distribute(group: Sequence[ChunkRead], out: Bytes, scratch: bool) -> None:
@@ -201,10 +221,18 @@ def _sole_destination(group: Sequence[ChunkRead]) -> Bytes | None:
 
 
 def _weight(group: Sequence[ChunkRead]) -> int:
+    """Return the bytes that reading a chunk takes besides its destinations: what `Reader._scratch` gives."""
     chunk = group[0].chunk
     base = 0 if chunk.base is None else chunk.base.size
     whole = any(item.out is not None for item in group) or _sole_destination(group) is not None
-    return max(chunk.size, base) + (0 if whole else chunk.nbytes)
+    coded = 0 if chunk.base is None and chunk.size == codec.max_nbytes(chunk.nbytes) else max(chunk.size, base)
+    return _capacity(coded) + (0 if whole else _capacity(chunk.nbytes))
+
+
+def _capacity(nbytes: int) -> int:
+    """Return the size of the memory that is taken for `nbytes`: one of few, so that it can be recycled."""
+    step = 1 << max(12, nbytes.bit_length() - 4)
+    return -(-nbytes // step) * step
 
 
 def _needed_by(group: Sequence[ChunkRead]) -> str:

@@ -29,8 +29,15 @@ def patient(backend: Backend) -> RetryBackend:
     return RetryBackend(backend, sleep=lambda _: None)
 
 
+def get_into(backend: Backend, key: str, sizes: tuple[int, ...]) -> tuple[int, bytes]:
+    """Return what `get_into` does, and what is in the parts together after it."""
+    parts = [memoryview(bytearray(size)) for size in sizes]
+    return backend.get_into(key, parts), b"".join(parts)
+
+
 ONE_OF_EACH: dict[str, Callable[[Backend], object]] = {
     "get": lambda store: store.get("there") == b"value",
+    "get_into": lambda store: get_into(store, "there", (2, 3)) == (5, b"value"),
     "head": lambda store: store.head("there").size == 5,
     "put": lambda store: store.put("put", b"x" * 200_000) is None and store.get("put") == b"x" * 200_000,
     "create": lambda store: store.create("created", b"y" * 200_000) is None and store.get("created") == b"y" * 200_000,
@@ -43,7 +50,7 @@ ONE_OF_EACH: dict[str, Callable[[Backend], object]] = {
 class RemoteFaults:
     """Needs the fixtures `shared_proxy`, in front of the server, and `make`, of class or module scope."""
 
-    has_body = frozenset({"get", "list"})
+    has_body = frozenset({"get", "get_into", "list"})
     """The operations whose replies have a body to break off."""
 
     rounds = 30
@@ -75,6 +82,8 @@ class RemoteFaults:
             assert {key: store.get(f"again/{key}", 5, 500) for key in values} == {
                 k: v[5:500] for k, v in values.items()
             }
+            for key, value in values.items():
+                assert get_into(store, key, (len(value) // 3, len(value) - len(value) // 3)) == (len(value), value)
             found = {entry.key: entry.size for entry in store.list("k/")}
             assert found == {key: len(value) for key, value in values.items()}
             store.delete([f"again/{key}" for key in values])
@@ -104,14 +113,17 @@ class RemoteFaults:
         """A child goes on with its parent's backend, and neither disturbs the other."""
         with make(str(uuid.uuid4())) as backend:
             backend.put("parent", b"1")
+            assert get_into(backend, "parent", (1,)) == (1, b"1")
 
             def child() -> None:
                 backend.put("child", backend.get("parent"))
+                assert get_into(backend, "parent", (1,)) == (1, b"1")
                 backend.close()
 
             assert exit_code(fork(child)) == 0
             assert backend.get("child") == b"1"
             backend.put("parent", b"2")
+            assert get_into(backend, "parent", (1,)) == (1, b"2")
 
     @forks
     def test_use_in_a_child_forked_while_requests_are_under_way(self, proxy: FaultProxy, make: MakeBackend) -> None:

@@ -67,7 +67,7 @@ class TestConformance(BackendConformance):
 
 
 class TestFaults(RemoteFaults):
-    has_body = frozenset({"get", "list", "delete"})
+    has_body = frozenset({"get", "get_into", "list", "delete"})
 
 
 class TestConformanceUnderFaults(ConformanceUnderFaults):

@@ -235,6 +235,79 @@ def test_folders_of_another_process_are_made_durable_too(tmp_path: Path) -> None
     assert LocalBackend(tmp_path / "store").get("objects/ab/cd") == NEW
 
 
+def _cut_before_its_last_sync(root: Path, disk: UnsyncedDisk, write: Callable[[Backend], None]) -> None:
+    """Write as another process would that has done all but the last fsync, that of the folder."""
+    calls = StopAt(0, only="fsync", inner=disk)
+    dry = root.parent / f"{root.name}-dry"
+    shutil.copytree(root, dry)
+    write(LocalBackend(dry, calls=calls))
+    with pytest.raises(PowerCut):
+        write(LocalBackend(root, calls=StopAt(calls.count, only="fsync", inner=disk)))
+
+
+_LOOKS: dict[str, Callable[[Backend, str], bool]] = {
+    "head": lambda backend, key: _exists(backend, key),
+    "list": lambda backend, key: key in {entry.key for entry in backend.list()},
+    "list of a prefix": lambda backend, key: key in {entry.key for entry in backend.list(key[:-1])},
+}
+
+
+def _exists(backend: Backend, key: str) -> bool:
+    try:
+        backend.head(key)
+    except KeyNotFoundError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("look", _LOOKS)
+def test_what_is_seen_is_durable(tmp_path: Path, look: str) -> None:
+    """A value that another process has not yet made durable is, once it was seen here: a save may go on with it."""
+    root = tmp_path / "disk" / "store"
+    root.mkdir(parents=True)
+    disk = UnsyncedDisk(tmp_path / "disk")
+    _cut_before_its_last_sync(root, disk, lambda backend: backend.create("objects/ab/cd", NEW))
+    assert _LOOKS[look](LocalBackend(root, calls=disk), "objects/ab/cd")
+    disk.crash()
+    assert LocalBackend(root).get("objects/ab/cd") == NEW
+
+
+@pytest.mark.parametrize("look", _LOOKS)
+def test_folders_above_what_is_seen_are_durable(tmp_path: Path, look: str) -> None:
+    disk = UnsyncedDisk(tmp_path)
+    for folder in ("store", "store/objects", "store/objects/ab"):  # made by someone who has not synced them yet
+        disk.mkdir(str(tmp_path / folder))
+    LocalBackend(tmp_path / "store").put("objects/ab/cd", NEW)  # this disk has heard of none of its syncs
+    disk.fsync(disk.open(str(tmp_path / "store/objects/ab/cd"), os.O_RDONLY))
+    assert _LOOKS[look](LocalBackend(tmp_path / "store", calls=disk), "objects/ab/cd")
+    disk.crash()
+    assert LocalBackend(tmp_path / "store").get("objects/ab/cd") == NEW
+
+
+def test_what_is_seen_to_be_gone_or_replaced_stays_so(tmp_path: Path) -> None:
+    """A collector deletes objects since a ref is gone, or is a tombstone now: that ref may not come back."""
+    root = tmp_path / "disk" / "store"
+    for key in ("refs/default/gone", "refs/default/replaced", "refs/default/kept"):
+        LocalBackend(root).put(key, OLD)
+    disk = UnsyncedDisk(tmp_path / "disk")
+    with pytest.raises(PowerCut):
+        LocalBackend(root, calls=StopAt(1, only="fsync", inner=disk)).delete(["refs/default/gone"])
+    _cut_before_its_last_sync(root, disk, lambda backend: backend.put("refs/default/replaced", NEW + NEW))
+    seen = {entry.key: entry.size for entry in LocalBackend(root, calls=disk).list("refs/")}
+    assert seen == {"refs/default/replaced": 2 * len(NEW), "refs/default/kept": len(OLD)}
+    disk.crash()
+    assert {entry.key: entry.size for entry in LocalBackend(root).list("refs/")} == seen
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("call", ["open", "fsync"])
+def test_a_folder_that_may_not_be_synced_can_be_looked_at(tmp_path: Path, call: str, code: int) -> None:
+    """An archive on a read-only disk, say."""
+    LocalBackend(tmp_path).put("d/k", OLD)
+    for look in _LOOKS.values():
+        assert look(LocalBackend(tmp_path, calls=StopAt(1, _raise(code), only=call)), "d/k")
+
+
 def test_deletes_are_durable(tmp_path: Path) -> None:
     keys = ["a/1", "a/2", "b/1", "c"]
     backend = LocalBackend(tmp_path)
@@ -519,8 +592,20 @@ def test_keys_that_vanish_during_a_listing_are_passed_over(tmp_path: Path) -> No
     first = next(listing)
     backend.delete([f"{number % 2}/{number}" for number in range(10)])
     (tmp_path / "0").rmdir()
-    assert list(listing) == []
+    # The rest of the folder was looked at together with the first; the other folder is only now.
+    assert all(entry.key.startswith(first.key[:2]) for entry in listing)
     assert first.size == len(OLD)
+
+
+def test_a_key_that_vanishes_while_its_folder_is_listed_is_passed_over(tmp_path: Path) -> None:
+    backend = LocalBackend(tmp_path)
+    for number in range(3):
+        backend.put(f"d/{number}", OLD)
+
+    def vanish(_: str) -> None:
+        backend.delete(["d/0", "d/1", "d/2"])
+
+    assert list(LocalBackend(tmp_path, calls=StopAt(3, vanish, only="stat")).list("d/")) == []
 
 
 def test_leftovers_are_ours_only(tmp_path: Path) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import os
+import ssl
 import traceback
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import s3fs
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from incckpt.backends import Backend, Leftover, open_backend
 from incckpt.backends.retry import RetryBackend
@@ -19,11 +26,12 @@ from incckpt.errors import (
     BackendPermissionError,
     BackendTimeoutError,
     KeyExistsError,
+    KeyNotFoundError,
     OptionError,
     UnsupportedOperationError,
 )
 from incckpt.testing.conformance import BackendConformance
-from tests.remote_suite import ONE_OF_EACH, ConformanceUnderFaults, MakeBackend, RemoteFaults, patient
+from tests.remote_suite import ONE_OF_EACH, ConformanceUnderFaults, MakeBackend, RemoteFaults, get_into, patient
 from tests.servers.fault_proxy import FaultProxy, Rule
 
 BUCKET = "checkpoints"
@@ -83,7 +91,7 @@ class TestConformance(BackendConformance):
 
 
 class TestFaults(RemoteFaults):
-    has_body = frozenset({"get", "list", "delete"})
+    has_body = frozenset({"get", "get_into", "list", "delete"})
 
 
 class TestConformanceUnderFaults(ConformanceUnderFaults):
@@ -120,7 +128,8 @@ def test_permanent_errors_fail_at_once_and_name_the_cause(
         assert not caught.value.transient
         assert f"s3://{BUCKET}/" in str(caught.value)
         assert "some/key" in str(caught.value)
-        assert len(proxy.seen) == 1
+        # Where the bucket may be in another region, the client is asked to find it.
+        assert len(proxy.seen) == 1 + (code == "AuthorizationHeaderMalformed" and proxy.seen[0].method == "PUT")
 
 
 @pytest.mark.parametrize(
@@ -363,3 +372,93 @@ def test_urls_that_are_not_of_a_bucket(url: str) -> None:
 def test_options_that_s3fs_does_not_take(bucket: str, options: dict[str, Any]) -> None:
     with pytest.raises(OptionError), open_backend(f"s3://{bucket}/x", options) as backend:
         backend.get("k")
+
+
+# -- bodies straight into memory --------------------------------------------------------------------------------------
+
+
+def test_a_body_that_is_read_straight_into_memory_costs_one_request(proxy: FaultProxy, broken: S3Backend) -> None:
+    broken.put("k", b"value")
+    proxy.seen.clear()
+    for _ in range(3):
+        assert get_into(broken, "k", (2, 3)) == (5, b"value")
+    assert [seen.method for seen in proxy.seen] == ["GET"] * 3
+
+
+def test_what_an_error_means_is_found_out_by_asking_again(proxy: FaultProxy, broken: S3Backend) -> None:
+    with pytest.raises(KeyNotFoundError, match="'missing'"):
+        get_into(broken, "missing", (5,))
+    assert [seen.method for seen in proxy.seen] == ["GET", "GET"]
+    proxy.rules = [Rule("status", times=None, status=403, code="AccessDenied")]
+    with pytest.raises(BackendPermissionError, match="policy"):
+        get_into(broken, "missing", (5,))
+
+
+def test_an_idle_connection_that_the_server_closed_is_no_error(bucket: str, s3_server: dict[str, Any]) -> None:
+    root = str(uuid.uuid4())
+    with FaultProxy(int(s3_server["endpoint_url"].rpartition(":")[2])) as first:
+        port = first.port
+        backend = S3Backend(bucket, root, options_for(first))
+        backend.put("k", b"value")
+        assert get_into(backend, "k", (5,)) == (5, b"value")
+    with backend, FaultProxy(int(s3_server["endpoint_url"].rpartition(":")[2]), port=port):
+        assert get_into(backend, "k", (5,)) == (5, b"value")
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a file with a key and a certificate for 127.0.0.1, signed by itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a test")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("tls") / "certificate.pem"
+    path.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + made.public_bytes(serialization.Encoding.PEM)
+    )
+    return path
+
+
+def test_over_tls(bucket: str, s3_server: dict[str, Any], certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bodies are read over connections of our own; these are as strict about certificates as the client is."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    value = os.urandom(3_000_000)
+    with FaultProxy(int(s3_server["endpoint_url"].rpartition(":")[2]), tls=context) as proxy:
+        options = options_for(proxy, endpoint_url=f"https://127.0.0.1:{proxy.port}")
+        root = str(uuid.uuid4())
+        trusting = {**options, "client_kwargs": {"verify": str(certificate)}}
+        with S3Backend(bucket, root, trusting) as backend:
+            backend.put("k", value)
+            assert get_into(backend, "k", (1_000, 2_999_000)) == (len(value), value)
+        with S3Backend(bucket, root, {**options, "client_kwargs": {"verify": False}}) as backend:
+            assert get_into(backend, "k", (len(value),)) == (len(value), value)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+        with S3Backend(bucket, root, options) as backend:
+            assert get_into(backend, "k", (len(value),)) == (len(value), value)
+        monkeypatch.delenv("AWS_CA_BUNDLE")
+        with (
+            S3Backend(bucket, root, options) as backend,
+            pytest.raises(BackendError, match=r"(?i)certificate") as caught,
+        ):
+            get_into(backend, "k", (len(value),))
+        assert not caught.value.transient
+
+
+def test_a_proxy_is_left_to_the_client(bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy of the environment is the one in front of the server: what goes by it asks for whole URLs."""
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.port}")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with S3Backend(bucket, "x", {"key": "k", "secret": "s", "endpoint_url": "http://s3.invalid"}) as backend:
+        proxy.rules = [Rule("status", times=None, status=200, body="value")]
+        assert get_into(backend, "k", (5,)) == (5, b"value")
+    assert [seen.target.startswith("http://s3.invalid/") for seen in proxy.seen] == [True]

@@ -869,3 +869,25 @@ def test_a_bomb_takes_no_memory() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+def test_an_object_that_is_decoded_where_it_is() -> None:
+    """As long as its header and its raw bytes: then it is the raw bytes, or something else of the same length."""
+    raw = np.frombuffer(np.random.default_rng(0).bytes(2 * FRAME_BYTES + 77), np.uint8)
+    digest = codec.digest(raw)
+    data = bytes(codec.encode(raw, 4, digest=digest).data)
+    size = codec.header_nbytes(raw.nbytes)
+    assert len(data) == codec.max_nbytes(raw.nbytes) == size + raw.nbytes
+    for verify in (True, False):
+        out = bytearray(data[size:])
+        codec.decode_in_place(data[:size], out, identity=digest.identity, verify=verify)
+        assert out == raw.tobytes()
+    for at in (0, FRAME_BYTES - 1, FRAME_BYTES, raw.nbytes - 1):
+        out = bytearray(data[size:])
+        out[at] ^= 1
+        with pytest.raises(CodecError, match=f"frame {at // FRAME_BYTES} .*digest"):
+            codec.decode_in_place(data[:size], out, identity=digest.identity)
+    with pytest.raises(CodecError, match="the object holds"):
+        codec.decode_in_place(data[:size], bytearray(data[size:]), identity=bytes(32))
+    with pytest.raises(CodecError, match="its header says"):
+        codec.decode_in_place(data[:size], bytearray(raw.nbytes - 1), identity=digest.identity)

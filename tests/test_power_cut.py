@@ -79,3 +79,33 @@ def test_a_sync_left_out_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFix
         except incckpt.IncckptError:
             lost += 1
     assert lost >= 4, "the marker's, the last objects', the manifest's and the ref's syncs at least"
+
+
+def test_objects_of_another_process_that_were_just_put(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A save that reuses an object whose name is not yet durable is not announced before it is."""
+    caplog.set_level(logging.CRITICAL)
+    root = tmp_path / "dry"
+    root.mkdir()
+    calls = StopAt(0, inner=UnsyncedDisk(root))
+    with CheckpointManager(LocalBackend(root / "store", calls=calls), run="first", threads=1) as manager:
+        before = calls.count
+        manager.save(1, state_at(1)).result()
+        objects = manager.history[-1].put_objects
+    reused = 0
+    for nth in range(before, calls.count, 3):
+        root = tmp_path / str(nth)
+        root.mkdir()
+        disk = UnsyncedDisk(root)
+        try:
+            backend = LocalBackend(root / "store", calls=StopAt(nth, inner=disk))
+            with CheckpointManager(backend, run="first", threads=1) as manager:
+                manager.save(1, state_at(1)).result()
+        except (PowerCut, SaveError):
+            pass
+        backend = LocalBackend(root / "store", calls=disk)
+        with CheckpointManager(backend, run="second", threads=1) as manager:
+            saved = manager.save(1, state_at(1)).result()
+            reused += manager.history[-1].put_objects < objects
+        disk.crash()
+        assert equals(incckpt.load(root / "store", run="second", step=saved.step), 1), nth
+    assert reused > 0

@@ -213,18 +213,25 @@ def test_a_tenth_of_all_requests_breaks(proxy: FaultProxy, s3_server: dict[str, 
     proxy.rules = []
     path = str(uuid.uuid4())
     small = {"w": torch.randn(50_000), "v": torch.zeros(9)}
-    kinds = ("status", "reset", "lose_reply", "cut_upload", "truncate")
-    with incckpt.CheckpointManager(patient(broken(proxy, s3_server, path)), keep_last_n=3) as manager:
-        proxy.rules = [Rule(do, times=None, chance=0.02) for do in kinds]
+    answers = {500: "InternalError", 502: "BadGateway", 503: "SlowDown", 429: "TooManyRequests"}
+    kinds = ("reset", "lose_reply", "cut_upload", "truncate")
+    rules = [
+        *(Rule("status", times=None, chance=0.0125, status=status, code=code) for status, code in answers.items()),
+        *(Rule(do, times=None, chance=0.0125) for do in kinds),
+        Rule("hang_download", times=None, chance=0.01, method="GET"),
+    ]
+    with incckpt.CheckpointManager(patient(broken(proxy, s3_server, path, timeout=2.0)), keep_last_n=3) as manager:
+        proxy.rules = rules
         for step in range(1, saves + 1):
             small["w"][step] += 1
             small["v"].fill_(step)
             assert manager.save(step, small).result().step == step
         manager.wait()
         for _ in range(restores):
-            with patient(broken(proxy, s3_server, path)) as backend:
+            with patient(broken(proxy, s3_server, path, timeout=2.0)) as backend:
                 assert_same_state(incckpt.load(backend), small)
-        assert sum(rule.struck for rule in proxy.rules) > saves / 2
+        assert sum(rule.struck for rule in rules) > saves / 2
+        assert all(rule.struck for rule in rules)
         proxy.rules = []
         assert [checkpoint.step for checkpoint in manager.list()] == [saves - 2, saves - 1, saves]
         manager.save(saves + 1, small).result()

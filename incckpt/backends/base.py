@@ -142,6 +142,10 @@ class Backend(ABC):
     Consistency: a successful `put`, `create` or `delete` is seen by every later `get`, `head` and `list`, from
     anywhere.
 
+    Durability: what `head` and `list` report, that a key is there and also that it is not, is durable when they report
+    it, even if the call that made it so has not returned yet, in whatever process: a save relies on an object that it
+    finds as on one that it has put. `get` promises nothing of the kind.
+
     Keys are checked by every method (:func:`validate_key`; `OptionError`). No key may also be the folder of another
     (``a`` beside ``a/b``): object stores would take both, file systems cannot.
 
@@ -176,6 +180,34 @@ class Backend(ABC):
         KeyNotFoundError
             If the key does not exist.
         """
+
+    def get_into(self, key: str, parts: Sequence[memoryview]) -> int:
+        """Fill `parts` with the value, one after the other, without memory of the value's size besides if possible.
+
+        What they hold is undefined if it raises, or if the value is not as long as they are together.
+
+        Parameters
+        ----------
+        parts
+            Writable, contiguous, ``uint8`` each.
+
+        Returns
+        -------
+        int
+            Bytes of the value; or, if it is longer than `parts`, any number beyond theirs.
+
+        Raises
+        ------
+        KeyNotFoundError
+            If the key does not exist.
+        """
+        data = memoryview(self.get(key, 0, sum(map(len, parts)) + 1))
+        at = 0
+        for part in parts:
+            piece = data[at : at + len(part)]
+            part[: len(piece)] = piece
+            at += len(part)
+        return len(data)
 
     @abstractmethod
     def put(self, key: str, data: ReadableBuffer) -> None:

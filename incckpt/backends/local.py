@@ -15,7 +15,8 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from incckpt.backends.base import Backend, Entry, Leftover, ReadableBuffer, is_key, validate_key, validate_prefix
 from incckpt.backends.system import NativeCalls, SystemCalls
@@ -79,19 +80,16 @@ class LocalBackend(Backend):
         self.url = f"file://{self._root}"
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        path = self._path(key)
-        try:
-            fd = self._calls.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                size = self._size(fd, key, path)
-                stop = size if end is None else min(end, size)
-                return self._read(fd, start, stop, key)
-            finally:
-                self._calls.close(fd)
-        except BackendError:
-            raise
-        except OSError as exc:
-            raise self._error(exc, "get", key, path) from exc
+        with self._open(key) as (fd, size):
+            return self._read(fd, start, size if end is None else min(end, size), key)
+
+    def get_into(self, key: str, parts: Sequence[memoryview]) -> int:
+        with self._open(key) as (fd, size):
+            start = 0
+            for part in parts:
+                self._read_into(fd, part[: size - start], start, key)
+                start = min(start + len(part), size)
+            return size
 
     def put(self, key: str, data: ReadableBuffer) -> None:
         path = self._path(key)
@@ -130,18 +128,21 @@ class LocalBackend(Backend):
                     raise self._error(exc, "delete", key, folder) from exc
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        folder, _, begin = validate_prefix(prefix).rpartition("/")
-        for path, _ in self._walk(folder, begin):
-            key = self._key(path)
-            if is_key(key):
-                try:
-                    found = self._calls.stat(path)
-                except OSError as exc:
-                    if exc.errno in _GONE:
-                        continue
-                    raise self._error(exc, "list", prefix, path) from exc
-                if stat.S_ISREG(found.st_mode):
-                    yield Entry(key, found.st_size, found.st_mtime)
+        for folder, names in self._walk(validate_prefix(prefix)):
+            found: list[Entry] = []
+            for path in (os.path.join(folder, name) for name in names):
+                key = self._key(path)
+                if is_key(key):
+                    try:
+                        about = self._calls.stat(path)
+                    except OSError as exc:
+                        if exc.errno in _GONE:
+                            continue
+                        raise self._error(exc, "list", prefix, path) from exc
+                    if stat.S_ISREG(about.st_mode):
+                        found.append(Entry(key, about.st_size, about.st_mtime))
+            self._settle(folder, "list", f"{self._key(folder)}/")
+            yield from found
 
     def head(self, key: str) -> Entry:
         path = self._path(key)
@@ -151,11 +152,12 @@ class LocalBackend(Backend):
             raise self._error(exc, "head", key, path) from exc
         if not stat.S_ISREG(found.st_mode):
             raise self._missing(key, path)
+        self._settle(os.path.dirname(path), "head", key)
         return Entry(key, found.st_size, found.st_mtime)
 
     def leftovers(self) -> Iterator[Leftover]:
-        for path, name in self._walk("", ""):
-            if name.startswith(_TEMPORARY):
+        for folder, names in self._walk(""):
+            for path in (os.path.join(folder, name) for name in names if name.startswith(_TEMPORARY)):
                 try:
                     yield Leftover(self._key(path), self._calls.stat(path).st_mtime)
                 except OSError as exc:
@@ -175,16 +177,42 @@ class LocalBackend(Backend):
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _open(self, key: str) -> Iterator[tuple[int, int]]:
+        """Open a value to be read; gives its descriptor and its size."""
+        path = self._path(key)
+        try:
+            fd = self._calls.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                yield fd, self._size(fd, key, path)
+            finally:
+                self._calls.close(fd)
+        except BackendError:
+            raise
+        except OSError as exc:
+            raise self._error(exc, "get", key, path) from exc
+
+    def _read_into(self, fd: int, part: memoryview, start: int, key: str) -> None:
+        done = 0
+        while done < len(part):  # one read may return less than was asked for
+            got = self._calls.preadv(fd, part[done:], start + done)
+            if not got:
+                raise self._ends_early(key, start + done, start + len(part))
+            done += got
+
     def _read(self, fd: int, start: int, stop: int, key: str) -> bytes:
         parts: list[bytes] = []
         while start < stop:  # one read may return less than was asked for (at most 2 GiB on Linux)
             part = self._calls.pread(fd, stop - start, start)
             if not part:
-                message = f"{self.url}: key {key!r} ends early, at byte {start} of {stop}"
-                raise BackendError(errno.EIO, message, transient=True)
+                raise self._ends_early(key, start, stop)
             parts.append(part)
             start += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _ends_early(self, key: str, at: int, stop: int) -> BackendError:
+        message = f"{self.url}: key {key!r} ends early, at byte {at} of {stop}"
+        return BackendError(errno.EIO, message, transient=True)
 
     def _size(self, fd: int, key: str, path: str) -> int:
         found = self._calls.fstat(fd)
@@ -192,19 +220,20 @@ class LocalBackend(Backend):
             raise self._missing(key, path)
         return found.st_size
 
-    def _walk(self, folder: str, begin: str) -> Iterator[tuple[str, str]]:
-        """Yield path and name of what is not a folder below `folder`, where its first level begins with `begin`."""
-        top = os.path.join(self._root, folder) if folder else self._root
-        pending = [(top, begin)]
+    def _walk(self, prefix: str) -> Iterator[tuple[str, Sequence[str]]]:
+        """Yield each folder that may hold keys with `prefix`, and the names in it that do and are not folders."""
+        folder, _, begin = prefix.rpartition("/")
+        pending = [(os.path.join(self._root, folder) if folder else self._root, begin)]
         while pending:
             current, begin = pending.pop()
+            names: list[str] = []
             for name, is_folder in self._entries(current).items():
                 if name.startswith(begin):
-                    path = os.path.join(current, name)
                     if not is_folder:
-                        yield path, name
+                        names.append(name)
                     elif not name.startswith("."):
-                        pending.append((path, ""))
+                        pending.append((os.path.join(current, name), ""))
+            yield current, names
 
     def _entries(self, folder: str) -> dict[str, bool]:
         """Return the names in a folder, each with whether it is a folder; read again while it changes.
@@ -332,6 +361,27 @@ class LocalBackend(Backend):
             if made or inside:
                 raise  # above a root that was there before, folders need not be ours to read
         self._durable.add(folder)
+
+    def _settle(self, folder: str, verb: str, key: str) -> None:
+        """Make durable what was just seen in a folder: another process may have been about to.
+
+        Where that is not allowed, what is there is not this process's to write to either.
+        """
+        try:
+            self._sync_folder(folder)  # first: one that is not there has no name to be made durable
+            self._settle_name(folder)
+        except OSError as exc:
+            if exc.errno not in _GONE | _REFUSED:
+                raise self._error(exc, verb, key, folder) from exc
+
+    def _settle_name(self, folder: str) -> None:
+        """Make durable the names of a folder and of those above it, once each."""
+        if folder not in self._durable:
+            parent = os.path.dirname(folder)
+            if len(folder) > len(self._root):
+                self._settle_name(parent)
+            self._sync_folder(parent)
+            self._durable.add(folder)
 
     def _sync_folder(self, folder: str) -> None:
         try:

@@ -50,7 +50,7 @@ NO_SUCH_ROOT = "NoSuchBucket"
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524, 525, 527, 529})
 
 _OPENING = 120.0  # seconds
-_CONNECTING = 15.0
+CONNECTING = 15.0
 _CLOSING = 10.0
 _PIECE = 1 << 20  # bytes
 
@@ -162,7 +162,15 @@ class RemoteBackend(Backend, Generic[C]):
     def _call(self, verb: str, key: str, request: Request[C, T], nbytes: int = 0) -> T:
         """Run a request under a deadline that allows for `nbytes` to be sent; returns its result.
 
-        Expired credentials are renewed once.
+        Raises
+        ------
+        BackendError
+            Naming `key`; see `_error`.
+        """
+        return self._connectedly(verb, key, lambda connection: self._on_loop(connection, request, nbytes))
+
+    def _connectedly(self, verb: str, key: str, work: Callable[[_Connection[C]], T]) -> T:
+        """Return what `work` does with the connection. Expired credentials are renewed once, and it is called again.
 
         Raises
         ------
@@ -172,9 +180,8 @@ class RemoteBackend(Backend, Generic[C]):
         renewed = False
         while True:
             connection = self._connected()
-            future = asyncio.run_coroutine_threadsafe(self._bounded(connection, request, nbytes), get_loop())
             try:
-                return future.result()
+                return work(connection)
             except Exception as exc:
                 if isinstance(exc, IncckptError):
                     raise
@@ -184,9 +191,15 @@ class RemoteBackend(Backend, Generic[C]):
                     self._retire(connection)
                     continue
                 raise self._error(exc, failure, verb, key) from exc
-            except BaseException:
-                future.cancel()
-                raise
+
+    def _on_loop(self, connection: _Connection[C], request: Request[C, T], nbytes: int = 0) -> T:
+        """Run a request on the event loop; returns its result."""
+        future = asyncio.run_coroutine_threadsafe(self._bounded(connection, request, nbytes), get_loop())
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
 
     async def _bounded(self, connection: _Connection[C], request: Request[C, T], nbytes: int) -> T:
         if connection.retired:  # by another thread, between our taking it and now
@@ -338,7 +351,7 @@ def open_http(**options: Any) -> aiohttp.ClientSession:
     """Return a pool of connections whose requests have no deadlines but ours."""
     defaults: dict[str, Any] = {
         "connector": aiohttp.TCPConnector(limit=POOL),
-        "timeout": aiohttp.ClientTimeout(total=None, sock_connect=_CONNECTING),
+        "timeout": aiohttp.ClientTimeout(total=None, sock_connect=CONNECTING),
         "auto_decompress": False,
     }
     headers = {"Accept-Encoding": "identity", "User-Agent": "incckpt", **options.pop("headers", {})}

@@ -6,7 +6,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -66,6 +66,9 @@ class RetryBackend(WrapperBackend):
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         return self._repeat(lambda: self.inner.get(key, start, end))
+
+    def get_into(self, key: str, parts: Sequence[memoryview]) -> int:
+        return self._repeat(lambda: self.inner.get_into(key, parts))
 
     def put(self, key: str, data: ReadableBuffer) -> None:
         self._repeat(lambda: self.inner.put(key, data))

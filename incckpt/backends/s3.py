@@ -1,23 +1,23 @@
 """A store in an S3 bucket, of Amazon's or of a server that speaks its protocol.
 
 s3fs makes the session (its options, credentials and endpoint); the requests are the S3 client's own, one per
-operation. Values always go up in one PUT: a multipart upload is where some servers ignore the condition of `create`,
-and where a kill leaves parts behind.
+operation. Those with large bodies it only signs: :mod:`incckpt.backends.direct` sends them. Values always go up in one
+PUT: a multipart upload is where some servers ignore the condition of `create`, and where a kill leaves parts behind.
 """
 
 from __future__ import annotations
 
 import errno
+import http.client
 import logging
 import re
+import ssl
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import aiohttp
-import botocore.config
 import botocore.exceptions
 import botocore.parsers
-import s3fs
 
 from incckpt.backends.base import (
     Backend,
@@ -29,9 +29,9 @@ from incckpt.backends.base import (
     validate_key,
     validate_prefix,
 )
+from incckpt.backends.direct import Patience, SignedRequest
 from incckpt.backends.remote import (
     NO_SUCH_ROOT,
-    POOL,
     CredentialsExpired,
     Deadline,
     RemoteBackend,
@@ -40,6 +40,7 @@ from incckpt.backends.remote import (
     gather,
     take_options,
 )
+from incckpt.backends.s3_session import Body, Session, client_config
 from incckpt.errors import BackendError, IncckptError, OptionError
 
 __all__ = ["S3Backend", "client_config", "open_url"]
@@ -52,17 +53,9 @@ _MAY_PASS = frozenset({"RequestTimeout", "RequestTimeoutException", "IncompleteB
 _NO_BULK = frozenset({400, 405, 411, 501})
 _BATCH = 1_000  # keys in one bulk delete, S3's limit
 _LARGEST = 5 << 30  # bytes in one PUT, S3's limit
+_LONGEST_ANSWER = 1 << 20  # bytes
+_ELSEWHERE = frozenset({"AuthorizationHeaderMalformed"})  # and every redirection
 
-_CONFIG: dict[str, Any] = {
-    "connect_timeout": 15,
-    "max_pool_connections": POOL,
-    "retries": {"total_max_attempts": 1, "mode": "standard"},
-    # The body's checksum and signature cost more than sending it; TLS protects it, and every read checks SHA-256.
-    "request_checksum_calculation": "when_required",
-    "response_checksum_validation": "when_required",
-    "s3": {"payload_signing_enabled": False},
-    "tcp_keepalive": True,
-}
 _CAUSES = {
     "NoSuchBucket": "there is no such bucket here: create it, or correct the URL or endpoint_url",
     "InvalidAccessKeyId": "the access key is not known to this endpoint: check the credentials and endpoint_url",
@@ -92,44 +85,7 @@ def open_url(url: str, storage_options: Mapping[str, Any]) -> Backend:
     return S3Backend(match["bucket"], match["path"] or "", options, **limits)
 
 
-class _Session:
-    """An s3fs file system, for its session; the client is made on the event loop by the first request."""
-
-    def __init__(self, options: Mapping[str, Any], bucket: str) -> None:
-        self._fs = s3fs.S3FileSystem(
-            **{
-                **options,
-                "config_kwargs": {**client_config(), **options.get("config_kwargs", {})},
-                "use_listings_cache": False,
-                "skip_instance_cache": True,
-            }
-        )
-        self._bucket = bucket
-        self._opened: Any = None
-
-    async def open(self) -> None:
-        """Make the client, or make it again if its connections were closed."""
-        try:
-            self._opened = await self._fs.set_session()
-        except (TypeError, ValueError) as exc:
-            raise OptionError(f"storage_options for S3 are not what s3fs takes: {exc}") from exc
-
-    async def call(self, operation: str, **parameters: Any) -> dict[str, Any]:
-        """Make one request, with those of s3fs's additional parameters that the operation takes."""
-        client = await self._fs.get_s3(self._bucket)
-        takes = client.meta.service_model.operation_model(client.meta.method_to_api_mapping[operation]).input_shape
-        additional = {**self._fs.s3_additional_kwargs, **self._fs.req_kw}
-        chosen = {name: value for name, value in additional.items() if name in takes.members}
-        reply: dict[str, Any] = await getattr(client, operation)(Bucket=self._bucket, **chosen, **parameters)
-        return reply
-
-    async def close(self) -> None:
-        """Close the client's connections."""
-        if self._opened is not None:
-            await self._opened.close()
-
-
-class S3Backend(RemoteBackend[_Session]):
+class S3Backend(RemoteBackend[Session]):
     """Keys below ``s3://bucket/path``.
 
     Parameters
@@ -157,7 +113,7 @@ class S3Backend(RemoteBackend[_Session]):
         name = self._name(key)
         wanted = byte_range(start, end)
 
-        async def request(session: _Session, deadline: Deadline) -> bytes:
+        async def request(session: Session, deadline: Deadline) -> bytes:
             try:
                 reply = await session.call("get_object", Key=name, **wanted)
             except botocore.exceptions.ClientError as exc:
@@ -175,6 +131,33 @@ class S3Backend(RemoteBackend[_Session]):
             return data[start:end]  # all of it: also from a server that does not know ranges
 
         return self._call("get", key, request)
+
+    def get_into(self, key: str, parts: Sequence[memoryview]) -> int:
+        name = self._name(key)
+        room = sum(map(len, parts))
+
+        async def sign(session: Session, _: Deadline) -> SignedRequest | None:
+            return await session.sign("get_object", Key=name)
+
+        def transfer(connection: Any) -> int | None:
+            session: Session = connection.client
+            signed = self._on_loop(connection, sign)
+            if signed is None:
+                return None
+            wait = Patience(self._timeout, self._min_rate)
+            with session.connections().request(signed, wait) as reply:
+                length = reply.length
+                if reply.status != 200 or length is None:
+                    return None  # what the answer means is for the client to say, which asks again
+                if length <= room:
+                    wait.expect(length)
+                    got = reply.read_into(_first(parts, length))
+                    if got != length:
+                        raise self._cut_short(key, got, length)
+                return length
+
+        found = self._connectedly("get", key, transfer)
+        return super().get_into(key, parts) if found is None else found
 
     def put(self, key: str, data: ReadableBuffer) -> None:
         self._put("put", key, data, {})
@@ -205,7 +188,7 @@ class S3Backend(RemoteBackend[_Session]):
     def head(self, key: str) -> Entry:
         name = self._name(key)
 
-        async def request(session: _Session, _: Deadline) -> Entry:
+        async def request(session: Session, _: Deadline) -> Entry:
             reply = await session.call("head_object", Key=name)
             return Entry(key, reply["ContentLength"], reply["LastModified"].timestamp())
 
@@ -216,7 +199,7 @@ class S3Backend(RemoteBackend[_Session]):
         markers: dict[str, str] = {}
         while True:
 
-            async def request(session: _Session, _: Deadline) -> dict[str, Any]:
+            async def request(session: Session, _: Deadline) -> dict[str, Any]:
                 try:
                     return await session.call("list_multipart_uploads", Prefix=self._root, **markers)  # noqa: B023
                 except botocore.exceptions.ClientError as exc:
@@ -237,7 +220,7 @@ class S3Backend(RemoteBackend[_Session]):
         if not separator or not upload:
             raise OptionError(f"not an upload of {self.url}: {leftover.name!r}")
 
-        async def request(session: _Session, _: Deadline) -> None:
+        async def request(session: Session, _: Deadline) -> None:
             try:
                 await session.call("abort_multipart_upload", Key=self._root + name, UploadId=upload)
             except botocore.exceptions.ClientError as exc:
@@ -253,19 +236,39 @@ class S3Backend(RemoteBackend[_Session]):
 
     def _put(self, verb: str, key: str, data: ReadableBuffer, condition: Mapping[str, str]) -> None:
         name = self._name(key)
-        body = data if isinstance(data, bytes | bytearray) else bytes(data)  # botocore refuses a memoryview
-        if len(body) > _LARGEST:
+        view = memoryview(data).cast("B")
+        if len(view) > _LARGEST:
             raise BackendError(
-                errno.EFBIG, f"{self.url}: {key!r} has {len(body)} bytes; S3 takes {_LARGEST} in one PUT"
+                errno.EFBIG, f"{self.url}: {key!r} has {len(view)} bytes; S3 takes {_LARGEST} in one PUT"
             )
 
-        async def request(session: _Session, _: Deadline) -> None:
-            await session.call("put_object", Key=name, Body=body, **condition)
+        async def sign(session: Session, _: Deadline) -> SignedRequest | None:
+            return await session.sign("put_object", Key=name, Body=Body(view), **condition)
 
-        self._call(verb, key, request, len(body))
+        def transfer(connection: Any) -> bool:
+            session: Session = connection.client
+            signed = self._on_loop(connection, sign)
+            if signed is None:
+                return False
+            wait = Patience(self._timeout, self._min_rate)
+            wait.expect(len(view))
+            with session.connections().request(signed, wait, view) as reply:
+                answer = reply.read(_LONGEST_ANSWER)
+            if 200 <= reply.status < 300:
+                return True
+            error = _parsed("PutObject", reply.status, reply.headers, answer)
+            if reply.status < 400 or _code(error) in _ELSEWHERE:
+                return False  # the client may find the right place
+            raise error
+
+        async def request(session: Session, _: Deadline) -> None:
+            await session.call("put_object", Key=name, Body=bytes(view), **condition)  # botocore refuses a memoryview
+
+        if not self._connectedly(verb, key, transfer):
+            self._call(verb, key, request, len(view))
 
     def _page(self, begin: str, token: str | None) -> tuple[Sequence[Entry], str | None]:
-        async def request(session: _Session, _: Deadline) -> dict[str, Any]:
+        async def request(session: Session, _: Deadline) -> dict[str, Any]:
             following = {"ContinuationToken": token} if token is not None else {}
             return await session.call("list_objects_v2", Prefix=begin, **following)
 
@@ -283,7 +286,7 @@ class S3Backend(RemoteBackend[_Session]):
         return entries, reply["NextContinuationToken"]
 
     def _delete_at_once(self, names: Sequence[str]) -> None:
-        async def request(session: _Session, _: Deadline) -> dict[str, Any]:
+        async def request(session: Session, _: Deadline) -> dict[str, Any]:
             try:
                 objects = [{"Key": name} for name in names]
                 return await session.call("delete_objects", Delete={"Objects": objects, "Quiet": True})
@@ -304,7 +307,7 @@ class S3Backend(RemoteBackend[_Session]):
                 raise self._error(failure, failure, "delete", key)
 
     def _delete_singly(self, names: Sequence[str]) -> None:
-        async def request(session: _Session, deadline: Deadline) -> None:
+        async def request(session: Session, deadline: Deadline) -> None:
             async def delete(name: str) -> None:
                 try:
                     await session.call("delete_object", Key=name)
@@ -319,16 +322,16 @@ class S3Backend(RemoteBackend[_Session]):
 
     # -- connection and errors ----------------------------------------------------------------------------------------
 
-    def _connect(self) -> _Session:
+    def _connect(self) -> Session:
         try:
-            return _Session(self._options, self._bucket)
+            return Session(self._options, self._bucket)
         except (TypeError, ValueError, KeyError) as exc:
             raise OptionError(f"{self.url}: storage_options are not what s3fs takes: {exc}") from exc
 
-    async def _open(self, client: _Session) -> None:
+    async def _open(self, client: Session) -> None:
         await client.open()
 
-    async def _disconnect(self, client: _Session) -> None:
+    async def _disconnect(self, client: Session) -> None:
         await client.close()
 
     def _failure(self, exc: Exception) -> RequestFailed | None:
@@ -347,7 +350,7 @@ class S3Backend(RemoteBackend[_Session]):
         return RequestFailed(_status(exc), code, message, transient=True if code in _MAY_PASS else None)
 
     def _is_transient(self, exc: Exception) -> bool:
-        if isinstance(exc, botocore.exceptions.SSLError | aiohttp.ClientSSLError):
+        if isinstance(exc, botocore.exceptions.SSLError | aiohttp.ClientSSLError | ssl.SSLCertVerificationError):
             return False
         return isinstance(exc, _CONNECTION_ERRORS)
 
@@ -361,6 +364,25 @@ class S3Backend(RemoteBackend[_Session]):
         return ""
 
 
+def _parsed(operation: str, status: int, headers: Mapping[str, str], body: bytes) -> botocore.exceptions.ClientError:
+    """Return the error that the client would raise for an answer."""
+    parsed = botocore.parsers.create_parser("rest-xml").parse(
+        {"status_code": status, "headers": headers, "body": body}, None
+    )
+    return botocore.exceptions.ClientError(
+        {"Error": parsed.get("Error", {}), "ResponseMetadata": {"HTTPStatusCode": status}}, operation
+    )
+
+
+def _first(parts: Sequence[memoryview], nbytes: int) -> list[memoryview]:
+    """Return the first `nbytes` of `parts`."""
+    chosen = []
+    for part in parts:
+        chosen.append(part[:nbytes])
+        nbytes -= len(chosen[-1])
+    return chosen
+
+
 class _NoBulkDelete(IncckptError):
     """The server does not take a bulk delete as this client sends it."""
 
@@ -372,15 +394,11 @@ _CONNECTION_ERRORS = (
     botocore.exceptions.CredentialRetrievalError,
     botocore.parsers.ResponseParserError,
     aiohttp.ClientError,
+    http.client.HTTPException,
+    ssl.SSLError,
     ConnectionError,
     EOFError,
 )
-
-
-def client_config() -> dict[str, Any]:
-    """Return our settings for botocore's client, as s3fs takes them in ``config_kwargs``; only those that it knows."""
-    known = botocore.config.Config.OPTION_DEFAULTS
-    return {name: value for name, value in _CONFIG.items() if name in known}
 
 
 def _status(exc: botocore.exceptions.ClientError) -> int:

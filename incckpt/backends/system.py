@@ -61,6 +61,14 @@ class SystemCalls:
         """Read at `offset`; perhaps fewer bytes than asked for, none at the end."""
         return os.pread(fd, nbytes, offset)
 
+    def preadv(self, fd: int, buffer: memoryview, offset: int) -> int:
+        """Read at `offset` into `buffer`; returns how many bytes, perhaps fewer than it has room for, 0 at the end."""
+        if hasattr(os, "preadv"):
+            return os.preadv(fd, [buffer], offset)
+        data = os.pread(fd, len(buffer), offset)
+        buffer[: len(data)] = data
+        return len(data)
+
     def fstat(self, fd: int) -> os.stat_result:
         """Describe an open file."""
         return os.fstat(fd)

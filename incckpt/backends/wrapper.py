@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from incckpt.backends.base import Backend, Entry, Leftover, ReadableBuffer
 
@@ -35,6 +35,9 @@ class WrapperBackend(Backend):
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         return self.inner.get(key, start, end)
+
+    def get_into(self, key: str, parts: Sequence[memoryview]) -> int:
+        return self.inner.get_into(key, parts)
 
     def put(self, key: str, data: ReadableBuffer) -> None:
         self.inner.put(key, data)

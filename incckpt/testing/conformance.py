@@ -90,8 +90,38 @@ class ReadConformance:
         writer.put("large", value)
         assert backend.head("large").size == len(value)
         assert backend.get("large") == value
+        room = bytearray(len(value))
+        assert backend.get_into("large", [memoryview(room)[:99], memoryview(room)[99:]]) == len(value)
+        assert room == value
         middle = len(value) // 2
         assert backend.get("large", middle - 3, middle + 70_000) == value[middle - 3 : middle + 70_000]
+
+    def test_get_into(self, backend: Backend, writer: Backend) -> None:
+        for name, value in _VALUES.items():
+            writer.put(f"values/{name}", value)
+            for cut in {0, len(value) // 3, len(value)}:
+                room = bytearray(len(value) + 2)
+                parts = [memoryview(room)[1 : 1 + cut], memoryview(room)[1 + cut : -1]]
+                assert backend.get_into(f"values/{name}", parts) == len(value), name
+                assert room == b"\0" + value + b"\0", name
+
+    def test_get_into_parts_of_another_length(self, backend: Backend, writer: Backend) -> None:
+        """A caller that is wrong about the length hears of it, and nothing is written beyond the parts."""
+        writer.put("ten", b"0123456789")
+        room = bytearray(30)
+        for nbytes in (0, 1, 9):
+            parts = [memoryview(room)[:0], memoryview(room)[:nbytes]]
+            assert backend.get_into("ten", parts) > nbytes
+            assert not any(room[nbytes:])
+        for nbytes in (11, 20):
+            assert backend.get_into("ten", [memoryview(room)[:5], memoryview(room)[5:nbytes]]) == 10
+            assert not any(room[nbytes:])
+
+    def test_get_into_of_a_missing_key(self, backend: Backend, writer: Backend) -> None:
+        writer.put("there/too", b"x")
+        for key in ("missing", "there/missing", "there", "the"):
+            with pytest.raises(KeyNotFoundError, match=key):
+                backend.get_into(key, [memoryview(bytearray(3))])
 
     def test_range_is_clipped_at_the_end(self, backend: Backend, writer: Backend) -> None:
         value = b"0123456789"
@@ -153,6 +183,7 @@ class ReadConformance:
         for key in _BAD_KEYS:
             calls: list[Callable[[str], object]] = [
                 backend.get,
+                lambda key: backend.get_into(key, [memoryview(bytearray(1))]),
                 backend.head,
                 lambda key: backend.put(key, b""),
                 lambda key: backend.create(key, b""),
@@ -299,6 +330,8 @@ class BackendConformance(ReadConformance):
             key, value = f"t/{number}", random.Random(number).randbytes(5_000 + number)
             backend.put(key, value)
             same = backend.get(key) == value and backend.get(key, 7, 77) == value[7:77]
+            room = bytearray(len(value))
+            same &= backend.get_into(key, [memoryview(room)]) == len(value) and room == value
             backend.delete([key])
             return same
 

@@ -200,6 +200,13 @@ class _ObservedBackend(WrapperBackend):
             self._received(operation, len(data))
         return data
 
+    def get_into(self, key: str, parts: Sequence[memoryview]) -> int:
+        operation = Operation("get", (key,))
+        with self._around(operation):
+            nbytes = self.inner.get_into(key, parts)
+            self._received(operation, nbytes)
+        return nbytes
+
     def put(self, key: str, data: ReadableBuffer) -> None:
         with self._around(Operation("put", (key,), memoryview(data).nbytes)):
             self.inner.put(key, data)

@@ -28,6 +28,7 @@ import asyncio
 import random
 import re
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import AsyncIterator, Sequence
@@ -103,6 +104,10 @@ class FaultProxy:
         Of the generator that rules with a chance draw from.
     error_body
         Template of the body of injected replies, with the fields ``status`` and ``code``.
+    port
+        Where to listen; by default any free port.
+    tls
+        To be spoken with the client.
 
     Attributes
     ----------
@@ -114,12 +119,22 @@ class FaultProxy:
         Every request so far.
     """
 
-    def __init__(self, upstream: int, *, seed: int = 0, error_body: str = _ERROR) -> None:
+    def __init__(
+        self,
+        upstream: int,
+        *,
+        seed: int = 0,
+        error_body: str = _ERROR,
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.rules: Sequence[Rule] = []
         self.seen: list[Seen] = []
         self._upstream = upstream
         self._random = random.Random(seed)
         self._error_body = error_body
+        self.port = port
+        self._tls = tls
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault proxy", daemon=True)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -128,7 +143,7 @@ class FaultProxy:
     def __enter__(self) -> Self:
         self._thread.start()
         self._server = asyncio.run_coroutine_threadsafe(
-            asyncio.start_server(self._accept, "127.0.0.1", 0, limit=_BUFFER), self._loop
+            asyncio.start_server(self._accept, "127.0.0.1", self.port, limit=_BUFFER, ssl=self._tls), self._loop
         ).result(30)
         self.port = int(self._server.sockets[0].getsockname()[1])
         return self
