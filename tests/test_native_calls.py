@@ -201,6 +201,32 @@ def test_errors_are_the_systems_and_name_the_path(tmp_path: Path, calls: SystemC
         calls.write_over(str(tmp_path / "t"), f"{tmp_path}/a\0b", memoryview(b""))
 
 
+@BOTH
+def test_a_folder_is_read(tmp_path: Path, calls: SystemCalls) -> None:
+    names = {f"{'x' * (number % 200)}{number}": number % 3 == 0 for number in range(500)} | {"ä": False, ".dot": True}
+    for name, is_folder in names.items():
+        (tmp_path / name).mkdir() if is_folder else (tmp_path / name).touch()
+    (tmp_path / "to a folder").symlink_to(".dot")
+    (tmp_path / "to a file").symlink_to("ä")
+    (tmp_path / "to nothing").symlink_to("nowhere")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff")).touch()
+    found, before, after = calls.read_folder(str(tmp_path))
+    links = {
+        "to a folder": True,
+        "to a file": False,
+        "to nothing": False,
+        os.fsdecode(b"\xff"): False,
+    }
+    assert dict(found) == names | links
+    assert len(found) == len(names) + len(links)
+    assert before == after == tmp_path.stat().st_mtime_ns
+    assert calls.read_folder(str(tmp_path / ".dot"))[0] == []
+    for path, code in [(tmp_path / "ä", errno.ENOTDIR), (tmp_path / "none", errno.ENOENT)]:
+        with pytest.raises(OSError, match=str(path)) as caught:
+            calls.read_folder(str(path))
+        assert caught.value.errno == code
+
+
 @forks
 @BOTH
 def test_a_disk_that_takes_a_part_only(tmp_path: Path, calls: SystemCalls) -> None:

@@ -5,17 +5,22 @@ Each time that a thread takes the lock back, the training thread may be put to s
 """
 
 from cpython.bytes cimport PyBytes_AsStringAndSize
-from libc.stdint cimport uint8_t
+from libc.stdint cimport int64_t, uint8_t
+from libc.stdlib cimport free
 
 import os
 
 
 cdef extern from *:
     """
+    #include <dirent.h>
     #include <errno.h>
     #include <fcntl.h>
     #include <stdint.h>
     #include <stdio.h>
+    #include <stdlib.h>
+    #include <string.h>
+    #include <sys/stat.h>
     #include <unistd.h>
 
     /* Make what was written to a file, or the entries of a folder, durable; as SystemCalls.fsync. */
@@ -77,11 +82,86 @@ cdef extern from *:
         return code;
     }
 
+    typedef struct {
+        char *names; /* each after 'd' for a folder or '-', and followed by a zero byte */
+        size_t nbytes, room;
+        int64_t before, after; /* when the folder was changed last, in ns */
+    } files_folder;
+
+    static int64_t files_changed(int fd)
+    {
+        struct stat found;
+        if (fstat(fd, &found))
+            return -1;
+    #ifdef __APPLE__
+        return (int64_t)found.st_mtimespec.tv_sec * 1000000000 + found.st_mtimespec.tv_nsec;
+    #else
+        return (int64_t)found.st_mtim.tv_sec * 1000000000 + found.st_mtim.tv_nsec;
+    #endif
+    }
+
+    static int files_is_folder(int fd, const struct dirent *entry)
+    {
+        struct stat found;
+        if (entry->d_type != DT_UNKNOWN && entry->d_type != DT_LNK)
+            return entry->d_type == DT_DIR;
+        return fstatat(fd, entry->d_name, &found, 0) == 0 && S_ISDIR(found.st_mode);
+    }
+
+    /* `names` is to be freed, whatever is returned. */
+    static int files_read_folder(const char *path, files_folder *found)
+    {
+        DIR *const folder = opendir(path);
+        int code = folder ? 0 : errno;
+        *found = (files_folder){0};
+        if (folder)
+            found->before = files_changed(dirfd(folder));
+        while (!code) {
+            const struct dirent *entry;
+            size_t length;
+            errno = 0;
+            entry = readdir(folder);
+            if (!entry) {
+                code = errno;
+                break;
+            }
+            if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0)
+                continue;
+            length = strlen(entry->d_name) + 2;
+            if (found->room - found->nbytes < length) {
+                const size_t room = 2 * found->room + length + 4096;
+                char *const larger = realloc(found->names, room);
+                if (!larger) {
+                    code = ENOMEM;
+                    break;
+                }
+                found->names = larger;
+                found->room = room;
+            }
+            found->names[found->nbytes] = files_is_folder(dirfd(folder), entry) ? 'd' : '-';
+            memcpy(found->names + found->nbytes + 1, entry->d_name, length - 1);
+            found->nbytes += length;
+        }
+        if (folder) {
+            found->after = files_changed(dirfd(folder));
+            closedir(folder);
+        }
+        return code;
+    }
+
     static int files_rename(const char *from, const char *to) { return rename(from, to) ? errno : 0; }
     """
     int files_write_new(const char *path, const uint8_t *data, size_t nbytes) noexcept nogil
     int files_sync_folder(const char *path) noexcept nogil
     int files_rename(const char *source, const char *target) noexcept nogil
+
+    ctypedef struct files_folder:
+        char *names
+        size_t nbytes
+        int64_t before
+        int64_t after
+
+    int files_read_folder(const char *path, files_folder *found) noexcept nogil
 
 
 def write_new(path, const uint8_t[::1] data not None):
@@ -134,6 +214,27 @@ def write_over(temporary, path, const uint8_t[::1] data not None):
     check(wrote, temporary)
     check(renamed, path)
     check(synced, folder)
+
+
+def read_folder(path):
+    """Return the names in a folder, each with whether it is a folder, and when the folder was changed, before and after.
+
+    Raises
+    ------
+    OSError
+        What the system says.
+    """
+    cdef Path name = Path(path)
+    cdef files_folder found
+    cdef int code
+    with nogil:
+        code = files_read_folder(name.c_name, &found)
+    try:
+        check(code, path)
+        parts = found.names[: found.nbytes].split(b"\0") if found.nbytes else []
+    finally:
+        free(found.names)
+    return [(os.fsdecode(part[1:]), part[:1] == b"d") for part in parts if part], found.before, found.after
 
 
 cdef class Path:

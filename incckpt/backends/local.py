@@ -243,13 +243,13 @@ class LocalBackend(Backend):
         """
         found: dict[str, bool] = {}
         try:
-            before = self._calls.stat(folder).st_mtime_ns
+            last = None
             for _ in range(_LIST_PASSES):
-                found.update((entry.name, entry.is_dir()) for entry in self._calls.scandir(folder))
-                after = self._calls.stat(folder).st_mtime_ns
-                if after == before:
+                names, before, after = self._calls.read_folder(folder)
+                found.update(names)
+                if before == after and last in (None, before):
                     break
-                before = after
+                last = after
         except OSError as exc:
             if exc.errno not in _GONE:
                 path = exc.filename if isinstance(exc.filename, str) else folder

@@ -17,7 +17,7 @@ from incckpt.backends import _files
 
 __all__ = ["COMPOSED", "NativeCalls", "SystemCalls"]
 
-COMPOSED = frozenset({"sync_folder", "write_new", "write_over"})
+COMPOSED = frozenset({"read_folder", "sync_folder", "write_new", "write_over"})
 """The methods of `SystemCalls` that are made of others."""
 
 _AT_FDCWD = -100
@@ -123,6 +123,12 @@ class SystemCalls:
         with os.scandir(path) as entries:
             return list(entries)
 
+    def read_folder(self, path: str) -> tuple[list[tuple[str, bool]], int, int]:
+        """Return the names in a folder, each with whether it is a folder; and when it was changed, before and after."""
+        before = self.stat(path).st_mtime_ns
+        names = [(entry.name, entry.is_dir()) for entry in self.scandir(path)]
+        return names, before, self.stat(path).st_mtime_ns
+
     def write_new(self, path: str, data: memoryview) -> None:
         """Make a file that does not exist yet, with `data` (flat bytes) as its content, durable.
 
@@ -162,6 +168,10 @@ class SystemCalls:
 
 class NativeCalls(SystemCalls):
     """The same, and what is made of several calls is done without handing over the interpreter's lock in between."""
+
+    def read_folder(self, path: str) -> tuple[list[tuple[str, bool]], int, int]:
+        """See `SystemCalls`."""
+        return _files.read_folder(path)
 
     def write_new(self, path: str, data: memoryview) -> None:
         """See `SystemCalls`."""
