@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
@@ -99,6 +100,13 @@ int close(int fd)
     }
     return real(fd);
 }
+int mkdir(const char *path, mode_t mode)
+{
+    const int (*real)(const char *, mode_t) = dlsym(RTLD_NEXT, "mkdir");
+    const int result = real(path, mode);
+    note("mkdir", path, result);
+    return result;
+}
 int rename(const char *from, const char *to)
 {
     const int (*real)(const char *, const char *) = dlsym(RTLD_NEXT, "rename");
@@ -115,6 +123,7 @@ backend = LocalBackend(sys.argv[1], calls=globals()[sys.argv[2]]())
 backend.put("a/first", b"")
 open(sys.argv[3], "w").close()
 backend.put("a/k", bytes(3_000_000))
+backend.put("b/k", b"k")
 """
 
 
@@ -132,8 +141,7 @@ def test_a_put_makes_the_same_calls_in_the_same_order(tmp_path: Path) -> None:
         environment = {**os.environ, "LD_PRELOAD": str(shim), "SHIM_FOLDER": str(store), "SHIM_LOG": str(log)}
         subprocess.run([sys.executable, "-c", PROGRAM, store, calls, log], env=environment, check=True, timeout=120)
         lines = [line.split() for line in log.read_text().splitlines()]
-        names = {path: path for _, path, _ in lines if "tmp" not in path}
-        logs[calls] = [(name, names.get(path, "store/a/TEMPORARY"), result) for name, path, result in lines]
+        logs[calls] = [(name, re.sub(r"\.incckpt-tmp-.*", "TEMPORARY", path), result) for name, path, result in lines]
     assert logs["NativeCalls"] == [
         ("open", "store/a/TEMPORARY", "1"),
         ("write", "store/a/TEMPORARY", "3000000"),
@@ -143,6 +151,18 @@ def test_a_put_makes_the_same_calls_in_the_same_order(tmp_path: Path) -> None:
         ("open", "store/a", "0"),
         ("fsync", "store/a", "0"),
         ("close", "store/a", "0"),
+        ("mkdir", "store/b", "0"),
+        ("open", "store", "0"),
+        ("fsync", "store", "0"),
+        ("close", "store", "0"),
+        ("open", "store/b/TEMPORARY", "1"),
+        ("write", "store/b/TEMPORARY", "1"),
+        ("fsync", "store/b/TEMPORARY", "0"),
+        ("close", "store/b/TEMPORARY", "0"),
+        ("rename", "store/b/k", "0"),
+        ("open", "store/b", "0"),
+        ("fsync", "store/b", "0"),
+        ("close", "store/b", "0"),
     ]
     assert logs["SystemCalls"] == logs["NativeCalls"]
 
@@ -193,6 +213,12 @@ def test_errors_are_the_systems_and_name_the_path(tmp_path: Path, calls: SystemC
             temporary.unlink()
     assert file.read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
+    for path, code in [(file, errno.EEXIST), (taken, errno.EEXIST), (tmp_path / "none" / "k", errno.ENOENT)]:
+        with pytest.raises(OSError, match=str(path)) as caught:
+            calls.make_folder(str(path))
+        assert caught.value.errno == code
+    calls.make_folder(str(taken / "k"))
+    assert (taken / "k").is_dir()
     calls.write_over(str(tmp_path / "t"), str(file), memoryview(b"new"))
     assert file.read_bytes() == b"new"
     with pytest.raises(ValueError, match="null"):

@@ -82,6 +82,11 @@ cdef extern from *:
         return code;
     }
 
+    static int files_make_folder(const char *path, const char *parent)
+    {
+        return mkdir(path, 0777) ? errno : files_sync_folder(parent);
+    }
+
     typedef struct {
         char *names; /* each after 'd' for a folder or '-', and followed by a zero byte */
         size_t nbytes, room;
@@ -154,6 +159,7 @@ cdef extern from *:
     int files_write_new(const char *path, const uint8_t *data, size_t nbytes) noexcept nogil
     int files_sync_folder(const char *path) noexcept nogil
     int files_rename(const char *source, const char *target) noexcept nogil
+    int files_make_folder(const char *path, const char *parent) noexcept nogil
 
     ctypedef struct files_folder:
         char *names
@@ -214,6 +220,21 @@ def write_over(temporary, path, const uint8_t[::1] data not None):
     check(wrote, temporary)
     check(renamed, path)
     check(synced, folder)
+
+
+def make_folder(path):
+    """Make a folder, and its name durable.
+
+    Raises
+    ------
+    OSError
+        What the system says; the folder may be there then.
+    """
+    cdef Path name = Path(path), above = Path(os.path.dirname(path))
+    cdef int code
+    with nogil:
+        code = files_make_folder(name.c_name, above.c_name)
+    check(code, path)
 
 
 def read_folder(path):

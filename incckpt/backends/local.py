@@ -16,7 +16,7 @@ import re
 import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from incckpt.backends.base import Backend, Entry, Leftover, ReadableBuffer, is_key, validate_key, validate_prefix
 from incckpt.backends.system import NativeCalls, SystemCalls
@@ -344,6 +344,13 @@ class LocalBackend(Backend):
         parent = os.path.dirname(folder)
         if inside:
             self._make_folder(parent)
+            with suppress(FileExistsError, FileNotFoundError):  # what follows finds out
+                try:
+                    self._calls.make_folder(folder)
+                except OSError as exc:
+                    self._accept_unsynced(exc)
+                self._durable.add(folder)
+                return
         made = False
         if not self._is_folder(folder):
             try:

@@ -17,7 +17,7 @@ from incckpt.backends import _files
 
 __all__ = ["COMPOSED", "NativeCalls", "SystemCalls"]
 
-COMPOSED = frozenset({"read_folder", "sync_folder", "write_new", "write_over"})
+COMPOSED = frozenset({"make_folder", "read_folder", "sync_folder", "write_new", "write_over"})
 """The methods of `SystemCalls` that are made of others."""
 
 _AT_FDCWD = -100
@@ -123,6 +123,11 @@ class SystemCalls:
         with os.scandir(path) as entries:
             return list(entries)
 
+    def make_folder(self, path: str) -> None:
+        """Make a folder, and its name durable; after an error it may be there."""
+        self.mkdir(path)
+        self.sync_folder(os.path.dirname(path))
+
     def read_folder(self, path: str) -> tuple[list[tuple[str, bool]], int, int]:
         """Return the names in a folder, each with whether it is a folder; and when it was changed, before and after."""
         before = self.stat(path).st_mtime_ns
@@ -168,6 +173,10 @@ class SystemCalls:
 
 class NativeCalls(SystemCalls):
     """The same, and what is made of several calls is done without handing over the interpreter's lock in between."""
+
+    def make_folder(self, path: str) -> None:
+        """See `SystemCalls`."""
+        _files.make_folder(path)
 
     def read_folder(self, path: str) -> tuple[list[tuple[str, bool]], int, int]:
         """See `SystemCalls`."""
