@@ -331,6 +331,8 @@ cdef class Coder:
         list of list of (int, int, int)
             For each chunk, for each frame: its way, its coded bytes, and what they would be without a base.
         """
+        if not chunks:
+            return []
         cdef size_t many = <size_t> len(chunks), frames = 0, nbytes = 0, texts = 0, i, j
         cdef Held held = Held(3 * many)
         cdef Held contents, others

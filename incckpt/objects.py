@@ -88,6 +88,10 @@ class Objects:
         """Store `data`, durable on return. A repeat puts the same bytes: nobody else ever uses this key."""
         self.backend.put(str(key), data)
 
+    def put_many(self, objects: Sequence[tuple[ObjectKey, ReadableBuffer]]) -> None:
+        """Store objects as `put` does; if it raises, any of them may be there."""
+        self.backend.put_many([(str(key), data) for key, data in objects])
+
     def get(self, key: ObjectKey, size: int | None = None) -> bytes:
         """Return the object's bytes.
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 
 from incckpt import codec
-from incckpt.backends.base import ReadableBuffer
 from incckpt.document import Json
 from incckpt.entries import TensorEntry, entry_to_json
 from incckpt.errors import BackendError, SupersededError
@@ -333,8 +332,8 @@ class Writer:
                 mine = [index for index in batch if claims.setdefault(contents[index].identity, index) == index]
             bases = dict(zip(mine, self._pipeline.together(look, mine), strict=True))
             new = [(contents[index], bases[index]) for index in mine if contents[index].stored is None]
-            objects = [(*pair, encoded) for pair, encoded in zip(new, self._encode(new, report), strict=True)]
-            self._pipeline.together(lambda item: self._put(*item, nonce, report), objects)
+            if new:
+                self._put_all(new, self._encode(new, report), nonce, report)
 
         unsure = [
             index
@@ -419,26 +418,42 @@ class Writer:
         due = full.deltas.is_over(full.stored.size, index)
         return full if not due and self._usable(full.stored, known) else None
 
-    def _put(
-        self, content: Content, full: Content | None, encoded: codec.Encoded, nonce: str, report: SaveReport
+    def _put_all(
+        self,
+        contents: Sequence[tuple[Content, Content | None]],
+        encoded: Sequence[codec.Encoded],
+        nonce: str,
+        report: SaveReport,
     ) -> None:
-        """Put the object of `content`; `full` is what it is against, if it is a delta."""
+        """Put the objects of contents, each given with the one that it is against if it is a delta."""
         started = time.perf_counter()
-        size, base = len(encoded.data), None
-        if encoded.base is not None:
-            assert full is not None
-            assert full.stored is not None
-            full.deltas.add(size)
-            base = Stored(full.stored.identity, full.stored.nonce, full.stored.size)
-        chunk = Chunk(content.identity, content.nbytes, content.itemsize, nonce, size, base)
-        self._put_object(chunk_keys(chunk)[0], encoded.data)
-        content.stored = chunk
-        report.spent("put", time.perf_counter() - started)
-        report.put(encoded)
+        chunks: list[Chunk] = []
+        for (content, full), one in zip(contents, encoded, strict=True):
+            size, base = len(one.data), None
+            if one.base is not None:
+                assert full is not None
+                assert full.stored is not None
+                full.deltas.add(size)
+                base = Stored(full.stored.identity, full.stored.nonce, full.stored.size)
+            chunks.append(Chunk(content.identity, content.nbytes, content.itemsize, nonce, size, base))
+        objects = [(chunk_keys(chunk)[0], one.data) for chunk, one in zip(chunks, encoded, strict=True)]
+        self._tried += [str(key) for key, _ in objects]
 
-    def _put_object(self, key: ObjectKey, data: ReadableBuffer) -> None:
-        self._tried.append(str(key))
-        self._store.objects.put(key, data)
+        def note(index: int) -> None:
+            contents[index][0].stored = chunks[index]
+            report.put(encoded[index])
+
+        def put(index: int) -> None:
+            self._store.objects.put(*objects[index])
+            note(index)  # should another one fail, this one need not be put again
+
+        if self._store.backend.remote:
+            self._pipeline.together(put, range(len(objects)))
+        else:
+            self._store.objects.put_many(objects)
+            for index in range(len(objects)):
+                note(index)
+        report.spent("put", time.perf_counter() - started)
 
     # -- manifest
 
@@ -463,7 +478,8 @@ class Writer:
         digest = codec.digest(document)
         data = codec.encode_document(document, digest=digest)
         key = ObjectKey(digest.identity.hex(), name.nonce)
-        self._put_object(key, data)
+        self._tried.append(str(key))
+        self._store.objects.put(key, data)
         report.manifest_bytes = len(data)
         return Ref(
             name=name,

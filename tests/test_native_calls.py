@@ -206,7 +206,7 @@ def test_errors_are_the_systems_and_name_the_path(tmp_path: Path, calls: SystemC
         (tmp_path / "t2", tmp_path / "none" / "k", tmp_path / "none" / "k", errno.ENOENT),
     ]:
         with pytest.raises(OSError, match=str(named)) as caught:
-            calls.write_over(str(temporary), str(path), memoryview(b"new"))
+            calls.write_over([(str(temporary), str(path), memoryview(b"new"))])
         assert caught.value.errno == code
         assert str(named) in (caught.value.filename, caught.value.filename2)
         if temporary.parent == tmp_path and temporary != file:
@@ -219,12 +219,13 @@ def test_errors_are_the_systems_and_name_the_path(tmp_path: Path, calls: SystemC
         assert caught.value.errno == code
     calls.make_folder(str(taken / "k"))
     assert (taken / "k").is_dir()
-    calls.write_over(str(tmp_path / "t"), str(file), memoryview(b"new"))
+    calls.write_over([])
+    calls.write_over([(str(tmp_path / "t"), str(file), memoryview(b"new"))])
     assert file.read_bytes() == b"new"
     with pytest.raises(ValueError, match="null"):
         calls.write_new(f"{tmp_path}/a\0b", memoryview(b""))
     with pytest.raises(ValueError, match="null"):
-        calls.write_over(str(tmp_path / "t"), f"{tmp_path}/a\0b", memoryview(b""))
+        calls.write_over([(str(tmp_path / "t"), f"{tmp_path}/a\0b", memoryview(b""))])
 
 
 @BOTH

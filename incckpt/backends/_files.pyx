@@ -6,7 +6,7 @@ Each time that a thread takes the lock back, the training thread may be put to s
 
 from cpython.bytes cimport PyBytes_AsStringAndSize
 from libc.stdint cimport int64_t, uint8_t
-from libc.stdlib cimport free
+from libc.stdlib cimport free, malloc
 
 import os
 
@@ -82,6 +82,27 @@ cdef extern from *:
         return code;
     }
 
+    typedef struct {
+        const char *temporary, *path, *folder;
+        const uint8_t *data;
+        size_t nbytes;
+    } files_file;
+
+    /* Leaves in `stage` what failed: 0 writing, 1 renaming, 2 the folder's sync. */
+    static int files_write_over(const files_file *file, int *stage)
+    {
+        int code;
+        *stage = 0;
+        code = files_write_new(file->temporary, file->data, file->nbytes);
+        if (code)
+            return code;
+        *stage = 1;
+        if (rename(file->temporary, file->path))
+            return errno;
+        *stage = 2;
+        return files_sync_folder(file->folder);
+    }
+
     static int files_make_folder(const char *path, const char *parent)
     {
         return mkdir(path, 0777) ? errno : files_sync_folder(parent);
@@ -154,11 +175,18 @@ cdef extern from *:
         return code;
     }
 
-    static int files_rename(const char *from, const char *to) { return rename(from, to) ? errno : 0; }
     """
     int files_write_new(const char *path, const uint8_t *data, size_t nbytes) noexcept nogil
     int files_sync_folder(const char *path) noexcept nogil
-    int files_rename(const char *source, const char *target) noexcept nogil
+
+    ctypedef struct files_file:
+        const char *temporary
+        const char *path
+        const char *folder
+        const uint8_t *data
+        size_t nbytes
+
+    int files_write_over(const files_file *file, int *stage) noexcept nogil
     int files_make_folder(const char *path, const char *parent) noexcept nogil
 
     ctypedef struct files_folder:
@@ -200,26 +228,40 @@ def sync_folder(path):
     check(code, path)
 
 
-def write_over(temporary, path, const uint8_t[::1] data not None):
-    """`write_new` of `temporary`, which is given the name `path` then, and `sync_folder` of the folder that it is in.
+def write_over(files):
+    """Of each of `files`, temporary path, path and data: `write_new`, give it the name `path`, `sync_folder`.
 
     Raises
     ------
     OSError
-        What the system says of the one of the three that it names.
+        What the system says, naming one of the paths or their folder; files before that one are done.
     """
-    folder = os.path.dirname(path)
-    cdef Path first = Path(temporary), last = Path(path), above = Path(folder)
-    cdef int wrote, renamed = 0, synced = 0
-    with nogil:
-        wrote = files_write_new(first.c_name, start(data), <size_t> data.shape[0])
-        if not wrote:
-            renamed = files_rename(first.c_name, last.c_name)
-            if not renamed:
-                synced = files_sync_folder(above.c_name)
-    check(wrote, temporary)
-    check(renamed, path)
-    check(synced, folder)
+    cdef size_t count = <size_t> len(files), i
+    cdef int code = 0, stage = 0
+    cdef files_file *all_files = <files_file *> malloc((count + 1) * sizeof(files_file))
+    cdef Path first, last, above
+    cdef const uint8_t[::1] view
+    held = []
+    if all_files == NULL:
+        raise MemoryError
+    try:
+        for i in range(count):
+            temporary, path, data = files[i]
+            first, last, above = Path(temporary), Path(path), Path(os.path.dirname(path))
+            view = data
+            held.append((first, last, above, view))
+            all_files[i].temporary, all_files[i].path, all_files[i].folder = first.c_name, last.c_name, above.c_name
+            all_files[i].data, all_files[i].nbytes = start(view), <size_t> view.shape[0]
+        with nogil:
+            for i in range(count):
+                code = files_write_over(&all_files[i], &stage)
+                if code:
+                    break
+    finally:
+        free(all_files)
+    if code:
+        temporary, path, _ = files[i]
+        check(code, (temporary, path, os.path.dirname(path))[stage])
 
 
 def make_folder(path):

@@ -216,6 +216,11 @@ class Backend(ABC):
         Readers see the old value or the new one. If it raises, either may be there, or (for a new key) nothing.
         """
 
+    def put_many(self, values: Sequence[tuple[str, ReadableBuffer]]) -> None:
+        """Store values at their keys, as `put` does, together if that is cheaper; if it raises, any may be there."""
+        for key, data in values:
+            self.put(key, data)
+
     @abstractmethod
     def create(self, key: str, data: ReadableBuffer) -> None:
         """Store `data` at `key` if the key does not exist, in one atomic request; durable when it returns.

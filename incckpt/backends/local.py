@@ -98,6 +98,31 @@ class LocalBackend(Backend):
         except OSError as exc:
             raise self._error(exc, "put", key, path, missing_is_key=False) from exc
 
+    def put_many(self, values: Sequence[tuple[str, ReadableBuffer]]) -> None:
+        files: list[tuple[str, str, memoryview]] = []
+        for key, data in values:
+            path = self._path(key)
+            temporary = os.path.join(os.path.dirname(path), self._temporary_name())
+            files.append((temporary, path, memoryview(data).cast("B")))
+        try:
+            for _, path, _ in files:
+                self._make_folder(os.path.dirname(path))
+            self._calls.write_over(files)
+        except BaseException as exc:
+            for temporary, _, _ in files:
+                self._discard(temporary)
+            if not isinstance(exc, OSError):
+                raise
+            if not isinstance(exc, FileNotFoundError) and exc.errno not in _NO_SUCH_CALL:
+                named = (
+                    (key, path)
+                    for (key, _), (temporary, path, _) in zip(values, files, strict=True)
+                    if exc.filename in (temporary, path, os.path.dirname(path))
+                )
+                key, path = next(named, (values[0][0], files[0][1]))
+                raise self._error(exc, "put", key, path, missing_is_key=False) from exc
+            super().put_many(values)  # a folder was removed meanwhile, or cannot be synced: `put` knows what to do
+
     def create(self, key: str, data: ReadableBuffer) -> None:
         path = self._path(key)
         try:
@@ -277,7 +302,7 @@ class LocalBackend(Backend):
 
     def _write_over(self, temporary: str, path: str, data: memoryview) -> None:
         try:
-            self._calls.write_over(temporary, path, data)
+            self._calls.write_over([(temporary, path, data)])
         except OSError as exc:
             if exc.filename != os.path.dirname(path):
                 raise

@@ -10,7 +10,7 @@ import ctypes
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 from incckpt.backends import _files
@@ -156,19 +156,20 @@ class SystemCalls:
         finally:
             self.close(fd)
 
-    def write_over(self, temporary: str, path: str, data: memoryview) -> None:
-        """`write_new` of `temporary`, which is given the name `path` then, and `sync_folder` of the folder it is in.
+    def write_over(self, files: Sequence[tuple[str, str, memoryview]]) -> None:
+        """Of each of `files`, temporary path, path and data: `write_new`, give it the name `path`, `sync_folder`.
 
-        An error names the one of the three that it is about.
+        An error names one of the paths or their folder; files before that one are done.
         """
-        self.write_new(temporary, data)
-        self.replace(temporary, path)
-        folder = os.path.dirname(path)
-        try:
-            self.sync_folder(folder)
-        except OSError as exc:
-            exc.filename = folder
-            raise
+        for temporary, path, data in files:
+            self.write_new(temporary, data)
+            self.replace(temporary, path)
+            folder = os.path.dirname(path)
+            try:
+                self.sync_folder(folder)
+            except OSError as exc:
+                exc.filename = folder
+                raise
 
 
 class NativeCalls(SystemCalls):
@@ -190,6 +191,6 @@ class NativeCalls(SystemCalls):
         """See `SystemCalls`."""
         _files.sync_folder(path)
 
-    def write_over(self, temporary: str, path: str, data: memoryview) -> None:
+    def write_over(self, files: Sequence[tuple[str, str, memoryview]]) -> None:
         """See `SystemCalls`."""
-        _files.write_over(temporary, path, data)
+        _files.write_over(files)
