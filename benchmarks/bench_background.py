@@ -27,7 +27,7 @@ import incckpt
 from incckpt.backends.local import LocalBackend
 from incckpt.testing.faults import CountingBackend
 
-_WARM_UP = 5  # saves, after which most of the store's folders are there
+_WARM_UP = 12  # saves, after which nearly all folders that a store ever has are there
 NEIGHBOUR = "import hashlib; print(flush=True)\nwhile True: hashlib.sha256(bytes(1 << 20))"
 
 

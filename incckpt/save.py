@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 
 _ABORTED_TRIES = 3
 _REMEMBERED = 1 << 16  # chunks of the past; forgetting one costs at most that it is put again
-_BATCH_BYTES = 32 << 20  # hashed, or coded, without the interpreter's lock changing hands (docs/decisions/007)
+_LOCAL_BATCH = 64 << 20  # bytes hashed, coded, put, without the interpreter's lock changing hands (docs/decisions/007)
+_REMOTE_BATCH = 16 << 20  # the same, but for the putting, which should begin soon
+_IN_FLIGHT = 256 << 20  # bytes
 _DELTA_WORTHWHILE = 0.95  # of a full object's size; above, a delta is not worth that a restore reads two objects
 
 
@@ -162,9 +164,11 @@ class Writer:
         self._settle = settle
         self._base_of = base_of
         # On this machine's own disk a put is work for its cores, the syncing included, not waiting to be filled.
-        requests = REMOTE_REQUESTS if store.backend.remote else threads
+        remote = store.backend.remote
+        requests = REMOTE_REQUESTS if remote else threads
+        self._batch_bytes = _REMOTE_BATCH if remote else _LOCAL_BATCH
         self._pipeline = pipeline or Pipeline(
-            requests=requests, threads=threads, bytes_in_flight=256 << 20, name="incckpt-write"
+            requests=requests, threads=threads, bytes_in_flight=_IN_FLIGHT, name="incckpt-write"
         )
         self._threads = threads
         self._buffers = HostPool()  # for objects: fresh memory would be slow, and giving it back interrupts all cores
@@ -340,9 +344,10 @@ class Writer:
             for index, content in enumerate(contents)
             if content.stored is None or not self._usable(content.stored, known, look=False)
         ]
-        batches = _batches(unsure, [contents[index].nbytes for index in unsure], self._threads)
+        sizes = [contents[index].nbytes for index in unsure]
+        batches = _batches(unsure, sizes, min(self._batch_bytes, sum(sizes) // (2 * self._threads)))
         self._pipeline.each(batches, lambda batch: sum(contents[index].nbytes for index in batch), store)
-        self._buffers.trim(self._threads * _BATCH_BYTES)
+        self._buffers.trim(min(self._threads * self._batch_bytes, _IN_FLIGHT))
         chunks: list[Chunk] = []
         for content in contents:
             if content.digest is not None:
@@ -492,9 +497,8 @@ class Writer:
         )
 
 
-def _batches(indexes: Sequence[int], sizes: Sequence[int], threads: int) -> Iterator[list[int]]:
-    """Cut a list of chunks, given their bytes, into batches: not too small, and enough of them for all threads."""
-    most = min(_BATCH_BYTES, sum(sizes) // (2 * threads))
+def _batches(indexes: Sequence[int], sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Cut a list of chunks, given their bytes, into batches of at most `most` bytes, or of one chunk."""
     batch: list[int] = []
     nbytes = 0
     for index, size in zip(indexes, sizes, strict=True):
