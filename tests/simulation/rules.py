@@ -237,7 +237,7 @@ RULES: dict[str, Rule] = {
                 Writer,
                 "_put_manifest",
                 """
-                - self._put_object(key, data)
+                - self._store.objects.put(key, data)
                 + self._later = (key, data)
                 """,
             ),
@@ -247,7 +247,7 @@ RULES: dict[str, Rule] = {
                 """
                 - outcome = self._commit(ref, manifest)
                 + outcome = self._commit(ref, manifest)
-                + self._put_object(*self._later)
+                + self._store.objects.put(*self._later)
                 """,
             ),
         ],

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import SimpleNamespace, TracebackType
+from typing import TypeVar
 from unittest import mock
 
 import numpy as np
@@ -62,14 +63,21 @@ _names: dict[str, str] = {}
 # -- the library, made deterministic -----------------------------------------------------------------------------------
 
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+
 class Inline:
     """A pipeline without threads."""
 
     cpu: AbstractContextManager[None] = nullcontext()
 
-    def each(self, items: Iterable[int], weight: Callable[[int], int], work: Callable[[int], None]) -> None:
+    def each(self, items: Iterable[T], weight: Callable[[T], int], work: Callable[[T], None]) -> None:
         for item in items:
             work(item)
+
+    def together(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        return [function(item) for item in items]
 
     def close(self) -> None:
         pass
