@@ -4,6 +4,8 @@ The first run trains a byte-level transformer on the Python standard library's s
 keeps snapshots in ``.bench/codec.npz``; later runs read that file. Everything is timed on one core, in processor time,
 the contenders in turn on the same bytes in the same run, the best of several rounds each.
 
+*design* is what the prototype of the design stores for the same bytes, by zstd with the fewest of matches.
+
     python benchmarks/bench_codec.py            # every data set
     python benchmarks/bench_codec.py master     # those whose name contains "master"
 """
@@ -212,6 +214,40 @@ class Result:
     zstd_decode: float
 
 
+def design(case: Case) -> int:
+    """Return the bytes that the design's prototype takes for the same planes: zstd, with as few matches as it can."""
+    parameters = zstandard.ZstdCompressionParameters(
+        strategy=zstandard.STRATEGY_FAST, target_length=0, min_match=7, hash_log=6, window_log=17, compression_level=1
+    )
+    compressor = zstandard.ZstdCompressor(compression_params=parameters)
+
+    def coded(data: Bytes) -> int:
+        counts = np.bincount(data, minlength=256)
+        p = counts[counts > 0] / max(1, len(data))
+        if -(p * np.log2(p)).sum() >= 7.85 or len(data) < 2:
+            return 5 + len(data)
+        return 5 + min(len(data), len(compressor.compress(data.data))) if len(p) > 1 else 6
+
+    def plane(data: Bytes) -> int:
+        counts = np.bincount(data, minlength=256)
+        if not 0.42 < counts.max() / len(data) < 1:
+            return coded(data)
+        others = data != counts.argmax()
+        return 6 + coded(np.packbits(others, bitorder="little")) + coded(data[others])
+
+    def planes(raw: Bytes, before: Bytes | None) -> int:
+        found = [np.empty(raw.nbytes // case.itemsize, np.uint8) for _ in range(case.itemsize)]
+        _planes.split(raw, before, [one.data for one in found], _planes.BEST)
+        return sum(plane(one) for one in found)
+
+    total = codec.header_nbytes(case.raw.nbytes)
+    for start in range(0, case.raw.nbytes, codec.FRAME_BYTES):
+        raw = case.raw[start : start + codec.FRAME_BYTES]
+        befores = [None] if case.before is None else [None, case.before[start : start + codec.FRAME_BYTES]]
+        total += min(raw.nbytes, *(planes(raw, before) for before in befores))
+    return total
+
+
 def measure(case: Case, rounds: int) -> Result:
     """Code a case by the codec and by zstd, taking turns; the best round of each, in seconds of processor time."""
     raw, nbytes = case.raw, case.raw.nbytes
@@ -270,13 +306,14 @@ def main() -> None:
     snapshots = load_snapshots()
     print(f"kernels: {_planes.VARIANTS[_planes.BEST]}, zstd {'.'.join(map(str, zstandard.ZSTD_VERSION))}; ", end="")
     print("stored/raw, and MB of raw bytes per second of one core (times what zstd -1 does on the same bytes)")
-    print(f"{'':38} {'zstd-1':>6} {'zstd-3':>6} {'codec':>6} {'encode':>13} {'decode':>13} {'verified':>8}  ways")
+    print(f"{'':38} {'zstd-1':>6} {'zstd-3':>6} {'design':>6} {'codec':>6}", end="")
+    print(f" {'encode':>13} {'decode':>13} {'verified':>8}  ways")
     results: dict[str, Result] = {}
     for case in cases(snapshots):
         if options.only not in case.name:
             continue
         result = results[case.name] = measure(case, options.rounds)
-        sizes = [size / result.nbytes for size in (result.zstd[1], result.zstd[3], result.stored)]
+        sizes = [size / result.nbytes for size in (result.zstd[1], result.zstd[3], design(case), result.stored)]
         speeds = [
             (result.encode, result.encode / result.zstd_encode),
             (result.decode, result.decode / result.zstd_decode),
