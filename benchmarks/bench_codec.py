@@ -281,8 +281,8 @@ def measure(case: Case, rounds: int) -> Result:
     return Result(nbytes, sizes, len(data), encoded.ways, *speeds)
 
 
-def whole_states(results: dict[str, Result]) -> Iterator[tuple[str, float, float, float]]:
-    """Yield name, and stored/raw by zstd-3, alone and as a delta at gap 10, of states put together from their parts."""
+def whole_states(results: dict[str, Result]) -> Iterator[str]:
+    """Yield lines about states put together from their parts: stored/raw, and speeds over those of zstd-1."""
     moments = ["exp_avg training", "exp_avg_sq training"]
     states = {
         "fp32 + Adam": ["fp32 training", *moments],
@@ -290,11 +290,19 @@ def whole_states(results: dict[str, Result]) -> Iterator[tuple[str, float, float
     }
     for name, parts in states.items():
         if all(part in results for part in parts):
-            alone = [results[part] for part in parts]
-            delta = [results[f"{part}, delta, gap 10"] for part in parts]
-            total = sum(result.nbytes for result in alone)
-            by_zstd = sum(result.zstd[3] for result in alone) / total
-            yield name, by_zstd, sum(r.stored for r in alone) / total, sum(r.stored for r in delta) / total
+            full = [results[part] for part in parts]
+            total = sum(result.nbytes for result in full)
+            yield f"whole state, {name}: zstd-3 {sum(result.zstd[3] for result in full) / total:.3f}"
+            for way in ("full", *(f"delta, gap {gap}" for gap in GAPS)):
+                found = full if way == "full" else [results[f"{part}, {way}"] for part in parts]
+                encode, decode, zstd_encode, zstd_decode = (
+                    sum(result.nbytes / getattr(result, speed) for result in found)
+                    for speed in ("encode", "decode", "zstd_encode", "zstd_decode")
+                )
+                yield (
+                    f"    {way:15} {sum(result.stored for result in found) / total:.3f}, "
+                    f"encode {zstd_encode / encode:.2f} x, decode {zstd_decode / decode:.2f} x"
+                )
 
 
 def main() -> None:
@@ -326,8 +334,8 @@ def main() -> None:
             f"{result.verified:8.0f}  {ways}",
             flush=True,
         )
-    for name, by_zstd, alone, delta in whole_states(results):
-        print(f"whole state, {name}: zstd-3 {by_zstd:.3f}, full {alone:.3f}, delta at gap 10 {delta:.3f}")
+    for line in whole_states(results):
+        print(line)
 
 
 if __name__ == "__main__":
