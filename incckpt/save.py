@@ -171,6 +171,7 @@ class Writer:
             requests=requests, threads=threads, bytes_in_flight=_IN_FLIGHT, name="incckpt-write"
         )
         self._threads = threads
+        self._spare_bytes = min(threads * self._batch_bytes, _IN_FLIGHT)
         self._buffers = HostPool()  # for objects: fresh memory would be slow, and giving it back interrupts all cores
         self._heartbeat_seconds = heartbeat_seconds
         self._by_identity: dict[str, Chunk] = {}
@@ -347,7 +348,7 @@ class Writer:
         sizes = [contents[index].nbytes for index in unsure]
         batches = _batches(unsure, sizes, min(self._batch_bytes, sum(sizes) // (2 * self._threads)))
         self._pipeline.each(batches, lambda batch: sum(contents[index].nbytes for index in batch), store)
-        self._buffers.trim(min(self._threads * self._batch_bytes, _IN_FLIGHT))
+        self._buffers.trim(self._spare_bytes)
         chunks: list[Chunk] = []
         for content in contents:
             if content.digest is not None:
@@ -369,6 +370,7 @@ class Writer:
 
     def _encode(self, contents: Sequence[tuple[Content, Content | None]], report: SaveReport) -> list[codec.Encoded]:
         """Return the objects of contents, each with the one that it may be a delta against."""
+        self._buffers.trim(self._spare_bytes)  # where chunks are of many sizes, few of them are used again
         sources: list[codec.Source] = []
         for content, full in contents:
             assert content.raw is not None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -29,6 +30,7 @@ from incckpt.errors import (
     StateMismatchError,
     SupersededError,
 )
+from incckpt.hostmem import HostPool
 from incckpt.testing.faults import CountingBackend, Fail, Fault, FaultyBackend, Pause
 from tests.stores import orphans
 
@@ -569,3 +571,23 @@ def test_the_report_says_what_a_save_did(tmp_path: Path) -> None:
     assert second["by_way"]["delta"]["raw"] > 0
     assert 0 < second["put_bytes"] < first["put_bytes"] / 100
     assert set(first["seconds"]) >= {"wait", "flatten", "stage", "hash", "encode", "put", "store", "commit"}
+
+
+def test_memory_for_objects_is_bounded_whatever_their_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: dict[HostPool, int] = {}
+    take = HostPool.take
+
+    def watched(pool: HostPool, nbytes: int) -> npt.NDArray[np.uint8]:
+        taken = take(pool, nbytes)
+        held[pool] = max(held.get(pool, 0), pool.used_bytes + pool.free_bytes)
+        return taken
+
+    monkeypatch.setattr(HostPool, "take", watched)
+    state = {f"w{number}": torch.rand(1_000_000 + 64 * number) for number in range(60)}
+    nbytes = sum(tensor.nbytes for tensor in state.values())
+    with incckpt.CheckpointManager(tmp_path, threads=1) as manager:
+        manager.save(1, state).result()
+    by_size = sorted(held.values())
+    assert len(by_size) == 2, "that of the base, and that of the objects"
+    assert by_size[-1] == nbytes
+    assert by_size[0] <= 2 * (64 << 20) < nbytes / 1.5
