@@ -224,7 +224,8 @@ static size_t gaps_ends(const uint8_t *gaps, size_t m)
 static int gaps_fill(const uint8_t *gaps, size_t m, const uint8_t *others, uint8_t common, uint8_t *bytes, size_t n)
 {
     size_t at = 0, next = 0;
-    memset(bytes, common, n);
+    if (n) /* of no bytes there may be no address */
+        memset(bytes, common, n);
     for (size_t i = 0; i < m; i++) {
         at += gaps[i];
         if (gaps[i] == GAP_SKIP)
