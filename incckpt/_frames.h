@@ -316,6 +316,11 @@ static void frames_code(frames_coder *coder, const frames_chunk *chunk, frames_f
     }
 }
 
+static int frames_worthwhile(const frames_coder *coder, const frames_aside *aside, const frames_bytes *content)
+{
+    return content->nbytes <= (size_t)(coder->rules.worthwhile * (double)aside->nbytes);
+}
+
 /* Put in what was set aside: `contents[i]`, or where that is not worth it `asides[i].data`. From the last to the first,
  * so that everything moves towards the end, once. */
 static void frames_fill(const frames_coder *coder, frames_frame *frame, const frames_aside *asides,
@@ -323,17 +328,15 @@ static void frames_fill(const frames_coder *coder, frames_frame *frame, const fr
 {
     uint8_t *source = frame->start + frame->nbytes, *target;
     size_t total = frame->nbytes;
-    for (size_t i = 0; i < frame->asides; i++) {
-        const int coded = contents[i].nbytes <= (size_t)(coder->rules.worthwhile * (double)asides[i].nbytes);
-        total += coded ? contents[i].nbytes : asides[i].nbytes;
-    }
+    for (size_t i = 0; i < frame->asides; i++)
+        total += frames_worthwhile(coder, &asides[i], &contents[i]) ? contents[i].nbytes : asides[i].nbytes;
     if (total >= frame->raw_nbytes) {
         frames_store(frame);
         return;
     }
     target = frame->start + total;
     for (size_t i = frame->asides; i-- > 0;) {
-        const int coded = contents[i].nbytes <= (size_t)(coder->rules.worthwhile * (double)asides[i].nbytes);
+        const int coded = frames_worthwhile(coder, &asides[i], &contents[i]);
         const size_t length = coded ? contents[i].nbytes : asides[i].nbytes;
         uint8_t *const follows = asides[i].head + BLOCK_HEAD;
         target -= source - follows;
