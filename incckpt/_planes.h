@@ -45,25 +45,25 @@ typedef struct {
 /* ---- elements <-> planes ----------------------------------------------------------------------------------------- */
 
 /* Bodies for elements of W bytes. Intra: rotate left by one bit, so that a float's exponent fills the top byte. Delta:
- * map both numbers to integers in the order of their float values, subtract, move the sign to the lowest bit. The block
- * of the base is copied first, so that `raw` may be the base's own memory. */
+ * map both numbers to integers in the order of their float values, subtract, move the sign to the lowest bit. A block
+ * is joined beside `raw` and copied there, so that it may be the base's own memory. */
 #define PLANES_BODIES(W, U, S)                                                                                         \
     PLANES_INLINE U order_##W(U x) { return (U)(x ^ (U)((U)((S)x >> (8 * W - 1)) >> 1)); }                             \
     PLANES_INLINE void split_##W(const uint8_t *raw, const uint8_t *base, size_t n, uint8_t *const *planes)            \
     {                                                                                                                  \
-        U x[PLANES_BLOCK / W], y[PLANES_BLOCK / W];                                                                    \
+        U x[PLANES_BLOCK / W];                                                                                         \
         for (size_t start = 0; start < n; start += PLANES_BLOCK / W) {                                                 \
             const size_t m = n - start < PLANES_BLOCK / W ? n - start : PLANES_BLOCK / W;                              \
-            memcpy(x, raw + start * W, m * W);                                                                         \
-            if (base) {                                                                                                \
-                memcpy(y, base + start * W, m * W);                                                                    \
-                for (size_t i = 0; i < m; i++) {                                                                       \
-                    const U d = (U)(order_##W(x[i]) - order_##W(y[i]));                                                \
-                    x[i] = (U)((U)(d << 1) ^ (U)((S)d >> (8 * W - 1)));                                                \
-                }                                                                                                      \
-            } else if (W > 1) {                                                                                        \
-                for (size_t i = 0; i < m; i++)                                                                         \
-                    x[i] = (U)((U)(x[i] << 1) | (U)(x[i] >> (8 * W - 1)));                                             \
+            for (size_t i = 0; i < m; i++) {                                                                           \
+                U v, before;                                                                                           \
+                memcpy(&v, raw + (start + i) * W, W);                                                                  \
+                if (base) {                                                                                            \
+                    memcpy(&before, base + (start + i) * W, W);                                                        \
+                    v = (U)(order_##W(v) - order_##W(before));                                                         \
+                    v = (U)((U)(v << 1) ^ (U)((S)v >> (8 * W - 1)));                                                   \
+                } else if (W > 1)                                                                                      \
+                    v = (U)((U)(v << 1) | (U)(v >> (8 * W - 1)));                                                      \
+                x[i] = v;                                                                                              \
             }                                                                                                          \
             for (int j = 0; j < W; j++) {                                                                              \
                 uint8_t *restrict plane = planes[j] + start;                                                           \
@@ -74,27 +74,23 @@ typedef struct {
     }                                                                                                                  \
     PLANES_INLINE void join_##W(const uint8_t *const *planes, const uint8_t *base, size_t n, uint8_t *raw)             \
     {                                                                                                                  \
-        U x[PLANES_BLOCK / W], y[PLANES_BLOCK / W];                                                                    \
+        U x[PLANES_BLOCK / W];                                                                                         \
         const uint8_t *plane[W];                                                                                       \
         for (size_t start = 0; start < n; start += PLANES_BLOCK / W) {                                                 \
             const size_t m = n - start < PLANES_BLOCK / W ? n - start : PLANES_BLOCK / W;                              \
             for (int j = 0; j < W; j++)                                                                                \
                 plane[j] = planes[j] + start;                                                                          \
             for (size_t i = 0; i < m; i++) {                                                                           \
-                U v = 0;                                                                                               \
+                U v = 0, before;                                                                                       \
                 for (int j = 0; j < W; j++)                                                                            \
                     v |= (U)((U)plane[j][i] << (8 * j));                                                               \
+                if (base) {                                                                                            \
+                    memcpy(&before, base + (start + i) * W, W);                                                        \
+                    v = (U)((U)(v >> 1) ^ (U)(0 - (v & 1)));                                                           \
+                    v = order_##W((U)(order_##W(before) + v));                                                         \
+                } else if (W > 1)                                                                                      \
+                    v = (U)((U)(v >> 1) | (U)(v << (8 * W - 1)));                                                      \
                 x[i] = v;                                                                                              \
-            }                                                                                                          \
-            if (base) {                                                                                                \
-                memcpy(y, base + start * W, m * W);                                                                    \
-                for (size_t i = 0; i < m; i++) {                                                                       \
-                    const U d = (U)((U)(x[i] >> 1) ^ (U)(0 - (x[i] & 1)));                                             \
-                    x[i] = order_##W((U)(order_##W(y[i]) + d));                                                        \
-                }                                                                                                      \
-            } else if (W > 1) {                                                                                        \
-                for (size_t i = 0; i < m; i++)                                                                         \
-                    x[i] = (U)((U)(x[i] >> 1) | (U)(x[i] << (8 * W - 1)));                                             \
             }                                                                                                          \
             memcpy(raw + start * W, x, m * W);                                                                         \
         }                                                                                                              \

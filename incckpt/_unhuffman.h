@@ -13,9 +13,15 @@
 #include "_huffman.h"
 
 enum { UNHUFFMAN_SIZE = 1 << HUFFMAN_LIMIT, UNHUFFMAN_FIVE = 7 /* bytes that five codes take at most */ };
+enum { UNHUFFMAN_STRIDE = HUFFMAN_BLOCK / 4 /* between the streams of a block that is full */ };
 
-/* The longest code's bits, next ones first, to a symbol (high byte) and the length of its code (low byte). */
-typedef uint16_t unhuffman_table[UNHUFFMAN_SIZE];
+/* By as many bits as the longest code has, the next ones first: two loads instead of one from pairs, but no shift to take
+ * a pair apart, and shifts are what a processor can do the fewest of. */
+typedef struct {
+    uint8_t lengths[UNHUFFMAN_SIZE];     /* of the code that these bits begin with */
+    uint8_t symbols[UNHUFFMAN_SIZE + 8]; /* filled eight at a time */
+    unsigned longest;
+} unhuffman_table;
 
 typedef struct {
     const uint8_t *first; /* of its bytes; they are read from the last to the first */
@@ -141,9 +147,9 @@ static int unhuffman_fse(const uint8_t *bytes, size_t n, uint8_t *weights)
 }
 
 /* Read the description of a code (4.2.1) of at most `n` bytes; return its length, or 0. */
-static size_t unhuffman_describe(const uint8_t *bytes, size_t n, unhuffman_table table)
+static size_t unhuffman_describe(const uint8_t *bytes, size_t n, unhuffman_table *table)
 {
-    uint8_t weights[256];
+    uint8_t weights[256], sorted[256];
     unsigned starts[HUFFMAN_LIMIT + 2] = {0}, total = 0, longest, place = 0;
     int count;
     size_t size;
@@ -174,28 +180,33 @@ static size_t unhuffman_describe(const uint8_t *bytes, size_t n, unhuffman_table
     if (missing & (missing - 1))
         return 0;
     weights[count] = (uint8_t)(unhuffman_highest(missing) + 1);
+    table->longest = longest;
     for (int s = 0; s <= count; s++)
-        starts[weights[s]]++;
+        starts[weights[s] + 1]++; /* of one weight, behind those of less */
     for (unsigned w = 1; w <= longest; w++) {
-        const unsigned span = 1u << (w - 1) << (HUFFMAN_LIMIT - longest), many = starts[w];
-        starts[w] = place;
-        place += many * span;
+        const unsigned nbytes = starts[w + 1] << (w - 1);
+        memset(table->lengths + place, (int)(longest + 1 - w), nbytes);
+        place += nbytes;
+        starts[w + 1] += starts[w];
     }
     for (int s = 0; s <= count; s++)
-        if (weights[s]) {
-            const unsigned span = 1u << (weights[s] - 1) << (HUFFMAN_LIMIT - longest);
-            const uint16_t entry = (uint16_t)(s << 8 | (int)(longest + 1 - weights[s]));
-            for (unsigned i = 0; i < span; i++)
-                table[starts[weights[s]] + i] = entry;
-            starts[weights[s]] += span;
-        }
+        sorted[starts[weights[s]]++] = (uint8_t)s;
+    /* In ascending order, so that what is filled beyond a symbol's span is put right by the next. */
+    uint8_t *at = table->symbols;
+    for (int i = (int)starts[0]; i <= count; i++) {
+        const uint64_t eight = sorted[i] * UINT64_C(0x0101010101010101);
+        const unsigned span = 1u << (weights[sorted[i]] - 1);
+        for (unsigned filled = 0; filled < span; filled += 8)
+            memcpy(at + filled, &eight, 8);
+        at += span;
+    }
     return size;
 }
 
 /* ---- blocks ------------------------------------------------------------------------------------------------------ */
 
 /* Set up the streams of a block of literals (3.1.1.3.1.1) that decodes to n bytes; returns whether it is one. */
-static int unhuffman_open(const uint8_t *bytes, size_t nbytes, size_t n, uint8_t *out, unhuffman_table table,
+static int unhuffman_open(const uint8_t *bytes, size_t nbytes, size_t n, uint8_t *out, unhuffman_table *table,
                           unhuffman_stream *streams)
 {
     size_t sizes[4], at = 5, left;
@@ -231,24 +242,28 @@ static int unhuffman_open(const uint8_t *bytes, size_t nbytes, size_t n, uint8_t
 }
 
 /* Decode what is left of a stream, with a look at its ends for each symbol; returns whether it ends as it should. */
-static int unhuffman_rest(unhuffman_stream *stream, const uint16_t *table)
+static int unhuffman_rest(unhuffman_stream *stream, const unhuffman_table *table)
 {
     while (stream->out < stream->end) {
-        const unsigned entry = table[unhuffman_peek(stream->first, stream->bits, HUFFMAN_LIMIT)];
-        if ((entry & 255) > stream->bits)
+        const unsigned next = unhuffman_peek(stream->first, stream->bits, table->longest);
+        if (table->lengths[next] > stream->bits)
             return 0;
-        stream->bits -= entry & 255;
-        *stream->out++ = (uint8_t)(entry >> 8);
+        stream->bits -= table->lengths[next];
+        *stream->out++ = table->symbols[next];
     }
     return stream->bits == 0;
 }
 
-/* Decode the most of `count` streams, 4 or 8, four to a table: what can be decoded without a look at their ends. */
-HUFFMAN_INLINE void unhuffman_fives(unhuffman_stream *streams, const unhuffman_table *tables, const int count)
+/* Decode the most of `count` streams, 4 or 8, four to a table: what can be decoded without a look at their ends.
+ *
+ * With a stride that is known to the compiler, one register serves all of `out`, and the rest is free for the words. */
+HUFFMAN_INLINE void unhuffman_fives(unhuffman_stream *streams, const unhuffman_table *tables, const int count,
+                                    const size_t stride)
 {
     uint64_t words[8]; /* the highest bits are next; the lowest that is set marks how many are used up */
     const uint8_t *at[8];
     uint8_t *out[8];
+    unsigned shifts[2];
     for (int k = 0; k < count; k++) {
         const size_t end = streams[k].bits;
         if (end < 64)
@@ -256,6 +271,7 @@ HUFFMAN_INLINE void unhuffman_fives(unhuffman_stream *streams, const unhuffman_t
         at[k] = streams[k].first + (end + 7) / 8 - 8;
         words[k] = (unhuffman_load(at[k]) | 1) << ((8 - end % 8) % 8);
         out[k] = streams[k].out;
+        shifts[k / 4] = 64 - tables[k / 4].longest;
     }
     for (;;) {
         size_t fives = SIZE_MAX;
@@ -267,23 +283,26 @@ HUFFMAN_INLINE void unhuffman_fives(unhuffman_stream *streams, const unhuffman_t
         }
         if (fives == 0)
             break;
-        for (; fives; fives--) {
+        for (size_t done = 0; done < fives; done++) {
 #pragma GCC unroll 5
             for (int i = 0; i < 5; i++)
 #pragma GCC unroll 8
                 for (int k = 0; k < count; k++) {
-                    const unsigned entry = tables[k / 4][words[k] >> (64 - HUFFMAN_LIMIT)];
-                    words[k] <<= entry & 63;
-                    out[k][i] = (uint8_t)(entry >> 8);
+                    const size_t next = words[k] >> shifts[k / 4];
+                    words[k] <<= tables[k / 4].lengths[next] & 63;
+                    *(stride ? out[0] + (size_t)k * stride + i : out[k] + i) = tables[k / 4].symbols[next];
                 }
 #pragma GCC unroll 8
             for (int k = 0; k < count; k++) {
                 const unsigned used = (unsigned)__builtin_ctzll(words[k]);
                 at[k] -= used >> 3;
                 words[k] = (unhuffman_load(at[k]) | 1) << (used & 7);
-                out[k] += 5;
             }
+            for (int k = 0; k < (stride ? 1 : count); k++)
+                out[k] += 5;
         }
+        for (int k = 1; stride && k < count; k++)
+            out[k] = out[0] + (size_t)k * stride;
     }
     for (int k = 0; k < count; k++) {
         streams[k].bits = 8 * (size_t)(at[k] - streams[k].first) + 64 - (size_t)__builtin_ctzll(words[k]);
@@ -291,15 +310,25 @@ HUFFMAN_INLINE void unhuffman_fives(unhuffman_stream *streams, const unhuffman_t
     }
 }
 
+static int unhuffman_regular(const unhuffman_stream *streams)
+{
+    for (int k = 1; k < 8; k++)
+        if (streams[k].out - streams[0].out != k * UNHUFFMAN_STRIDE)
+            return 0;
+    return 1;
+}
+
 /* Decode the streams of one block or of two; returns whether they end as they should. */
 HUFFMAN_INLINE int unhuffman_blocks_body(unhuffman_stream *streams, const unhuffman_table *tables, int blocks)
 {
-    if (blocks == 2)
-        unhuffman_fives(streams, tables, 8);
+    if (blocks == 2 && unhuffman_regular(streams))
+        unhuffman_fives(streams, tables, 8, UNHUFFMAN_STRIDE);
+    else if (blocks == 2)
+        unhuffman_fives(streams, tables, 8, 0);
     for (int i = 0; i < blocks; i++)
-        unhuffman_fives(streams + 4 * i, tables + i, 4);
+        unhuffman_fives(streams + 4 * i, tables + i, 4, 0);
     for (int k = 0; k < 4 * blocks; k++)
-        if (!unhuffman_rest(&streams[k], tables[k / 4]))
+        if (!unhuffman_rest(&streams[k], &tables[k / 4]))
             return 0;
     return 1;
 }
@@ -355,10 +384,10 @@ static int unhuffman_frame(unhuffman_decoder decoder, const uint8_t *bytes, size
             memset(out + done, bytes[at], m);
             break;
         case COMPRESSED:
-            if (!unhuffman_open(bytes + at, size, m, out + done, tables[opened], streams + 4 * opened))
+            if (!unhuffman_open(bytes + at, size, m, out + done, &tables[opened], streams + 4 * opened))
                 return 0;
             if (++opened == 2) {
-                if (!decoder(streams, (const unhuffman_table *)tables, 2))
+                if (!decoder(streams, tables, 2))
                     return 0;
                 opened = 0;
             }
@@ -368,7 +397,7 @@ static int unhuffman_frame(unhuffman_decoder decoder, const uint8_t *bytes, size
         at += stored;
         done += m;
     }
-    if (opened && !decoder(streams, (const unhuffman_table *)tables, 1))
+    if (opened && !decoder(streams, tables, 1))
         return 0;
     return done == n && at == nbytes;
 }

@@ -51,7 +51,6 @@ _HUFFMAN_BITS = 1.0  # of entropy in a byte, below which zstd's matches and runs
 _MASKED_SHARE = 0.31  # of the commonest byte, from which a mask beats Huffman codes alone: they take 2 bits for it
 _DELTA_GAIN = 0.985  # of intra's cost, below which a delta is worth the reading of its base
 _ZSTD_GAIN = 0.9  # of the planes' cost, below which zstd is worth its slower decoding
-_SLOW_ZSTD = 0.5  # of the raw size, above which zstd decodes literals more slowly than we do
 _FEWEST = 64  # elements, below which planes do not pay for their heads
 _PLANE_GAP = 192  # bytes between planes in scratch memory: at a distance of a power of two they would share cache sets
 
@@ -269,7 +268,7 @@ def _read_sparse(content: memoryview, n: int, scratch: memoryview) -> None:
 
 def _expand(coded: memoryview, scratch: memoryview) -> bytes | memoryview:
     """Return the bytes of an entropy-coded block, which may be `scratch`."""
-    if len(coded) > _SLOW_ZSTD * len(scratch) and _planes.unhuffman(coded, scratch, _planes.BEST):
+    if _planes.unhuffman(coded, scratch, _planes.BEST):
         return scratch
     return _inflate(coded, len(scratch))
 
