@@ -8,7 +8,7 @@ for a frame, and what suits an optimizer's second moments does not suit its firs
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from incckpt.errors import OptionError
 
-__all__ = ["DEFAULT_CHUNK_BYTES", "FRAME_BYTES", "ChunkTable", "check_chunk_bytes", "plan"]
+__all__ = ["DEFAULT_CHUNK_BYTES", "FRAME_BYTES", "ChunkTable", "batches", "check_chunk_bytes", "plan"]
 
 FRAME_BYTES = 1 << 20
 DEFAULT_CHUNK_BYTES = 16 << 20
@@ -153,3 +153,17 @@ def _heads(nbytes: Int64s) -> Int64s:
         heads[first:after] = first
         first = after
     return heads
+
+
+def batches(indexes: Sequence[int], sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Cut a list of chunks, given their bytes, into batches of at most `most` bytes, or of one chunk."""
+    batch: list[int] = []
+    nbytes = 0
+    for index, size in zip(indexes, sizes, strict=True):
+        if batch and nbytes + size > most:
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(index)
+        nbytes += size
+    if batch:
+        yield batch

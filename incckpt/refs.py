@@ -258,6 +258,10 @@ class CondemnedLists:
         self._known[name] = condemned
         return name
 
+    def keys(self) -> frozenset[str]:
+        """Return what is on any list."""
+        return frozenset().union(*self.read().values())
+
     def read(self) -> dict[str, frozenset[str]]:
         """Return the lists that there are, by name: one listing, and a request for each that is new.
 

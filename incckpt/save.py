@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 
 from incckpt import codec
+from incckpt.chunking import batches
 from incckpt.document import Json
 from incckpt.entries import TensorEntry, entry_to_json
 from incckpt.errors import BackendError, SupersededError
@@ -236,8 +237,7 @@ class Writer:
         try:
             self._run.pin(name)
             with _Heartbeat(self._run, name, self._heartbeat_seconds):
-                self._run.check_not_superseded(self.attempt)
-                known = _Known(frozenset().union(*self._store.condemned.read().values()), self._vouched())
+                known = self._look_around()
                 storing = time.perf_counter()
                 chunks = self._store_all(snapshot, name.nonce, known, report)
                 report.spent("store", time.perf_counter() - storing)
@@ -305,6 +305,16 @@ class Writer:
             else:
                 self.spent.clear()
 
+    def _look_around(self) -> _Known:
+        """Return what may be reused; to be called once the pin is put. In which order it looks does not matter."""
+        looks = (self._not_superseded, self._store.condemned.keys, self._vouched)
+        _, condemned, vouched = self._pipeline.together(lambda look: look(), looks)
+        return _Known(condemned, vouched)
+
+    def _not_superseded(self) -> frozenset[str]:
+        self._run.check_not_superseded(self.attempt)
+        return frozenset()
+
     def _vouched(self) -> frozenset[str]:
         """Return the keys that the previous checkpoint needs, if its ref lives now."""
         if self._previous is None:
@@ -346,8 +356,8 @@ class Writer:
             if content.stored is None or not self._usable(content.stored, known, look=False)
         ]
         sizes = [contents[index].nbytes for index in unsure]
-        batches = _batches(unsure, sizes, min(self._batch_bytes, sum(sizes) // (2 * self._threads)))
-        self._pipeline.each(batches, lambda batch: sum(contents[index].nbytes for index in batch), store)
+        cut = batches(unsure, sizes, min(self._batch_bytes, sum(sizes) // (2 * self._threads)))
+        self._pipeline.each(cut, lambda batch: sum(contents[index].nbytes for index in batch), store)
         self._buffers.trim(self._spare_bytes)
         chunks: list[Chunk] = []
         for content in contents:
@@ -497,17 +507,3 @@ class Writer:
             nbytes=manifest.nbytes,
             written=report.put_bytes + len(data),
         )
-
-
-def _batches(indexes: Sequence[int], sizes: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Cut a list of chunks, given their bytes, into batches of at most `most` bytes, or of one chunk."""
-    batch: list[int] = []
-    nbytes = 0
-    for index, size in zip(indexes, sizes, strict=True):
-        if batch and nbytes + size > most:
-            yield batch
-            batch, nbytes = [], 0
-        batch.append(index)
-        nbytes += size
-    if batch:
-        yield batch

@@ -65,7 +65,7 @@ bluestore cache autotune = false
 bluestore cache size = 134217728
 memstore device bytes = 4294967296
 [client.admin]
-rgw frontends = beast endpoint=127.0.0.1:$port
+rgw frontends = beast endpoint=127.0.0.1:$port tcp_nodelay=1
 END
 
 ceph-authtool --create-keyring "$keyring" --gen-key -n mon. --cap mon 'allow *' >/dev/null

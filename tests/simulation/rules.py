@@ -118,10 +118,10 @@ RULES: dict[str, Rule] = {
                 "_write_as",
                 """
                 - self._run.pin(name)
-                + lists = self._store.condemned.read().values()
+                + condemned = self._store.condemned.keys()
                 + self._run.pin(name)
-                - known = _Known(frozenset().union(*self._store.condemned.read().values()), self._vouched())
-                + known = _Known(frozenset().union(*lists), self._vouched())
+                - known = self._look_around()
+                + known = replace(self._look_around(), condemned=condemned)
                 """,
             )
         ],
@@ -131,10 +131,10 @@ RULES: dict[str, Rule] = {
         [
             Edit(
                 Writer,
-                "_write_as",
+                "_look_around",
                 """
-                - known = _Known(frozenset().union(*self._store.condemned.read().values()), self._vouched())
-                + known = _Known(frozenset(), self._vouched())
+                - return _Known(condemned, vouched)
+                + return _Known(frozenset(), vouched)
                 """,
             )
         ],
@@ -379,7 +379,7 @@ RULES: dict[str, Rule] = {
         [
             Edit(
                 Writer,
-                "_write_as",
+                "_not_superseded",
                 """
                 - self._run.check_not_superseded(self.attempt)
                 + pass
@@ -394,11 +394,11 @@ RULES: dict[str, Rule] = {
                 Writer,
                 "_write_as",
                 """
-                - self._run.check_not_superseded(self.attempt)
-                + pass
                 - self._run.pin(name)
                 + self._run.check_not_superseded(self.attempt)
                 + self._run.pin(name)
+                - known = self._look_around()
+                + known = _Known(self._store.condemned.keys(), self._vouched())
                 """,
             )
         ],
