@@ -25,21 +25,21 @@ test: lint types ## Build, lint, check types, run all tests
 
 test-ceph: $(VENV)/built ## The S3 tests against a Ceph gateway (needs its programs, see tests/servers/ceph-up.sh)
 	tests/servers/ceph-up.sh $(VENV)/ceph $(CEPH_PORT)
-	INCCKPT_CEPH_URL=http://127.0.0.1:$(CEPH_PORT) $(BIN)/python -m pytest tests/test_backends_ceph.py \
+	INCCKPT_CEPH_URL=http://127.0.0.1:$(CEPH_PORT) $(BIN)/python -m pytest tests/backends/test_ceph.py \
 		"tests/test_runs_everywhere.py::test_a_life_of_a_run[ceph]"; \
 	status=$$?; tests/servers/ceph-up.sh $(VENV)/ceph stop; exit $$status
 
 SANITIZED := build/sanitized
 sanitize: $(VENV)/built ## The kernels' and the codec's tests with the compiler's address and undefined-behaviour checks
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
-	cp -r setup.py pyproject.toml incckpt tests $(SANITIZED) && rm -f $(SANITIZED)/incckpt/*.so $(SANITIZED)/incckpt/*/*.so
+	cp -r setup.py pyproject.toml incckpt tests $(SANITIZED) && rm -f $(SANITIZED)/incckpt/*/*.so
 	cd $(SANITIZED) && CFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" \
 		LDFLAGS="-fsanitize=address,undefined" INCCKPT_NO_OPENMP=1 \
 		$(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
-		$(CURDIR)/$(BIN)/python -m pytest -q --timeout=0 tests/test_planes.py tests/test_codec.py tests/test_digests.py \
-		tests/test_detect.py tests/test_native_calls.py -k "not same_calls"
+		$(CURDIR)/$(BIN)/python -m pytest -q --timeout=0 tests/codec/test_planes.py tests/codec/test_objects.py tests/codec/test_digests.py \
+		tests/staging/test_detect.py tests/backends/test_native_calls.py -k "not same_calls"
 
 soak: $(VENV)/built ## Processes killed at random on one store, for ten minutes and 2,000 kills
 	$(BIN)/python -m tests.soak
@@ -63,7 +63,7 @@ bench: $(VENV)/built ## All benchmarks, each at its small size
 
 clean: ## Remove what was built or downloaded, the environment included
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .ruff_cache .import_linter_cache .bench .demo
-	rm -f incckpt/*.so incckpt/backends/*.so
+	rm -f incckpt/*/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment. The build tools come first, so that the build uses the pinned ones.
@@ -76,6 +76,6 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 # The kernels, built in place: an editable install does not notice that their sources changed.
-$(VENV)/built: $(VENV)/installed setup.py $(wildcard incckpt/*.pyx incckpt/*.h incckpt/backends/*.pyx)
+$(VENV)/built: $(VENV)/installed setup.py $(wildcard incckpt/*/*.pyx incckpt/*/*.h incckpt/*/*/*.h)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@

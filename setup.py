@@ -58,19 +58,20 @@ class BuildExtensions(build_ext):
 
 
 def extension(name: str, *headers: str) -> Extension:
-    """Return the extension built from ``incckpt/<name>.pyx`` and the headers that it includes."""
+    """Return the extension built from ``incckpt/<name>.pyx`` and the headers beside it that it includes."""
+    folder = f"incckpt/{name.rpartition('/')[0]}"
     return Extension(
         f"incckpt.{name.replace('/', '.')}",
         [f"incckpt/{name}.pyx"],
-        include_dirs=["incckpt"],
-        depends=[f"incckpt/{header}" for header in headers],
+        include_dirs=[folder],
+        depends=[f"{folder}/{header}" for header in headers],
         extra_compile_args=["-O3"],
     )
 
 
 EXTENSIONS = [
-    extension("_delta", "_detect.h", "_sums.h"),
-    extension("_planes", "_frames.h", "_planes.h", "_huffman.h", "_unhuffman.h"),
+    extension("staging/_detect", "_detect.h", "_sums.h"),
+    extension("codec/_planes", "_frames.h", "_planes.h", "huffman/_huffman.h", "huffman/_unhuffman.h"),
     extension("backends/_files"),
 ]
 

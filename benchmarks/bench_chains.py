@@ -29,10 +29,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from incckpt import codec
-from incckpt.hostmem import HostPool
-from incckpt.staging import DeltaHistory, Layout, contents_of
-from incckpt.state import flatten
+from incckpt.codec import objects as codec
+from incckpt.staging.baseline import contents_of
+from incckpt.staging.content import DeltaHistory
+from incckpt.staging.hostmem import HostPool
+from incckpt.staging.layout import Layout
+from incckpt.state.flatten import flatten
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

@@ -28,7 +28,8 @@ import zstandard
 from torch import Tensor, nn
 from torch.nn import functional
 
-from incckpt import _planes, codec
+from incckpt.codec import _planes
+from incckpt.codec import objects as codec
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Snapshots: TypeAlias = dict[str, Bytes]

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from incckpt import _delta, detect
+from incckpt.staging import _detect, detect
 
 LAYERS, HIDDEN, KEY_VALUE, INTERMEDIATE, VOCABULARY = 16, 2048, 8 * 64, 8192, 128_256
 THRESHOLD = 1e-4
@@ -71,7 +71,7 @@ class Pair:
 
     def read(self, threads: int) -> None:
         blocks = detect.blocks_of(self.sizes)
-        _delta.read(self.src, self.dst, blocks.segment, blocks.offset, blocks.nbytes, threads)
+        _detect.read(self.src, self.dst, blocks.segment, blocks.offset, blocks.nbytes, threads)
 
     def exact(self, threads: int) -> npt.NDArray[np.bool_]:
         return detect.changed_exact(self.src, self.dst, self.sizes, self.group, len(self.sizes), threads=threads)

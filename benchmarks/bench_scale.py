@@ -22,16 +22,16 @@ from pathlib import Path
 import torch
 
 import incckpt
-from incckpt import codec
 from incckpt.backends.base import Backend, Entry, ReadableBuffer
 from incckpt.backends.local import LocalBackend
-from incckpt.document import dump_document
+from incckpt.codec import objects as codec
 from incckpt.errors import KeyExistsError, KeyNotFoundError
-from incckpt.gc import Collector
-from incckpt.manifest import Chunk, Manifest
-from incckpt.objects import ObjectKey, chunk_keys
-from incckpt.refs import Ref, RefName
-from incckpt.store import Store
+from incckpt.store.document import dump_document
+from incckpt.store.gc import Collector
+from incckpt.store.manifest import Chunk, Manifest
+from incckpt.store.objects import ObjectKey, chunk_keys
+from incckpt.store.refs import Ref, RefName
+from incckpt.store.store import Store
 from incckpt.testing.faults import CountingBackend
 
 PAGE = 1000

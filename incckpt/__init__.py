@@ -6,13 +6,13 @@ training loop, restores in place and prunes by policy.
 
 from incckpt import errors
 from incckpt.api import load, save
-from incckpt.checkpoint import Checkpoint
 from incckpt.errors import IncckptError
 from incckpt.manager import CheckpointManager
-from incckpt.report import SaveReport
 from incckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast
-from incckpt.rng import RngState
-from incckpt.verify import verify
+from incckpt.run.checkpoint import Checkpoint
+from incckpt.run.report import SaveReport
+from incckpt.run.verify import verify
+from incckpt.state.rng import RngState
 
 __version__ = "0.1.0"
 

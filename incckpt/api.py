@@ -9,20 +9,22 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from incckpt.attempt import Attempt, refuse_other_ranks
 from incckpt.backends.base import Backend
-from incckpt.checkpoint import Checkpoint, Which, checked_metrics, choose, read_refs
-from incckpt.chunking import DEFAULT_CHUNK_BYTES
-from incckpt.detect import default_threads
 from incckpt.errors import CheckpointNotFoundError, OptionError, SupersededError
-from incckpt.hostmem import HostPool
-from incckpt.report import SaveReport
-from incckpt.restore import MapLocation, Reader, load_state
 from incckpt.retention import Mode
-from incckpt.save import Snapshot
-from incckpt.staging import Layout, contents_of
-from incckpt.state import flatten
-from incckpt.store import DEFAULT_RUN, Location, Store, parse_location
+from incckpt.run.attempt import Attempt, refuse_other_ranks
+from incckpt.run.checkpoint import Checkpoint, Which, checked_metrics, choose, read_refs
+from incckpt.run.reader import Reader
+from incckpt.run.report import SaveReport
+from incckpt.run.restore import MapLocation, load_state
+from incckpt.run.snapshot import Snapshot
+from incckpt.staging.baseline import contents_of
+from incckpt.staging.detect import default_threads
+from incckpt.staging.hostmem import HostPool
+from incckpt.staging.layout import DEFAULT_CHUNK_BYTES, Layout
+from incckpt.state.flatten import flatten
+from incckpt.store.location import DEFAULT_RUN, Location, parse_location
+from incckpt.store.store import Store
 
 __all__ = ["load", "save"]
 

@@ -13,11 +13,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
 
-from incckpt.attempt import Attempt, refuse_other_ranks
 from incckpt.backends.base import Backend
-from incckpt.background import BackgroundQueue
-from incckpt.checkpoint import Checkpoint, Which, checked_metrics, choose, read_refs
-from incckpt.detect import default_threads
 from incckpt.errors import (
     BacklogFullError,
     CheckpointNotFoundError,
@@ -29,17 +25,23 @@ from incckpt.errors import (
     SaveError,
     StoreNotFoundError,
 )
-from incckpt.manifest import Manifest
-from incckpt.refs import RefName
-from incckpt.report import SaveReport
-from incckpt.restore import Reader, restore_into
 from incckpt.retention import Mode, Policy, policy_of
-from incckpt.runs import Lineage
-from incckpt.save import Snapshot
-from incckpt.staging import Base
-from incckpt.state import flatten
-from incckpt.store import DEFAULT_RUN, Location, Store, parse_location
-from incckpt.threshold import Thresholds
+from incckpt.run.attempt import Attempt, refuse_other_ranks
+from incckpt.run.checkpoint import Checkpoint, Which, checked_metrics, choose, read_refs
+from incckpt.run.queue import BackgroundQueue
+from incckpt.run.reader import Reader
+from incckpt.run.report import SaveReport
+from incckpt.run.restore import restore_into
+from incckpt.run.snapshot import Snapshot
+from incckpt.staging.baseline import Base
+from incckpt.staging.detect import default_threads
+from incckpt.staging.threshold import Thresholds
+from incckpt.state.flatten import flatten
+from incckpt.store.lineage import Lineage
+from incckpt.store.location import DEFAULT_RUN, Location, parse_location
+from incckpt.store.manifest import Manifest
+from incckpt.store.refs import RefName
+from incckpt.store.store import Store
 
 __all__ = ["CheckpointManager"]
 
@@ -262,7 +264,7 @@ class CheckpointManager:
         step
             Beyond that of the run's latest checkpoint.
         app
-            Any state, see :mod:`incckpt.state`.
+            Any state, see :mod:`incckpt.state.flatten`.
         metrics
             Numbers to go with it; retention and ``"best"`` go by them.
 

@@ -31,8 +31,8 @@ import torch
 
 import incckpt
 from incckpt.errors import CollectionError
-from incckpt.gc import Collector
-from incckpt.store import Store
+from incckpt.store.gc import Collector
+from incckpt.store.store import Store
 from tests.stores import orphans
 
 KEEP_LAST = 2

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from incckpt.assign import Assignment
-from incckpt.build import MapLocation, build
-from incckpt.entries import TensorEntry, check_entries, entry_from_json, entry_to_json
-from incckpt.memory import ByteRange
-from incckpt.state import FlatState, flatten
-from incckpt.structure import Tree, parse, references, select
+from incckpt.state.assign import Assignment
+from incckpt.state.build import MapLocation, build
+from incckpt.state.entries import TensorEntry, check_entries, entry_from_json, entry_to_json
+from incckpt.state.flatten import FlatState, flatten
+from incckpt.state.ranges import ByteRange
+from incckpt.state.tree import Tree, parse, references, select
 
 Bytes = npt.NDArray[np.uint8]
 

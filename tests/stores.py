@@ -6,9 +6,9 @@ import os
 
 from incckpt.backends.base import Backend
 from incckpt.backends.registry import open_backend
-from incckpt.objects import DELTAS, OBJECTS, manifest_keys
-from incckpt.refs import Ref, list_refs
-from incckpt.store import Store
+from incckpt.store.objects import DELTAS, OBJECTS, manifest_keys
+from incckpt.store.refs import Ref, list_refs
+from incckpt.store.store import Store
 
 __all__ = ["needed_keys", "object_keys", "orphans"]
 

@@ -44,8 +44,8 @@ def importers(name: str) -> set[str]:
 @pytest.mark.parametrize(
     ("kernel", "only"),
     [
-        ("_delta", {"detect.py"}),
-        ("_planes", {"frames.py", "digests.py"}),
+        ("staging._detect", {"staging/detect.py"}),
+        ("codec._planes", {"codec/frames.py", "codec/digests.py"}),
         ("backends._files", {"backends/system.py"}),
     ],
 )

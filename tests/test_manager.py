@@ -30,7 +30,7 @@ from incckpt.errors import (
     StateMismatchError,
     SupersededError,
 )
-from incckpt.hostmem import HostPool
+from incckpt.staging.hostmem import HostPool
 from incckpt.testing.faults import CountingBackend, Fail, Fault, FaultyBackend, Pause
 from tests.stores import orphans
 

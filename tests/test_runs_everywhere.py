@@ -25,7 +25,7 @@ from incckpt.backends.s3 import S3Backend
 from incckpt.errors import BackendError, BackendTimeoutError, ReadOnlyError, SaveError
 from incckpt.testing.compare import assert_same_state
 from incckpt.testing.faults import CountingBackend
-from tests.remote_suite import patient
+from tests.backends.remote_suite import patient
 from tests.servers.fault_proxy import FaultProxy, Rule
 from tests.servers.processes import python_server
 from tests.stores import object_keys, orphans
@@ -75,7 +75,7 @@ def gcs(request: pytest.FixtureRequest, _: Path) -> Place:
 def azure(request: pytest.FixtureRequest, _: Path) -> Place:
     from azure.storage.blob import BlobServiceClient
 
-    from tests.test_backends_azure import options_for
+    from tests.backends.test_azure import options_for
 
     options = options_for(request.getfixturevalue("azure_server"))
     container = f"runs-{uuid.uuid4()}"

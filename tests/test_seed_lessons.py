@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import incckpt
-from incckpt import codec
 from incckpt.backends.memory import MemoryBackend
+from incckpt.codec import objects as codec
 from incckpt.testing.faults import CountingBackend
 from tests.stores import object_keys
 from tests.test_manager import assert_same, train, training_state

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from incckpt.memory import overlap_groups, raw_array, raw_view
+from incckpt.state.ranges import overlap_groups, raw_array, raw_view
 
 __all__ = ["aliases", "assert_same_state", "difference"]
 

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from hypothesis import strategies as st
 
-from incckpt.entries import TORCH_DTYPES, byte_extent
-from incckpt.memory import CARRIERS
+from incckpt.state.entries import TORCH_DTYPES, byte_extent
+from incckpt.state.ranges import CARRIERS
 
 __all__ = ["NUMPY_DTYPES", "arrays", "keys", "plain_values", "shared_memory", "states", "tensors", "torch_dtypes"]
 

@@ -20,9 +20,9 @@ import torch  # noqa: E402
 
 from incckpt.backends.local import LocalBackend  # noqa: E402
 from incckpt.errors import IncckptError  # noqa: E402
-from incckpt.gc import Collector  # noqa: E402
 from incckpt.manager import CheckpointManager  # noqa: E402
-from incckpt.store import Store  # noqa: E402
+from incckpt.store.gc import Collector  # noqa: E402
+from incckpt.store.store import Store  # noqa: E402
 from incckpt.testing.faults import Call, Fault, FaultyBackend  # noqa: E402
 
 

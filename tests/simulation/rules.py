@@ -12,11 +12,12 @@ from types import CodeType
 from typing import Any
 from unittest import mock
 
-from incckpt import objects, refs
-from incckpt.attempt import Attempt
-from incckpt.gc import Collector
-from incckpt.runs import Run
-from incckpt.save import Writer
+from incckpt.run.attempt import Attempt
+from incckpt.run.upload import Uploader
+from incckpt.run.writer import Writer
+from incckpt.store import objects, refs
+from incckpt.store.gc import Collector
+from incckpt.store.lineage import Run
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ RULES: dict[str, Rule] = {
         "a replacement that goes back to what the writer prunes",
         [
             Edit(
-                Writer,
+                Uploader,
                 "_usable",
                 """
                 - if str(key) in known.condemned:
@@ -156,7 +157,7 @@ RULES: dict[str, Rule] = {
         "two runs of one content, one pruned",
         [
             Edit(
-                Writer,
+                Uploader,
                 "_reusable",
                 """
                 - if str(key) not in known.condemned:
@@ -172,8 +173,8 @@ RULES: dict[str, Rule] = {
                 Writer,
                 "_write_as",
                 """
-                - chunks = self._store_all(snapshot, name.nonce, known, report)
-                + chunks = self._store_all(snapshot, "0" * 16, known, report)
+                - chunks = self._uploader.store(snapshot, name.nonce, known, report)
+                + chunks = self._uploader.store(snapshot, "0" * 16, known, report)
                 """,
             )
         ],
@@ -195,7 +196,7 @@ RULES: dict[str, Rule] = {
         "a stalled saver that uses garbage is given up",
         [
             Edit(
-                Writer,
+                Uploader,
                 "_usable",
                 """
                 - if str(key) not in known.vouched and not (look and self._store.objects.exists(key)):
@@ -208,7 +209,7 @@ RULES: dict[str, Rule] = {
         "a replacement that goes back to what the writer prunes",
         [
             Edit(
-                Writer,
+                Uploader,
                 "_base",
                 """
                 - return full if not due and self._usable(full.stored, known) else None

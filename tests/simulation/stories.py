@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from incckpt.errors import OptionError
-from incckpt.gc import Collector
-from incckpt.objects import DELTAS, OBJECTS
-from incckpt.refs import RefName, Tombstone
 from incckpt.retention import KeepAll, KeepEvery, KeepLast, Policy
+from incckpt.store.gc import Collector
+from incckpt.store.objects import DELTAS, OBJECTS
+from incckpt.store.refs import RefName, Tombstone
 from incckpt.testing.shuffle import Chances, Shuffle
 from incckpt.testing.simulation import Process, Program, Request, Server, Violation, run_alone
 from tests.simulation.world import Promises, Trainer, check_sweep, is_live, open_store, read, read_latest, surviving

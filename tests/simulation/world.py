@@ -12,20 +12,21 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
-from incckpt import codec
-from incckpt.attempt import Attempt
+from incckpt.codec import objects as codec
 from incckpt.errors import BackendError, CollectionError, MissingObjectError, SupersededError
-from incckpt.gc import Collector
-from incckpt.manifest import Chunk, Manifest
-from incckpt.objects import DELTAS, OBJECTS, manifest_keys
-from incckpt.refs import CondemnedLists, Ref, RefName, Tombstone
-from incckpt.report import SaveReport
-from incckpt.restore import ChunkRead, Reader
 from incckpt.retention import KeepLast, Policy
-from incckpt.runs import Lineage, Run
-from incckpt.save import Snapshot
-from incckpt.staging import Content, Layout
-from incckpt.store import Store
+from incckpt.run.attempt import Attempt
+from incckpt.run.reader import ChunkRead, Reader
+from incckpt.run.report import SaveReport
+from incckpt.run.snapshot import Snapshot
+from incckpt.staging.content import Content
+from incckpt.staging.layout import Layout
+from incckpt.store.gc import Collector
+from incckpt.store.lineage import Lineage, Run
+from incckpt.store.manifest import Chunk, Manifest
+from incckpt.store.objects import DELTAS, OBJECTS, manifest_keys
+from incckpt.store.refs import CondemnedLists, Ref, RefName, Tombstone
+from incckpt.store.store import Store
 from incckpt.testing.shuffle import SpawningProcess
 from incckpt.testing.simulation import (
     Process,
@@ -119,9 +120,9 @@ def simulated() -> Iterator[None]:
     """Take chance, time and threads out of the library."""
     chance = SimpleNamespace(token_hex=lambda nbytes: current().nonce(nbytes))
     with (
-        mock.patch("incckpt.refs.secrets", chance),
-        mock.patch("incckpt.store.secrets", chance),
-        mock.patch("incckpt.save._Heartbeat", Heartbeat),
+        mock.patch("incckpt.store.refs.secrets", chance),
+        mock.patch("incckpt.store.store.secrets", chance),
+        mock.patch("incckpt.run.writer._Heartbeat", Heartbeat),
     ):
         yield
 

@@ -1,0 +1,55 @@
+"""SHA-256 of the frames of many chunks in one call, without the interpreter's lock.
+
+:mod:`hashlib` takes and gives back the lock for every frame, and each time may put the training thread to sleep
+(docs/decisions/007). The function that it calls in the end, OpenSSL's, is called directly where it can be found; where
+it cannot, :mod:`hashlib` does the same work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+from collections.abc import Sequence
+from typing import Final
+
+from incckpt.codec import _planes
+from incckpt.codec.frames import FRAME_BYTES
+
+__all__ = ["frame_digests"]
+
+log = logging.getLogger(__name__)
+
+
+def _find_sha256() -> int:
+    """Return the address of the ``SHA256`` of the OpenSSL that Python has loaded, or 0."""
+    try:
+        import _hashlib
+
+        library = ctypes.CDLL(getattr(_hashlib, "__file__", None))
+        address = ctypes.cast(library.SHA256, ctypes.c_void_p).value or 0
+    except (ImportError, OSError, AttributeError, TypeError) as error:
+        log.info("no OpenSSL to be called directly (%s); hashing hands over the interpreter's lock once a MiB", error)
+        return 0
+    return address
+
+
+_SHA256: Final = _find_sha256()
+
+
+def frame_digests(chunks: Sequence[memoryview]) -> list[bytes]:
+    """Return, for each chunk, the SHA-256 digests of its frames, 32 bytes each, end to end.
+
+    Parameters
+    ----------
+    chunks
+        Of each ``uint8[n]``; a chunk's last frame may be shorter.
+    """
+    if _SHA256:
+        return _planes.digests(_SHA256, chunks)
+    return [
+        b"".join(
+            hashlib.sha256(raw[start : start + FRAME_BYTES]).digest() for start in range(0, raw.nbytes, FRAME_BYTES)
+        )
+        for raw in chunks
+    ]

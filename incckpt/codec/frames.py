@@ -1,0 +1,284 @@
+"""One frame: up to 1 MiB of a chunk's raw bytes to coded bytes, and back.
+
+A frame goes the way that a sample of it says is cheapest: *raw*; *intra* (elements rotated by one bit and split into
+byte planes); *delta* (each element's difference to the base's, in the order of float values, split into byte planes);
+or *zstd* (the whole frame). A plane is stored as a block: *raw*, *constant*, *masked* (a bitmap of the bytes unlike the
+commonest, and those bytes), *sparse* (the gaps before those bytes, and the bytes) or *zstd* (used as an entropy coder).
+The layout is in ``docs/objects.md``.
+
+Everything that takes time lets go of the interpreter's lock. Scratch memory is kept and used again.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Final, NamedTuple
+
+import numpy as np
+import zstandard
+
+from incckpt.codec import _planes
+from incckpt.errors import CodecError
+
+__all__ = [
+    "DELTA",
+    "FRAME_BYTES",
+    "INTRA",
+    "RAW",
+    "WAYS",
+    "ZSTD",
+    "CodedFrame",
+    "decode_frame",
+    "encode_chunks",
+    "encode_text",
+]
+
+FRAME_BYTES: Final = _planes.FRAME_BYTES
+RAW, INTRA, DELTA, ZSTD = range(4)
+WAYS: Final = ("raw", "intra", "delta", "zstd")
+BLOCK_RAW, BLOCK_CONSTANT, BLOCK_MASKED, BLOCK_ZSTD, BLOCK_SPARSE = range(5)
+
+_BLOCK = struct.Struct("<BI")
+_SPARSE = struct.Struct("<BI")
+
+# From here on choice, not format: no decoder knows of it.
+_WORTHWHILE = 0.97  # of its size, to which coding must bring a block; decoding it has to be paid for
+_HUFFMAN_BITS = 1.0  # of entropy in a byte, below which zstd's matches and runs beat codes of at least a bit
+_MASKED_SHARE = 0.31  # of the commonest byte, from which a mask beats Huffman codes alone: they take 2 bits for it
+_DELTA_GAIN = 0.985  # of intra's cost, below which a delta is worth the reading of its base
+_ZSTD_GAIN = 0.9  # of the planes' cost, below which zstd is worth its slower decoding
+_FEWEST = 64  # elements, below which planes do not pay for their heads
+_PLANE_GAP = 192  # bytes between planes in scratch memory: at a distance of a power of two they would share cache sets
+
+
+class CodedFrame(NamedTuple):
+    """How a frame was coded.
+
+    Attributes
+    ----------
+    way
+        Index into `WAYS`.
+    nbytes
+        Coded bytes.
+    full_nbytes
+        What it would have been without a base: an estimate where `way` is a delta.
+    """
+
+    way: int
+    nbytes: int
+    full_nbytes: int
+
+
+class _Worker(threading.local):
+    """A decompressor and scratch memory of one thread, for decoding."""
+
+    def __init__(self) -> None:
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=FRAME_BYTES)
+        self._planes = memoryview(bytearray(FRAME_BYTES + 8 * _PLANE_GAP))
+        self.others = memoryview(bytearray(FRAME_BYTES))
+        self.bitmap = memoryview(bytearray(FRAME_BYTES // 8))
+        self.gaps = memoryview(bytearray(FRAME_BYTES))
+
+    def plane(self, j: int, n: int) -> memoryview:
+        """Return scratch memory for plane `j` of planes of `n` bytes."""
+        start = j * (n + _PLANE_GAP)
+        return self._planes[start : start + n]
+
+
+_worker = _Worker()
+
+
+# ---- encoding --------------------------------------------------------------------------------------------------------
+
+
+class _Encoder:
+    """Compressors and scratch memory, for one call at a time."""
+
+    def __init__(self) -> None:
+        self._fast = zstandard.ZstdCompressor(level=1)
+        self.general = zstandard.ZstdCompressor(level=3)
+        self._coder = _planes.Coder(_WORTHWHILE, _HUFFMAN_BITS, _MASKED_SHARE, _DELTA_GAIN, _ZSTD_GAIN, _FEWEST)
+
+    def encode(
+        self, chunks: Sequence[tuple[memoryview, memoryview | None, int, memoryview]]
+    ) -> list[list[tuple[int, int, int]]]:
+        return self._coder.encode(
+            chunks, partial(_compress, self._fast), partial(_compress, self.general), _planes.BEST
+        )
+
+
+_idle: list[_Encoder] = []  # the last one used is the next: there are as many as ever encoded at one time
+
+
+@contextmanager
+def _encoder() -> Iterator[_Encoder]:
+    try:
+        encoder = _idle.pop()
+    except IndexError:
+        encoder = _Encoder()
+    yield encoder
+    _idle.append(encoder)
+
+
+def _compress(compressor: zstandard.ZstdCompressor, data: Sequence[memoryview]) -> Iterator[zstandard.BufferSegment]:
+    """Return what becomes of each of `data`, none of them empty, coded in one call."""
+    coded = compressor.multi_compress_to_buffer(list[bytes | bytearray | memoryview](data), threads=1)
+    return (coded[i] for i in range(len(coded)))
+
+
+def encode_chunks(
+    chunks: Sequence[tuple[memoryview, memoryview | None, int, memoryview]],
+) -> list[list[CodedFrame]]:
+    """Code the frames of chunks, each in its cheapest way.
+
+    Takes and gives back the interpreter's lock one to three times, however many chunks there are: each time may put
+    the training thread to sleep (docs/decisions/007).
+
+    Parameters
+    ----------
+    chunks
+        Of each: its raw bytes, ``uint8[n]``; those of the base, or ``None``; bytes of an element, 1, 2, 4 or 8; and
+        where its frames go, end to end, ``uint8[n]``.
+    """
+    with _encoder() as encoder:
+        return [[CodedFrame(*frame) for frame in frames] for frames in encoder.encode(chunks)]
+
+
+def encode_text(raw: memoryview, out: memoryview) -> CodedFrame:
+    """Code a frame, ``uint8[n]``, to the first bytes of `out`, ``uint8[n]``, by zstd or not at all."""
+    with _encoder() as encoder:
+        coded = encoder.general.compress(raw)
+    if len(coded) < raw.nbytes:
+        _planes.copy(coded, out[: len(coded)])
+        return CodedFrame(ZSTD, len(coded), len(coded))
+    _planes.copy(raw, out)
+    return CodedFrame(RAW, raw.nbytes, raw.nbytes)
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+def decode_frame(way: int, itemsize: int, coded: memoryview, base: memoryview | None, raw: memoryview) -> None:
+    """Decode a frame, from all of `coded` to all of `raw`.
+
+    Parameters
+    ----------
+    way
+        Index into `WAYS`.
+    itemsize
+        Bytes of an element: 1, 2, 4 or 8.
+    coded
+        The frame's coded bytes; not trusted.
+    base
+        ``uint8[n]``, the same place of the base; needed where `way` is a delta. May be the memory of `raw`.
+    raw
+        ``uint8[n]``, ``n <= FRAME_BYTES``. Undefined if an error is raised.
+
+    Raises
+    ------
+    CodecError
+        If these are not the coded bytes of a frame of that size.
+    """
+    if way == RAW:
+        if len(coded) != len(raw):
+            raise CodecError(f"{len(coded)} bytes are stored for {len(raw)}")
+        _planes.copy(coded, raw)
+    elif way == ZSTD:
+        _planes.copy(_inflate(coded, len(raw)), raw)
+    else:
+        n = len(raw) // itemsize
+        body, tail = raw[: n * itemsize], raw[n * itemsize :]
+        planes, at = [], 0
+        for j in range(itemsize):
+            plane, at = _read_block(coded, at, n, _worker.plane(j, n), masks=True)
+            planes.append(plane)
+        if len(coded) - at != len(tail):
+            raise CodecError(f"{len(coded) - at} bytes follow the planes, not {len(tail)}")
+        if way == INTRA:
+            base = None
+        elif base is None:
+            raise CodecError("it is a delta, and there is no base")
+        _planes.join(planes, None if base is None else base[: len(body)], body, _planes.BEST)
+        tail[:] = coded[at:]
+
+
+def _read_block(
+    coded: memoryview, at: int, n: int, scratch: memoryview, *, masks: bool
+) -> tuple[bytes | memoryview, int]:
+    """Return the `n` bytes of the block at `at`, which may be `scratch`, and where the block ends."""
+    if len(coded) - at < _BLOCK.size:
+        raise CodecError("it ends within the head of a block")
+    kind, length = _BLOCK.unpack_from(coded, at)
+    at += _BLOCK.size
+    end = at + length
+    if end > len(coded):
+        raise CodecError(f"a block has {length} bytes where {len(coded) - at} are left")
+    content = coded[at:end]
+    if kind == BLOCK_RAW and length == n:
+        return content, end
+    if kind == BLOCK_CONSTANT and length == 1:
+        np.frombuffer(scratch, np.uint8).fill(content[0])
+        return scratch, end
+    if kind == BLOCK_ZSTD:
+        return _expand(content, scratch), end
+    if kind == BLOCK_MASKED and masks and length >= 1:
+        _read_mask(content, n, scratch)
+        return scratch, end
+    if kind == BLOCK_SPARSE and masks and length >= _SPARSE.size:
+        _read_sparse(content, n, scratch)
+        return scratch, end
+    raise CodecError(f"a block of kind {kind} has {length} bytes for {n}")
+
+
+def _read_mask(content: memoryview, n: int, scratch: memoryview) -> None:
+    """Put the `n` bytes of a masked block into `scratch`."""
+    bitmap_nbytes = (n + 7) // 8
+    bitmap, at = _read_block(content, 1, bitmap_nbytes, _worker.bitmap[:bitmap_nbytes], masks=False)
+    count = _planes.popcount(bitmap, _planes.BEST)
+    if count > n:
+        raise CodecError(f"a mask has {count} bits set for {n} bytes")
+    others, at = _read_block(content, at, count, _worker.others[:count], masks=False)
+    if at != len(content):
+        raise CodecError(f"a masked block is followed by {len(content) - at} bytes of its own")
+    try:
+        _planes.unmask(bitmap, others, content[0], scratch, _planes.BEST)
+    except ValueError as error:
+        raise CodecError(str(error)) from error
+
+
+def _read_sparse(content: memoryview, n: int, scratch: memoryview) -> None:
+    """Put the `n` bytes of a sparse block into `scratch`."""
+    common, gap_nbytes = _SPARSE.unpack_from(content)
+    if gap_nbytes > n:
+        raise CodecError(f"a sparse block has {gap_nbytes} gaps for {n} bytes")
+    gaps, at = _read_block(content, _SPARSE.size, gap_nbytes, _worker.gaps[:gap_nbytes], masks=False)
+    count = _planes.gap_ends(gaps)
+    others, at = _read_block(content, at, count, _worker.others[:count], masks=False)
+    if at != len(content):
+        raise CodecError(f"a sparse block is followed by {len(content) - at} bytes of its own")
+    try:
+        _planes.fill_gaps(gaps, others, common, scratch)
+    except ValueError as error:
+        raise CodecError(str(error)) from error
+
+
+def _expand(coded: memoryview, scratch: memoryview) -> bytes | memoryview:
+    """Return the bytes of an entropy-coded block, which may be `scratch`."""
+    if _planes.unhuffman(coded, scratch, _planes.BEST):
+        return scratch
+    return _inflate(coded, len(scratch))
+
+
+def _inflate(coded: memoryview, nbytes: int) -> bytes:
+    """Return the `nbytes` that a zstd frame holds; nothing is allocated on the frame's own word."""
+    try:
+        promised = zstandard.frame_content_size(coded)
+        if promised != nbytes:
+            raise CodecError(f"a zstd frame holds {promised} bytes, not {nbytes}")
+        return _worker.decompressor.decompress(coded, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise CodecError(str(error)) from error

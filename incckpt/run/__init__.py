@@ -1,0 +1,1 @@
+"""One process working on one run: its attempt, its saves in the background, its restores."""

@@ -1,0 +1,230 @@
+"""Reading the chunks of a checkpoint: fetch, decode, verify, straight into the memory they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from incckpt.codec import objects as codec
+from incckpt.errors import CodecError, CorruptionError, MissingObjectError
+from incckpt.run.pipeline import LOCAL_REQUESTS, REMOTE_REQUESTS, Pipeline
+from incckpt.staging.hostmem import HostPool
+from incckpt.store.manifest import Chunk, Manifest, Stored
+from incckpt.store.objects import ObjectKey, chunk_keys
+from incckpt.store.store import Store
+
+__all__ = ["Bytes", "ChunkRead", "Reader", "reads_for"]
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass
+class ChunkRead:
+    """A chunk to be read.
+
+    Attributes
+    ----------
+    chunk
+        Which.
+    out
+        ``uint8[chunk.nbytes]`` to decode it into, or ``None`` if nobody wants it whole.
+    base_out
+        The same for the full object that it is a delta against.
+    pieces
+        ``(offset in the chunk, array)``: where its parts are to be copied besides.
+    names
+        Tensors that need it, for messages.
+    """
+
+    chunk: Chunk
+    out: Bytes | None = None
+    base_out: Bytes | None = None
+    pieces: list[tuple[int, Bytes]] = field(default_factory=list)
+    names: tuple[str, ...] = ()
+
+
+class Reader:
+    """Reads chunks of a store, many at once.
+
+    Parameters
+    ----------
+    threads
+        For decoding.
+    verify
+        Whether to check digests.
+    bytes_in_flight
+        Bound on host memory beyond the destinations.
+    """
+
+    def __init__(self, store: Store, *, threads: int, verify: bool = True, bytes_in_flight: int = 256 << 20) -> None:
+        self._store = store
+        self._verify = verify
+        self._bytes_in_flight = bytes_in_flight
+        self._pool = HostPool()
+        self._pipeline = Pipeline(
+            requests=REMOTE_REQUESTS if store.backend.remote else LOCAL_REQUESTS,
+            threads=threads,
+            bytes_in_flight=bytes_in_flight,
+            name="incckpt-read",
+        )
+
+    def read(self, reads: Iterable[ChunkRead], progress: Callable[[int], None] = lambda nbytes: None) -> None:
+        """Read the chunks; an object that several of them share is fetched once.
+
+        Parameters
+        ----------
+        progress
+            Called with the raw bytes of each chunk that is done, from any thread.
+
+        Raises
+        ------
+        MissingObjectError, CorruptionError
+            Naming the object and the tensors that need it; destinations are undefined by then.
+        """
+        by_object: dict[ObjectKey, list[ChunkRead]] = {}
+        for item in reads:
+            by_object.setdefault(chunk_keys(item.chunk)[0], []).append(item)
+
+        def work(group: list[ChunkRead]) -> None:
+            self._read(group)
+            for item in group:
+                progress(item.chunk.nbytes)
+
+        self._pipeline.each(by_object.values(), _weight, work)
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._pipeline.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self, group: Sequence[ChunkRead]) -> None:
+        chunk = group[0].chunk
+        whole = next((item.out for item in group if item.out is not None), None)
+        out = whole if whole is not None else _sole_destination(group)
+        scratch = out is None
+        if out is None:
+            out = self._scratch(chunk.nbytes)
+        keys = chunk_keys(chunk)
+        key = keys[0]
+        try:
+            base = None
+            if chunk.base is not None:
+                key = keys[1]
+                kept = [item.base_out for item in group if item.base_out is not None]
+                base = self._read_base(chunk.base, key, kept[0] if kept else out)
+                for other in kept[1:]:
+                    other[:] = kept[0]
+                key = keys[0]
+            identity = bytes.fromhex(chunk.identity)
+            if base is None and chunk.size == codec.max_nbytes(chunk.nbytes):  # nothing in it is compressed
+                head = bytearray(codec.header_nbytes(chunk.nbytes))
+                self._store.objects.get_into(key, [memoryview(head), out.data])
+                with self._pipeline.cpu:
+                    codec.decode_in_place(head, out, identity=identity, verify=self._verify)
+                    self._distribute(group, out, scratch)
+            else:
+                data = self._fetch(key, chunk.size)
+                with self._pipeline.cpu:
+                    codec.decode(data, out, identity=identity, base=base, verify=self._verify)
+                    self._distribute(group, out, scratch)
+        except MissingObjectError as error:
+            raise MissingObjectError(f"{error} ({_needed_by(group)})") from error
+        except CodecError as error:
+            raise CodecError(f"object {key} is damaged: {error} ({_needed_by(group)})") from error
+        except CorruptionError as error:
+            raise CorruptionError(f"{error} ({_needed_by(group)})") from error
+
+    def _read_base(self, stored: Stored, key: ObjectKey, out: Bytes) -> codec.Base:
+        """Decode a delta's base; `out` may be the memory that the delta is decoded to."""
+        data = self._fetch(key, stored.size)
+        identity = bytes.fromhex(stored.identity)
+        with self._pipeline.cpu:
+            # Its digests are not checked: a wrong base gives a wrong chunk, and the chunk's digests are.
+            codec.decode(data, out, identity=identity, verify=False)
+        return codec.Base(identity, out)
+
+    def _fetch(self, key: ObjectKey, size: int) -> Bytes:
+        data = self._scratch(size)
+        self._store.objects.get_into(key, [data.data])
+        return data
+
+    def _scratch(self, nbytes: int) -> Bytes:
+        """Return memory for a moment: recycled, since to touch new pages costs more than to fill them."""
+        self._pool.trim(max(0, self._bytes_in_flight - self._pool.used_bytes - _capacity(nbytes)))
+        return self._pool.take(_capacity(nbytes))[:nbytes]
+
+    @staticmethod
+    def _distribute(group: Sequence[ChunkRead], out: Bytes, scratch: bool) -> None:
+        for item in group:
+            if item.out is not None and item.out is not out:
+                item.out[:] = out
+            for offset, target in item.pieces:
+                if scratch or target is not out:
+                    target[:] = out[offset : offset + target.nbytes]
+
+
+def reads_for(
+    manifest: Manifest, buffers: Sequence[Bytes | None], names: Sequence[Sequence[str]]
+) -> dict[int, ChunkRead]:
+    """Return the reads that fill `buffers`, by chunk index.
+
+    Parameters
+    ----------
+    buffers
+        One per range of the manifest, ``uint8[range.nbytes]``; ``None`` for a range that is not wanted.
+    names
+        The tensors in each range.
+    """
+    reads: dict[int, ChunkRead] = {}
+    for item, buffer, needed_by in zip(manifest.ranges, buffers, names, strict=True):
+        if buffer is None:
+            continue
+        position = 0
+        for index, offset, nbytes in item.pieces:
+            read = reads.setdefault(index, ChunkRead(manifest.chunks[index]))
+            read.pieces.append((offset, buffer[position : position + nbytes]))
+            read.names += tuple(needed_by[:3])
+            position += nbytes
+    return reads
+
+
+def _sole_destination(group: Sequence[ChunkRead]) -> Bytes | None:
+    """Return a destination that takes the chunk whole, to decode straight into it."""
+    for item in group:
+        for _, target in item.pieces:
+            if target.nbytes == item.chunk.nbytes:
+                return target
+    return None
+
+
+def _weight(group: Sequence[ChunkRead]) -> int:
+    """Return the bytes that reading a chunk takes besides its destinations: what `Reader._scratch` gives."""
+    chunk = group[0].chunk
+    base = 0 if chunk.base is None else chunk.base.size
+    whole = any(item.out is not None for item in group) or _sole_destination(group) is not None
+    coded = 0 if chunk.base is None and chunk.size == codec.max_nbytes(chunk.nbytes) else max(chunk.size, base)
+    return _capacity(coded) + (0 if whole else _capacity(chunk.nbytes))
+
+
+def _capacity(nbytes: int) -> int:
+    """Return the size of the memory that is taken for `nbytes`: one of few, so that it can be recycled."""
+    step = 1 << max(12, nbytes.bit_length() - 4)
+    return -(-nbytes // step) * step
+
+
+def _needed_by(group: Sequence[ChunkRead]) -> str:
+    names = list(dict.fromkeys(name for item in group for name in item.names))
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"needed by tensor {shown}" if names else "needed by the checkpoint"

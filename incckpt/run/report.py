@@ -1,0 +1,84 @@
+"""What a save did, in figures."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field, fields
+
+from incckpt.codec.objects import Encoded, WayBytes
+from incckpt.store.document import Json, encode_float
+
+__all__ = ["SaveReport"]
+
+
+@dataclass
+class SaveReport:
+    """What a save did.
+
+    Attributes
+    ----------
+    chunks, changed_chunks
+        Chunks of the state, and those that differed from the base.
+    nbytes, changed_bytes
+        Their raw bytes.
+    put_objects, put_bytes
+        Objects put, the manifest not counted, and their stored bytes.
+    manifest_bytes
+        Stored size of the manifest.
+    norms
+        With thresholds: by tensor, its relative change and the norm of what was stored before.
+    by_way
+        Raw and stored bytes of the put objects' frames, by the way they are coded.
+    seconds
+        By phase. ``flatten``, ``stage`` and ``wait`` (for the backlog) block the caller. ``hash``, ``encode`` and
+        ``put`` are summed over threads; ``store`` is the time they took together; ``commit`` is the protocol's part.
+    """
+
+    step: int = 0
+    chunks: int = 0
+    changed_chunks: int = 0
+    nbytes: int = 0
+    changed_bytes: int = 0
+    put_objects: int = 0
+    put_bytes: int = 0
+    manifest_bytes: int = 0
+    norms: dict[str, tuple[float, float]] = field(default_factory=dict)
+    by_way: dict[str, WayBytes] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def restart(self) -> None:
+        """Forget what was put: the save starts again under another name."""
+        with self._lock:
+            self.put_objects = self.put_bytes = 0
+            self.by_way = {}
+
+    def spent(self, phase: str, seconds: float) -> None:
+        """Add to the time of a phase."""
+        with self._lock:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def put(self, encoded: Encoded) -> None:
+        """Count an object."""
+        with self._lock:
+            self.put_objects += 1
+            self.put_bytes += len(encoded.data)
+            for way, one in encoded.ways.items():
+                total = self.by_way.get(way, WayBytes(0, 0))
+                self.by_way[way] = WayBytes(total.raw + one.raw, total.stored + one.stored)
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the report as JSON-able values."""
+        document: dict[str, Json] = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.name not in ("_lock", "by_way", "norms")
+        }
+        document["by_way"] = {way: one._asdict() for way, one in self.by_way.items()}
+        document["norms"] = {name: [encode_float(value) for value in pair] for name, pair in self.norms.items()}
+        return document
+
+    @property
+    def blocked_seconds(self) -> float:
+        """How long the caller waited."""
+        return sum(self.seconds.get(phase, 0.0) for phase in ("wait", "flatten", "stage"))

@@ -1,0 +1,168 @@
+"""A checkpoint to a state: into new memory, or in place."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from incckpt.run.reader import Bytes, Reader, reads_for
+from incckpt.staging.baseline import Base
+from incckpt.staging.content import Content
+from incckpt.staging.hostmem import new_buffer
+from incckpt.state.assign import Assignment
+from incckpt.state.build import MapLocation, build
+from incckpt.state.entries import TensorEntry, check_entries, entry_from_json, range_kinds
+from incckpt.state.tree import Tree, parse, references, select
+from incckpt.store.manifest import Chunk, Manifest
+
+__all__ = ["Contents", "MapLocation", "load_state", "restore_into"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A manifest, parsed and checked: the nesting, and the tensors by index.
+
+    Attributes
+    ----------
+    tree
+        The structure, or the part of it that was selected.
+    entries
+        All tensors of the checkpoint.
+    wanted
+        Indexes of the ranges that `tree` needs.
+    """
+
+    manifest: Manifest
+    tree: Tree
+    entries: Sequence[TensorEntry]
+    wanted: frozenset[int]
+
+    @classmethod
+    def of(cls, manifest: Manifest, keys: str | Sequence[str] | None = None) -> Contents:
+        """Parse and check a manifest's structure and tensors; select what `keys` match.
+
+        Raises
+        ------
+        FormatError
+            If it is inconsistent.
+        StateMismatchError
+            If `keys` match nothing.
+        """
+        entries = [entry_from_json(item) for item in manifest.tensors]
+        check_entries(entries, [item.nbytes for item in manifest.ranges])
+        tree = parse(manifest.structure, len(entries))
+        if keys is not None:
+            tree = select(tree, keys)
+        wanted = frozenset(entries[index].range for index in references(tree)) - {-1}
+        return cls(manifest, tree, entries, wanted)
+
+    def names(self) -> list[list[str]]:
+        """Return the names of the tensors in each range."""
+        names: list[list[str]] = [[] for _ in self.manifest.ranges]
+        for entry in self.entries:
+            if entry.range >= 0:
+                names[entry.range].append(entry.name)
+        return names
+
+
+@contextmanager
+def progress_bar(total: int, step: int, show: bool | None) -> Iterator[Callable[[int], None]]:
+    """Show how many of `total` bytes are read, if asked to or if a terminal watches; give what counts them."""
+    shown = sys.stderr.isatty() if show is None else show
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=f"step {step}", disable=not shown) as bar:
+        yield bar.update
+
+
+def load_state(
+    reader: Reader,
+    manifest: Manifest,
+    *,
+    keys: str | Sequence[str] | None = None,
+    map_location: MapLocation = None,
+    allow_pickle: bool = False,
+    progress: bool | None = None,
+) -> Any:
+    """Return the state of a checkpoint, or the part of it that `keys` match, in new memory."""
+    contents = Contents.of(manifest, keys)
+    buffers = [
+        new_buffer(item.nbytes) if index in contents.wanted else None for index, item in enumerate(manifest.ranges)
+    ]
+    reads = reads_for(manifest, buffers, contents.names())
+    with progress_bar(sum(read.chunk.nbytes for read in reads.values()), manifest.step, progress) as count:
+        reader.read(reads.values(), count)
+    return build(contents.tree, contents.entries, buffers, map_location=map_location, allow_pickle=allow_pickle)
+
+
+def restore_into(
+    reader: Reader,
+    manifest: Manifest,
+    target: Any,
+    *,
+    base: Base,
+    allow_pickle: bool = False,
+    progress: bool | None = None,
+) -> None:
+    """Restore a checkpoint into `target`, in place, and keep its contents in `base` if that keeps any.
+
+    Raises
+    ------
+    StateMismatchError
+        If it does not fit; nothing was touched.
+    MissingObjectError, CorruptionError
+        If it is damaged; `target` is undefined until another restore succeeds.
+    """
+    contents = Contents.of(manifest)
+    sizes = [(item.nbytes, item.itemsize) for item in manifest.ranges]
+    assignment = Assignment(
+        contents.tree, contents.entries, [nbytes for nbytes, _ in sizes], target, allow_pickle=allow_pickle
+    )
+    buffers: list[Bytes | None] = [None] * len(sizes)
+    for index in assignment.ranges:
+        own = assignment.destination(index)
+        buffers[index] = new_buffer(sizes[index][0]) if own is None else own
+    reads = reads_for(manifest, buffers, contents.names())
+    base.forget()
+    layout = None
+    if base.keep and len(assignment.ranges) == len(sizes):
+        layout = base.layout_for(sizes, range_kinds(contents.entries, len(sizes)))
+    if layout is not None and layout.ranges != manifest.ranges:
+        log.warning(
+            "the first save will copy everything: the checkpoint was cut into other chunks (here of up to %d bytes)",
+            base.chunk_bytes,
+        )
+        layout = None
+    kept = {index: base.pool.take(chunk.nbytes) for index, chunk in enumerate(manifest.chunks)} if layout else {}
+    for index, buffer in kept.items():
+        if manifest.chunks[index].base is None:
+            reads[index].out = buffer
+        else:
+            reads[index].base_out = buffer
+    with progress_bar(sum(read.chunk.nbytes for read in reads.values()), manifest.step, progress) as count:
+        reader.read(reads.values(), count)
+    for index in assignment.ranges:
+        delivered, buffers[index] = buffers[index], None
+        assert delivered is not None
+        assignment.deliver(index, delivered)
+    assignment.finish()
+    if layout is not None:
+        base.adopt(layout, [_full_content(chunk, kept[index]) for index, chunk in enumerate(manifest.chunks)])
+
+
+def _full_content(chunk: Chunk, buffer: Bytes) -> Content:
+    """Return the content of the full object that `chunk` is, or is a delta against."""
+    content = Content(buffer, chunk.itemsize)
+    stored = chunk.base
+    if stored is not None:
+        content.deltas.add(chunk.size)
+    content.stored = (
+        chunk if stored is None else Chunk(stored.identity, chunk.nbytes, chunk.itemsize, stored.nonce, stored.size)
+    )
+    return content

@@ -1,0 +1,254 @@
+"""The chunks of a save: hash, find what is stored already, encode, put."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from incckpt.codec import objects as codec
+from incckpt.run.pipeline import REMOTE_REQUESTS, Pipeline
+from incckpt.run.report import SaveReport
+from incckpt.run.snapshot import Snapshot
+from incckpt.staging.content import Content
+from incckpt.staging.hostmem import HostPool
+from incckpt.staging.layout import Layout, batches
+from incckpt.store.manifest import Chunk, Stored
+from incckpt.store.objects import ObjectKey, chunk_keys
+from incckpt.store.store import Store
+
+__all__ = ["Known", "Uploader"]
+
+_REMEMBERED = 1 << 16  # chunks of the past; forgetting one costs at most that it is put again
+_LOCAL_BATCH = 64 << 20  # bytes hashed, coded, put, without the interpreter's lock changing hands (docs/decisions/007)
+_REMOTE_BATCH = 16 << 20  # the same, but for the putting, which should begin soon
+_IN_FLIGHT = 256 << 20  # bytes
+_DELTA_WORTHWHILE = 0.95  # of a full object's size; above, store in full: a second read costs more than it saves
+
+
+@dataclass
+class Known:
+    """What this save may reuse.
+
+    `vouched` are keys that a ref needs which was read, alive, after this save's pin was put; others need a look.
+    """
+
+    condemned: frozenset[str]
+    vouched: frozenset[str]
+
+
+class Uploader:
+    """Stores the chunks of one save after the other.
+
+    Parameters
+    ----------
+    store
+        Where to.
+    threads
+        For hashing and encoding.
+    base_of
+        Given layout and chunk index, returns the content of the chunk's last full object, or ``None``; deltas are made
+        against it.
+    pipeline
+        What takes chunks through hashing, encoding and putting; a new one, with 256 MiB in flight, if none is given.
+
+    Attributes
+    ----------
+    tried
+        Keys that this save has put, or tried to.
+    look_up
+        Whether to look in the store for content that no checkpoint of this run is known to hold.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        threads: int,
+        base_of: Callable[[Layout, int], Content | None] = lambda layout, index: None,
+        pipeline: Pipeline | None = None,
+    ) -> None:
+        self.tried: list[str] = []
+        self.look_up = True
+        self._store = store
+        self._base_of = base_of
+        # On this machine's own disk a put is work for its cores, the syncing included, not waiting to be filled.
+        remote = store.backend.remote
+        requests = REMOTE_REQUESTS if remote else threads
+        self._batch_bytes = _REMOTE_BATCH if remote else _LOCAL_BATCH
+        self.pipeline = pipeline or Pipeline(
+            requests=requests, threads=threads, bytes_in_flight=_IN_FLIGHT, name="incckpt-write"
+        )
+        self._threads = threads
+        self._spare_bytes = min(threads * self._batch_bytes, _IN_FLIGHT)
+        self._buffers = HostPool()  # for objects: fresh memory would be slow, and giving it back interrupts all cores
+        self._by_identity: dict[str, Chunk] = {}
+
+    def remember(self, chunks: Iterable[Chunk]) -> None:
+        """Note what a checkpoint of the lineage holds: it need not be put again."""
+        self._by_identity.update((chunk.identity, chunk) for chunk in chunks)
+        for identity in list(self._by_identity)[:-_REMEMBERED]:
+            del self._by_identity[identity]
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Forget objects that were collected."""
+        gone = frozenset(keys)
+        self._by_identity = {
+            identity: chunk
+            for identity, chunk in self._by_identity.items()
+            if not any(str(key) in gone for key in chunk_keys(chunk))
+        }
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self.pipeline.close()
+
+    def put(self, key: ObjectKey, data: bytes) -> None:
+        """Put an object that is no chunk."""
+        self.tried.append(str(key))
+        self._store.objects.put(key, data)
+
+    def store(self, snapshot: Snapshot, nonce: str, known: Known, report: SaveReport) -> list[Chunk]:
+        """Make sure that every content is stored, each identity once; return where, by chunk."""
+        contents = snapshot.contents
+        claims: dict[str, int] = {}
+        claiming = threading.Lock()
+
+        def look(index: int) -> Content | None:
+            content = contents[index]
+            content.stored = self._reusable(content, known)
+            if content.stored is not None:
+                return None
+            return self._base(content, self._base_of(snapshot.layout, index), index, known)
+
+        def store_batch(batch: Sequence[int]) -> None:
+            self._hash([contents[index] for index in batch], report)
+            with claiming:
+                mine = [index for index in batch if claims.setdefault(contents[index].identity, index) == index]
+            bases = dict(zip(mine, self.pipeline.together(look, mine), strict=True))
+            new = [(contents[index], bases[index]) for index in mine if contents[index].stored is None]
+            if new:
+                self._put_all(new, self._encode(new, report), nonce, report)
+
+        unsure = [
+            index
+            for index, content in enumerate(contents)
+            if content.stored is None or not self._usable(content.stored, known, look=False)
+        ]
+        sizes = [contents[index].nbytes for index in unsure]
+        cut = batches(unsure, sizes, min(self._batch_bytes, sum(sizes) // (2 * self._threads)))
+        self.pipeline.each(cut, lambda batch: sum(contents[index].nbytes for index in batch), store_batch)
+        self._buffers.trim(self._spare_bytes)
+        chunks: list[Chunk] = []
+        for content in contents:
+            if content.digest is not None:
+                twin = contents[claims.get(content.identity, len(chunks))].stored
+                if twin is not None:
+                    content.stored = replace(twin, itemsize=content.itemsize)
+            assert content.stored is not None
+            chunks.append(content.stored)
+        return chunks
+
+    def _hash(self, contents: Sequence[Content], report: SaveReport) -> None:
+        raws = [(content, content.raw) for content in contents if content.digest is None]
+        with self.pipeline.cpu:
+            started = time.perf_counter()
+            digests = codec.digest_many([raw for _, raw in raws if raw is not None])
+            report.spent("hash", time.perf_counter() - started)
+        for (content, _), digest in zip(raws, digests, strict=True):
+            content.digest = digest
+
+    def _encode(self, contents: Sequence[tuple[Content, Content | None]], report: SaveReport) -> list[codec.Encoded]:
+        """Return the objects of contents, each with the one that it may be a delta against."""
+        self._buffers.trim(self._spare_bytes)  # where chunks are of many sizes, few of them are used again
+        sources: list[codec.Source] = []
+        for content, full in contents:
+            assert content.raw is not None
+            assert content.digest is not None
+            base = None
+            if full is not None:
+                assert full.raw is not None
+                assert full.stored is not None
+                base = codec.Base(bytes.fromhex(full.stored.identity), full.raw)
+            out = self._buffers.take(codec.max_nbytes(content.nbytes))
+            sources.append(codec.Source(content.raw, content.itemsize, content.digest, base, out))
+        with self.pipeline.cpu:
+            started = time.perf_counter()
+            encoded = codec.encode_many(sources)
+            poor_deltas = [
+                index
+                for index, one in enumerate(encoded)
+                if one.base is not None and len(one.data) > _DELTA_WORTHWHILE * one.full_nbytes
+            ]
+            again = codec.encode_many([sources[index]._replace(base=None) for index in poor_deltas])
+            report.spent("encode", time.perf_counter() - started)
+        for index, one in zip(poor_deltas, again, strict=True):
+            encoded[index] = one
+        return encoded
+
+    def _usable(self, chunk: Chunk, known: Known, *, look: bool = True) -> bool:
+        """Whether the objects of `chunk` may be relied on: none condemned, each needed by a living ref or seen now."""
+        for key in chunk_keys(chunk):
+            if str(key) in known.condemned:
+                return False
+            if str(key) not in known.vouched and not (look and self._store.objects.exists(key)):
+                return False
+        return True
+
+    def _reusable(self, content: Content, known: Known) -> Chunk | None:
+        """Return where the content is stored already, if it is."""
+        identity = content.identity
+        candidates = [content.stored, self._by_identity.get(identity)]
+        for chunk in candidates:
+            if chunk is not None and self._usable(chunk, known):
+                return chunk
+        if self.look_up:
+            for key, size in self._store.objects.find(identity):
+                if str(key) not in known.condemned:
+                    return Chunk(identity, content.nbytes, content.itemsize, key.nonce, size)
+        return None
+
+    def _base(self, content: Content, full: Content | None, index: int, known: Known) -> Content | None:
+        """Return `full`, the last full object of chunk `index`, if `content` may be stored as a delta against it."""
+        if full is None or full is content or full.raw is None or full.stored is None or full.stored.base is not None:
+            return None
+        due = full.deltas.is_over(full.stored.size, index)
+        return full if not due and self._usable(full.stored, known) else None
+
+    def _put_all(
+        self,
+        contents: Sequence[tuple[Content, Content | None]],
+        encoded: Sequence[codec.Encoded],
+        nonce: str,
+        report: SaveReport,
+    ) -> None:
+        """Put the objects of contents, each given with the one that it is against if it is a delta."""
+        started = time.perf_counter()
+        chunks: list[Chunk] = []
+        for (content, full), one in zip(contents, encoded, strict=True):
+            size, base = len(one.data), None
+            if one.base is not None:
+                assert full is not None
+                assert full.stored is not None
+                full.deltas.add(size)
+                base = Stored(full.stored.identity, full.stored.nonce, full.stored.size)
+            chunks.append(Chunk(content.identity, content.nbytes, content.itemsize, nonce, size, base))
+        objects = [(chunk_keys(chunk)[0], one.data) for chunk, one in zip(chunks, encoded, strict=True)]
+        self.tried += [str(key) for key, _ in objects]
+
+        def note(index: int) -> None:
+            contents[index][0].stored = chunks[index]
+            report.put(encoded[index])
+
+        def put(index: int) -> None:
+            self._store.objects.put(*objects[index])
+            note(index)  # should another one fail, this one need not be put again
+
+        if self._store.backend.remote:
+            self.pipeline.together(put, range(len(objects)))
+        else:
+            self._store.objects.put_many(objects)
+            for index in range(len(objects)):
+                note(index)
+        report.spent("put", time.perf_counter() - started)

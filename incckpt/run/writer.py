@@ -1,0 +1,285 @@
+"""The background part of a save: pin, store the chunks, put the manifest, commit."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+
+from incckpt.codec import objects as codec
+from incckpt.errors import BackendError, SupersededError
+from incckpt.run.pipeline import Pipeline
+from incckpt.run.report import SaveReport
+from incckpt.run.snapshot import Snapshot
+from incckpt.run.upload import Known, Uploader
+from incckpt.staging.content import Content
+from incckpt.staging.layout import Layout
+from incckpt.store.lineage import Run
+from incckpt.store.manifest import Chunk, Manifest
+from incckpt.store.objects import ObjectKey, manifest_keys
+from incckpt.store.refs import Ref, RefName, Tombstone
+from incckpt.store.store import Store
+
+__all__ = ["Writer"]
+
+log = logging.getLogger(__name__)
+
+_ABORTED_TRIES = 3
+
+
+class _CommitUnknownError(Exception):
+    """Whether the checkpoint is committed could not be found out, because of `error`."""
+
+    def __init__(self, error: BackendError) -> None:
+        self.error = error
+
+
+class _Heartbeat:
+    """Puts a pin again every minute while a save is written, so that nobody takes the writer for dead."""
+
+    def __init__(self, run: Run, name: RefName, seconds: float) -> None:
+        self._run = run
+        self._name = name
+        self._seconds = seconds
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="incckpt-heartbeat", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # Joined before the pin is removed: a beat that lands later would leave a pin behind.
+        self._done.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._done.wait(self._seconds):
+            try:
+                self._run.pin(self._name)
+            except BackendError as error:
+                log.warning("could not renew the pin of step %d: %s", self._name.step, error)
+
+
+class Writer:
+    """Writes the checkpoints of one attempt, one after the other.
+
+    Parameters
+    ----------
+    store, run, attempt
+        Where to, and as whom.
+    threads
+        For hashing and encoding.
+    settle
+        Called with layout, chunk index and content when the content is stored.
+    base_of
+        Given layout and chunk index, returns the content of the chunk's last full object, or ``None``; deltas are made
+        against it.
+    pipeline
+        What takes chunks through hashing, encoding and putting; a new one, with 256 MiB in flight, if none is given.
+    heartbeat_seconds
+        How often the pin of a save in flight is put again.
+
+    Attributes
+    ----------
+    spent
+        Keys that nobody needs any more, pins of saves that are over first of all; `delete_spent` deletes them.
+    wasted
+        Keys of objects put by saves that came to nothing, until they are condemned; later saves may use some of them.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        run: Run,
+        attempt: int,
+        *,
+        threads: int,
+        settle: Callable[[Layout, int, Content], None] = lambda layout, index, content: None,
+        base_of: Callable[[Layout, int], Content | None] = lambda layout, index: None,
+        pipeline: Pipeline | None = None,
+        heartbeat_seconds: float = 60.0,
+    ) -> None:
+        self.spent: list[str] = []
+        self.wasted: set[str] = set()
+        self._store = store
+        self._run = run
+        self.attempt = attempt
+        self._settle = settle
+        self._uploader = Uploader(store, threads=threads, base_of=base_of, pipeline=pipeline)
+        self._heartbeat_seconds = heartbeat_seconds
+        self._previous: tuple[RefName, frozenset[str]] | None = None
+        self._unsettled: list[tuple[Ref, Manifest, list[str]]] = []
+
+    def continue_from(self, name: RefName, manifest: Manifest) -> None:
+        """Take a checkpoint of the lineage as the previous one: what it holds need not be put again."""
+        self._previous = (name, manifest_keys(manifest))
+        self._uploader.remember(manifest.chunks)
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Forget objects that were collected."""
+        self._uploader.forget(keys)
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._uploader.close()
+
+    def write(self, snapshot: Snapshot, report: SaveReport) -> tuple[Ref, Manifest]:
+        """Write a checkpoint and commit it.
+
+        Returns
+        -------
+        ref, manifest
+            The checkpoint, durable.
+
+        Raises
+        ------
+        SupersededError
+            If another process has taken over the run.
+        BackendError
+            If the store failed; the next save uploads what is missing.
+        """
+        for _ in range(_ABORTED_TRIES):
+            name = RefName.new(self.attempt, snapshot.step)
+            written = self._write_as(name, snapshot, report)
+            if written is not None:
+                return written
+            # A collector took this save for dead, after an outage say. If nobody took the run over, save again.
+            self._run.check_not_superseded(self.attempt)
+            log.warning("the save of step %d was aborted as stale; saving again", snapshot.step)
+        raise SupersededError(f"run {self._run.name!r}: the save of step {snapshot.step} was aborted again and again")
+
+    def _write_as(self, name: RefName, snapshot: Snapshot, report: SaveReport) -> tuple[Ref, Manifest] | None:
+        started = time.perf_counter()
+        report.restart()
+        self._uploader.tried = []
+        pin = self._run.pin_key(name)
+        try:
+            self._run.pin(name)
+            with _Heartbeat(self._run, name, self._heartbeat_seconds):
+                known = self._look_around()
+                storing = time.perf_counter()
+                chunks = self._uploader.store(snapshot, name.nonce, known, report)
+                report.spent("store", time.perf_counter() - storing)
+                manifest = self._manifest(name, snapshot, chunks)
+                ref = self._put_manifest(name, manifest, report)
+                outcome = self._commit(ref, manifest)
+        except _CommitUnknownError as unknown:
+            raise unknown.error from unknown  # the pin has to stand: the commit may come yet, and needs its objects
+        except BaseException:
+            self.spent.append(pin)
+            self.wasted.update(self._uploader.tried)
+            raise
+        self.spent.append(pin)
+        report.spent("commit", time.perf_counter() - started - report.seconds["store"])
+        if outcome is Tombstone.ABORTED:
+            self.wasted.update(self._uploader.tried)
+            return None
+        self._previous = (name, manifest_keys(manifest))
+        self._uploader.remember(chunks)
+        self._uploader.look_up = False
+        for index, content in enumerate(snapshot.contents):
+            self._settle(snapshot.layout, index, content)
+        return ref, manifest
+
+    def _commit(self, ref: Ref, manifest: Manifest) -> Tombstone | None:
+        try:
+            return self._run.commit(ref)
+        except BackendError as error:
+            # Commit and abort race for one key, so aborting finds out.
+            log.warning("the commit of step %d got no clear answer (%s); settling it", ref.step, error)
+            try:
+                aborted = self._run.abort(ref.name)
+            except BackendError:
+                self._unsettled.append((ref, manifest, self._uploader.tried))
+                raise _CommitUnknownError(error) from error
+            if aborted:
+                raise
+            return None
+
+    def settle_commits(self) -> Iterator[tuple[Ref, Manifest]]:
+        """Find out about earlier commits whose outcome was unknown; yields those that were committed after all.
+
+        Raises
+        ------
+        BackendError
+            If that cannot be found out now either.
+        """
+        while self._unsettled:
+            ref, manifest, tried = self._unsettled[0]
+            aborted = self._run.abort(ref.name)
+            del self._unsettled[0]
+            self.spent.append(self._run.pin_key(ref.name))
+            if aborted:
+                self.wasted.update(tried)
+            else:
+                yield ref, manifest
+
+    def delete_spent(self) -> None:
+        """Delete what is `spent`; if that fails, the next call tries again."""
+        if self.spent:
+            try:
+                self._store.backend.delete(self.spent)
+            except BackendError as error:
+                log.warning("could not remove %s, trying again after the next save: %s", ", ".join(self.spent), error)
+            else:
+                self.spent.clear()
+
+    def _look_around(self) -> Known:
+        """Return what may be reused; to be called once the pin is put. In which order it looks does not matter."""
+        looks = (self._not_superseded, self._store.condemned.keys, self._vouched)
+        _, condemned, vouched = self._uploader.pipeline.together(lambda look: look(), looks)
+        return Known(condemned, vouched)
+
+    def _not_superseded(self) -> frozenset[str]:
+        self._run.check_not_superseded(self.attempt)
+        return frozenset()
+
+    def _vouched(self) -> frozenset[str]:
+        """Return the keys that the previous checkpoint needs, if its ref lives now."""
+        if self._previous is None:
+            return frozenset()
+        name, keys = self._previous
+        try:
+            return keys if isinstance(self._run.read(name), Ref) else frozenset()
+        except ValueError as error:
+            log.error("the ref of step %d is unreadable; what it needs is looked up one by one: %s", name.step, error)
+            return frozenset()
+
+    # -- manifest
+
+    def _manifest(self, name: RefName, snapshot: Snapshot, chunks: Sequence[Chunk]) -> Manifest:
+        return Manifest(
+            run=self._run.name,
+            attempt=name.attempt,
+            step=name.step,
+            nonce=name.nonce,
+            time=snapshot.time,
+            metrics=snapshot.metrics,
+            chunk_bytes=snapshot.layout.chunk_bytes,
+            structure=snapshot.structure,
+            tensors=snapshot.tensors,
+            ranges=snapshot.layout.ranges,
+            chunks=tuple(chunks),
+            norms=snapshot.norms,
+        )
+
+    def _put_manifest(self, name: RefName, manifest: Manifest, report: SaveReport) -> Ref:
+        document = manifest.to_json()
+        digest = codec.digest(document)
+        data = codec.encode_document(document, digest=digest)
+        key = ObjectKey(digest.identity.hex(), name.nonce)
+        self._uploader.put(key, data)
+        report.manifest_bytes = len(data)
+        return Ref(
+            name=name,
+            time=manifest.time,
+            metrics=manifest.metrics,
+            manifest=str(key),
+            manifest_size=len(data),
+            nbytes=manifest.nbytes,
+            written=report.put_bytes + len(data),
+        )

@@ -1,0 +1,108 @@
+"""The lossy mode: a floating-point tensor that moved by no more than a threshold is not stored again.
+
+The distance is the relative L2 norm, ‖current − stored‖₂ / ‖stored‖₂, always to what is *stored*: drift below it
+cannot add up unseen. Integers, bools and bytes are always exact.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from incckpt.errors import OptionError
+from incckpt.staging import detect
+from incckpt.state.entries import TensorEntry
+
+__all__ = ["RangeThresholds", "Thresholds"]
+
+
+@dataclass(frozen=True)
+class RangeThresholds:
+    """What applies to each byte range of a state.
+
+    Attributes
+    ----------
+    threshold
+        ``float64[r]``; 0 where a range has to be compared exactly.
+    dtype_code
+        ``int64[r]``, for :func:`incckpt.staging.detect.relative_l2`; 0 where it does not matter.
+    names
+        The first tensor in each range.
+    """
+
+    threshold: npt.NDArray[np.float64]
+    dtype_code: npt.NDArray[np.int64]
+    names: list[str]
+
+    @property
+    def lossy(self) -> npt.NDArray[np.bool_]:
+        """Which ranges have a threshold; ``bool[r]``."""
+        return self.threshold > 0
+
+
+class Thresholds:
+    """Thresholds by tensor name.
+
+    Parameters
+    ----------
+    spec
+        One threshold for every tensor, or thresholds by glob of the dotted name; the first that matches counts, and
+        what none matches is exact. 0 means exact.
+
+    Raises
+    ------
+    OptionError
+        If a threshold is not a number from 0 up to, but not including, 1.
+    """
+
+    def __init__(self, spec: float | Mapping[str, float] = 0.0) -> None:
+        self._rules = list(spec.items()) if isinstance(spec, Mapping) else [("*", spec)]
+        for pattern, threshold in self._rules:
+            try:
+                valid = 0.0 <= threshold < 1.0
+            except TypeError:
+                valid = False
+            if not valid:
+                raise OptionError(
+                    f"threshold must be a number in [0, 1), or such by glob; not {threshold!r} ({pattern!r})"
+                )
+        self.active = any(threshold > 0 for _, threshold in self._rules)
+
+    def of(self, name: str) -> float:
+        """Return the threshold of a tensor."""
+        return next((value for pattern, value in self._rules if fnmatch.fnmatchcase(name, pattern)), 0.0)
+
+    def by_range(self, entries: Sequence[TensorEntry], nbytes: Sequence[int]) -> RangeThresholds:
+        """Return what applies to each range.
+
+        A range has a threshold only if it is one floating-point tensor, dense in memory, or several that coincide: of
+        tensors that merely overlap, a part could move further than the whole.
+        """
+        threshold = np.full(len(nbytes), math.inf)
+        code = np.full(len(nbytes), -1, np.int64)
+        names = [""] * len(nbytes)
+        for entry in entries:
+            index = entry.range
+            if index < 0:
+                continue
+            names[index] = names[index] or entry.name
+            kind = detect.DTYPE_CODES.get(_dtype_name(entry))
+            whole = math.prod(entry.shape) * entry.itemsize == nbytes[index]
+            if kind is None or not whole or code[index] not in (-1, kind):
+                threshold[index] = 0.0
+            else:
+                code[index] = kind
+                threshold[index] = min(threshold[index], self.of(entry.name))
+        return RangeThresholds(np.where(np.isinf(threshold), 0.0, threshold), np.maximum(code, 0), names)
+
+
+_NUMPY_NAMES = {"<f8": "float64", "<f4": "float32", "<f2": "float16", "<c16": "complex128", "<c8": "complex64"}
+
+
+def _dtype_name(entry: TensorEntry) -> str:
+    return entry.dtype if entry.kind == "torch" else _NUMPY_NAMES.get(entry.dtype, entry.dtype)

@@ -1,0 +1,381 @@
+"""The JSON document of a state's structure, read: plain values, containers by kind, tensors by index.
+
+Reading it imports nothing, executes nothing and recurses to a bounded depth, whatever the document says. The grammar is
+described in ``docs/structure.md``.
+"""
+
+from __future__ import annotations
+
+import collections
+import difflib
+import fnmatch
+import keyword
+import re
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+from incckpt.errors import CorruptionError, FormatError, StateMismatchError
+from incckpt.state.entries import Json
+from incckpt.state.plain import (
+    DECODERS,
+    MAX_DEPTH,
+    Malformed,
+    as_bytes,
+    as_list,
+    as_text,
+    decode_device,
+    decode_numpy_scalar,
+    excerpt,
+)
+
+__all__ = [
+    "DEFAULT_FACTORIES",
+    "FORMS",
+    "GeneratorRef",
+    "MappingNode",
+    "Pickled",
+    "Plain",
+    "SequenceNode",
+    "TensorRef",
+    "Tree",
+    "children",
+    "join_name",
+    "leaves",
+    "parse",
+    "references",
+    "select",
+]
+
+DEFAULT_FACTORIES: dict[str, Callable[[], Any] | None] = {
+    "None": None,
+    **{factory.__name__: factory for factory in (bool, bytes, dict, float, int, list, set, str, tuple)},
+}
+"""The ``default_factory`` values that a ``defaultdict`` can be stored with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A value that is complete in itself, decoded."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A torch tensor or numpy array: an index into the list of entries."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorRef:
+    """A ``torch.Generator`` on `device`, whose state is the tensor `index`."""
+
+    index: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pickled:
+    """A pickle, not loaded. `type` is the name of what was pickled, for messages."""
+
+    data: bytes
+    type: str
+
+
+@dataclass(frozen=True, slots=True)
+class MappingNode:
+    """A dict, or a kind of one. `extra`: a defaultdict's factory name, an OrderedDict's ``_metadata`` tree or None."""
+
+    kind: str
+    items: list[tuple[Hashable, Tree]]
+    extra: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceNode:
+    """A list, tuple, deque or namedtuple. `extra`: a deque's ``maxlen``, a namedtuple's type."""
+
+    kind: str
+    items: list[Tree]
+    extra: Any = None
+
+
+Tree: TypeAlias = Plain | TensorRef | GeneratorRef | Pickled | MappingNode | SequenceNode
+"""A structure document, parsed and checked."""
+
+
+def join_name(prefix: str, key: object) -> str:
+    """Return the dotted name of the child `key` of `prefix`; always valid UTF-8."""
+    segment = key if isinstance(key, str) else str(key)
+    if not segment.isascii():
+        segment = segment.encode("utf-8", "backslashreplace").decode()
+    return f"{prefix}.{segment}" if prefix else segment
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def parse(structure: Json, tensors: int) -> Tree:
+    """Return the tree of a structure document.
+
+    Parameters
+    ----------
+    structure
+        As ``json.loads`` gives it.
+    tensors
+        Length of the list of entries that it refers to.
+
+    Raises
+    ------
+    CorruptionError
+        If it is malformed anywhere; the message says where.
+    FormatError
+        If it needs a newer version of incckpt, torch or numpy, or another platform.
+    """
+    try:
+        return _Parser(tensors).tree(structure)
+    except Malformed as error:
+        where = "".join(reversed(error.path))
+        raise error.kind(f"checkpoint structure, at state{where}: {error}") from error
+
+
+class _Parser:
+    def __init__(self, tensors: int) -> None:
+        self._tensors = tensors
+        self._seen: set[int] = set()
+        self._depth = 0
+
+    def tree(self, node: Json) -> Tree:
+        if node is None or isinstance(node, (bool, int, str)):
+            return Plain(node)
+        if not isinstance(node, dict):
+            raise Malformed(f"not a node: {excerpt(node)}")
+        if len(node) == 1:
+            ((tag, payload),) = node.items()
+            if tag == "tensor":
+                return TensorRef(self._tensor(payload))
+            if tag in DECODERS:
+                try:
+                    return Plain(DECODERS[tag](payload))
+                except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+                    kind = FormatError if isinstance(error, FormatError) else CorruptionError
+                    raise Malformed(f"not a {tag}: {excerpt(payload)} ({error})", kind) from error
+        form = FORMS.get(frozenset(node))
+        if form is None:
+            raise Malformed(f"unknown kind of node: {excerpt(node)}; update incckpt", FormatError)
+        self._depth += 1
+        if self._depth > MAX_DEPTH + 1:  # a leaf, a set say, may lie in the deepest container
+            raise Malformed("nested too deeply")
+        tree = form(self, node)
+        self._depth -= 1
+        return tree
+
+    def key(self, node: Json, depth: int = 0) -> Hashable:
+        if type(node) is str:
+            return node
+        if depth > MAX_DEPTH:
+            raise Malformed("a key is nested too deeply")
+        if isinstance(node, dict) and len(node) == 1 and ("tuple" in node or "frozenset" in node):
+            ((tag, items),) = node.items()
+            if tag == "frozenset":
+                return frozenset(self.elements(items, depth))
+            return tuple([self.key(item, depth + 1) for item in as_list(items)])
+        tree = self.tree(node)
+        if not isinstance(tree, Plain):
+            raise Malformed(f"not a key: {excerpt(node)}")
+        try:
+            hash(tree.value)
+        except TypeError as error:
+            raise Malformed(f"not a key: {excerpt(node)} ({error})") from error
+        return tree.value  # type: ignore[no-any-return]
+
+    def elements(self, node: Json, depth: int = 0) -> set[Hashable]:
+        items = [self.key(item, depth + 1) for item in as_list(node)]
+        if len(found := set(items)) != len(items):
+            raise Malformed("an element of a set occurs twice")
+        return found
+
+    def mapping(self, kind: str, node: Json, extra: Any = None) -> MappingNode:
+        items: list[tuple[Hashable, Tree]] = []
+        seen: set[Hashable] = set()
+        for pair in as_list(node[kind]):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise Malformed(f"not a [key, value] pair: {excerpt(pair)}")
+            key = self.key(pair[0])
+            if key in seen:
+                raise Malformed(f"key {key!r} occurs twice")
+            seen.add(key)
+            items.append((key, self._child(pair[1], f"[{key!r}]")))
+        return MappingNode(kind, items, extra)
+
+    def sequence(self, kind: str, node: Json) -> SequenceNode:
+        return SequenceNode(kind, [self._child(item, f"[{i}]") for i, item in enumerate(as_list(node[kind]))])
+
+    def ordered_dict(self, node: Json) -> MappingNode:
+        metadata = self._child(node["metadata"], "._metadata") if "metadata" in node else None
+        return self.mapping("ordereddict", node, metadata)
+
+    def default_dict(self, node: Json) -> MappingNode:
+        if not isinstance(node["factory"], str) or node["factory"] not in DEFAULT_FACTORIES:
+            raise Malformed(f"unknown default factory {excerpt(node['factory'])}")
+        return self.mapping("defaultdict", node, node["factory"])
+
+    def deque(self, node: Json) -> SequenceNode:
+        sequence, maxlen = self.sequence("deque", node), node["maxlen"]
+        if maxlen is not None and (type(maxlen) is not int or maxlen < len(sequence.items)):
+            raise Malformed(f"a deque of {len(sequence.items)} elements with maxlen {excerpt(maxlen)}")
+        return replace(sequence, extra=maxlen)
+
+    def named_tuple(self, node: Json) -> SequenceNode:
+        pairs = as_list(node["namedtuple"])
+        if any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
+            raise Malformed("the fields of a namedtuple are no pairs")
+        try:
+            cls = _named_tuple_type(_name(node["name"]), tuple([_name(pair[0]) for pair in pairs]))
+        except ValueError as error:  # a field occurs twice
+            raise Malformed(str(error)) from error
+        return SequenceNode("namedtuple", [self._child(value, f".{field}") for field, value in pairs], cls)
+
+    def generator(self, node: Json) -> GeneratorRef:
+        return GeneratorRef(self._tensor(node["torch.Generator"]), str(decode_device(node["device"])))
+
+    def pickled(self, node: Json) -> Pickled:
+        return Pickled(as_bytes(node["pickle"]), as_text(node["type"]))
+
+    def _child(self, node: Json, segment: str) -> Tree:
+        try:
+            return self.tree(node)
+        except Malformed as error:
+            error.path.append(segment)
+            raise
+
+    def _tensor(self, index: Json) -> int:
+        if type(index) is not int or not 0 <= index < self._tensors:
+            raise Malformed(f"there is no tensor {excerpt(index)}")
+        if index in self._seen:
+            raise Malformed(f"tensor {index} occurs twice")
+        self._seen.add(index)
+        return index
+
+
+def _name(node: Json) -> str:
+    name = as_text(node)
+    if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
+        raise Malformed(f"not a name for a namedtuple or a field of one: {excerpt(node)}")
+    return name
+
+
+@lru_cache(maxsize=256)
+def _named_tuple_type(name: str, fields: tuple[str, ...]) -> type[tuple[Any, ...]]:
+    return collections.namedtuple(name, fields, module=__name__)
+
+
+FORMS: dict[frozenset[str], Callable[[_Parser, Json], Tree]] = {
+    frozenset(members): form
+    for members, form in (
+        (("list",), lambda parser, node: parser.sequence("list", node)),
+        (("tuple",), lambda parser, node: parser.sequence("tuple", node)),
+        (("deque", "maxlen"), _Parser.deque),
+        (("namedtuple", "name"), _Parser.named_tuple),
+        (("dict",), lambda parser, node: parser.mapping("dict", node)),
+        (("counter",), lambda parser, node: parser.mapping("counter", node)),
+        (("ordereddict",), _Parser.ordered_dict),
+        (("ordereddict", "metadata"), _Parser.ordered_dict),
+        (("defaultdict", "factory"), _Parser.default_dict),
+        (("set",), lambda parser, node: Plain(parser.elements(node["set"]))),
+        (("frozenset",), lambda parser, node: Plain(frozenset(parser.elements(node["frozenset"])))),
+        (("numpy.scalar", "dtype"), lambda parser, node: Plain(decode_numpy_scalar(node))),
+        (("torch.Generator", "device"), _Parser.generator),
+        (("pickle", "type"), _Parser.pickled),
+    )
+}
+"""By the exact set of members that a node has."""
+
+
+# --- trees ------------------------------------------------------------------------------------------------------------
+
+
+def children(tree: Tree) -> Iterator[tuple[Hashable, Tree]]:
+    """Yield ``(key, child)`` of a container: keys, positions, or the fields of a namedtuple. Nothing for a leaf."""
+    if isinstance(tree, MappingNode):
+        yield from tree.items
+    elif isinstance(tree, SequenceNode):
+        fields = tree.extra._fields if tree.kind == "namedtuple" else range(len(tree.items))
+        yield from zip(fields, tree.items, strict=True)
+
+
+def leaves(tree: Tree) -> Iterator[Plain | TensorRef | GeneratorRef | Pickled]:
+    """Yield every leaf of `tree`, those of an OrderedDict's ``_metadata`` included."""
+    if not isinstance(tree, (MappingNode, SequenceNode)):
+        yield tree
+        return
+    for _, child in children(tree):
+        yield from leaves(child)
+    if tree.kind == "ordereddict" and tree.extra is not None:
+        yield from leaves(tree.extra)
+
+
+def references(tree: Tree) -> list[int]:
+    """Return the indexes of all tensors that `tree` needs, ascending."""
+    return sorted(leaf.index for leaf in leaves(tree) if isinstance(leaf, (TensorRef, GeneratorRef)))
+
+
+def select(tree: Tree, patterns: str | Sequence[str]) -> Tree:
+    """Return the part of `tree` whose dotted names match a glob.
+
+    A pattern (:func:`fnmatch.fnmatchcase`; ``*`` matches dots too) that matches a container selects all of it. In a
+    dict, what is not selected is dropped; in a list or tuple it becomes ``None``, so that positions hold.
+
+    Raises
+    ------
+    StateMismatchError
+        If a pattern matches nothing; the message shows names that exist.
+    """
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    selector = _Selector(wanted)
+    selected = selector.prune(tree, "")
+    missing = [pattern for pattern in wanted if pattern not in selector.hits]
+    if missing or selected is None:
+        names = list(dict.fromkeys(name for name in _names(tree, "") if name))
+        close = [
+            name for pattern in missing for name in difflib.get_close_matches(pattern, names[:5000], n=3, cutoff=0.5)
+        ]
+        shown = ", ".join(dict.fromkeys([*close, *names[:5]])) or "none"
+        raise StateMismatchError(
+            f"nothing in the checkpoint matches {', '.join(map(repr, missing)) or 'no pattern'}; some names: {shown}"
+        )
+    return selected
+
+
+class _Selector:
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self._compiled = [(pattern, re.compile(fnmatch.translate(pattern)).match) for pattern in patterns]
+        self.hits: set[str] = set()
+
+    def _matches(self, name: str) -> bool:
+        hits = [pattern for pattern, match in self._compiled if match(name)]
+        self.hits.update(hits)
+        return bool(hits)
+
+    def prune(self, tree: Tree, name: str) -> Tree | None:
+        """Return the selected part, or ``None``. Walks what is selected as well: later patterns may match inside it."""
+        whole = self._matches(name)
+        kept = [(key, child, self.prune(child, join_name(name, key))) for key, child in children(tree)]
+        if whole:
+            return tree
+        if not any(part is not None for _, _, part in kept):
+            return None
+        if isinstance(tree, MappingNode):
+            return replace(tree, items=[(key, part) for key, _, part in kept if part is not None])
+        if isinstance(tree, SequenceNode):
+            return replace(tree, items=[Plain(None) if part is None else part for _, _, part in kept])
+        return None
+
+
+def _names(tree: Tree, name: str) -> Iterator[str]:
+    yield name
+    for key, child in children(tree):
+        yield from _names(child, join_name(name, key))

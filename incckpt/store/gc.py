@@ -1,0 +1,361 @@
+"""Collection: deleting the objects that no checkpoint needs, while any number of writers go on.
+
+First condemn (put a list of keys), then look which saves in flight may not have seen the list, and only when those are
+over read the refs again and delete what is still not needed. ``docs/safety.md`` says why this is enough.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from incckpt.backends.base import Backend
+from incckpt.errors import BackendError, CollectionError, CorruptionError, FormatError, KeyNotFoundError
+from incckpt.store.objects import DELTAS, OBJECTS, manifest_keys
+from incckpt.store.refs import Pin, Ref, Tombstone, create_once, list_pins, list_refs
+from incckpt.store.store import Store
+
+__all__ = ["STALE_SECONDS", "Collected", "Collector"]
+
+log = logging.getLogger(__name__)
+
+STALE_SECONDS = 3600.0
+
+_TOMBSTONES = frozenset(tombstone.value for tombstone in Tombstone)
+
+
+@dataclass
+class Collected:
+    """What a collection did.
+
+    Attributes
+    ----------
+    deleted
+        Keys of the objects deleted.
+    waiting
+        How many condemned keys wait for saves in flight to end.
+    leftovers
+        How many temporary files and unfinished uploads of dead processes were removed.
+    """
+
+    deleted: set[str] = field(default_factory=set)
+    waiting: int = 0
+    leftovers: int = 0
+
+
+@dataclass
+class _List:
+    """An own condemned list.
+
+    Attributes
+    ----------
+    keys
+        What is on it.
+    blockers
+        The refs of the saves in flight that may not have seen it; ``None``: not looked yet.
+    takes_over
+        Lists of others whose keys are on this one, too: which of their keys still exist.
+    """
+
+    keys: frozenset[str]
+    blockers: frozenset[str] | None = None
+    takes_over: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+
+class Collector:
+    """Collects in one store. Keeps what it learned of immutable manifests, so that each is read once.
+
+    Parameters
+    ----------
+    store
+        To collect in.
+    stale_seconds
+        How long after its last heartbeat (by the server's clock) a save in flight is given up.
+    discard
+        Called with keys, of lists and pins, that nobody needs any more, to delete them now or together with others.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        stale_seconds: float = STALE_SECONDS,
+        discard: Callable[[list[str]], None] | None = None,
+    ) -> None:
+        self._store = store
+        self._discard = discard or store.backend.delete
+        self._stale_seconds = stale_seconds
+        self._needs: dict[str, frozenset[str]] = {}
+        # How many refs need a key, as far as `_needs` goes: of any run, and by run.
+        self._users: Counter[str] = Counter()
+        self._users_in: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._buried: set[str] = set()  # keys of refs where a tombstone was seen
+        self._lists: dict[str, _List] = {}
+        self._looked = False
+        self._over: list[str] = []  # pins, of those last listed, whose saves are over
+        self._fresh: str | None = None  # what this process has put since it last looked at the time
+
+    @property
+    def _backend(self) -> Backend:
+        return self._store.backend
+
+    # -- what is needed
+
+    def note(self, ref_key: str, keys: frozenset[str]) -> None:
+        """Take note of what a ref that was just committed needs, so that its manifest is not read again."""
+        self._know(ref_key, keys)
+        self._fresh = ref_key
+
+    def _know(self, ref_key: str, keys: frozenset[str]) -> None:
+        self._drop(ref_key)
+        self._needs[ref_key] = keys
+        for users in (self._users, self._users_in[_run_of(ref_key)]):
+            users.update(keys)
+
+    def _drop(self, ref_key: str) -> None:
+        keys = self._needs.pop(ref_key, frozenset())
+        for users in (self._users, self._users_in[_run_of(ref_key)]):
+            for key in keys:
+                users[key] -= 1
+                if not users[key]:
+                    del users[key]
+
+    def expired(self, ref_keys: Iterable[str]) -> None:
+        """Take note that these refs need nothing any more."""
+        for ref_key in ref_keys:
+            self._drop(ref_key)
+            self._buried.add(ref_key)
+
+    def needs(self, ref_key: str) -> frozenset[str]:
+        """Return what the ref at `ref_key` needs: its manifest object and all that the manifest lists.
+
+        Raises
+        ------
+        CollectionError
+            If it cannot be found out.
+        """
+        known = self._needs.get(ref_key)
+        if known is None:
+            known = self._read_needs(ref_key)
+            if known is None:
+                return frozenset()
+            self._know(ref_key, known)
+        return known
+
+    def _read_needs(self, ref_key: str) -> frozenset[str] | None:
+        """Return what a ref needs, read anew; ``None`` if it is a tombstone, or pruned since it was listed."""
+        try:
+            data = self._backend.get(ref_key)
+            if data in _TOMBSTONES:
+                return None
+            ref = Ref.from_json(data, ref_key)
+            return manifest_keys(self._store.manifest(ref)) | {ref.manifest}
+        except FileNotFoundError as error:
+            if not self._stands(ref_key):
+                return None
+            raise self._refuse(ref_key, error) from error
+        except (CorruptionError, FormatError) as error:
+            raise self._refuse(ref_key, error) from error
+
+    def _stands(self, ref_key: str) -> bool:
+        try:
+            return self._backend.get(ref_key) not in _TOMBSTONES
+        except KeyNotFoundError:
+            return False
+
+    def _refuse(self, ref_key: str, error: Exception) -> CollectionError:
+        advice = "update incckpt" if isinstance(error, FormatError) else "delete that checkpoint if it is lost"
+        return CollectionError(
+            f"nothing was collected at {self._backend.url}: what {ref_key} needs is not known ({error}); {advice}"
+        )
+
+    def _look(self) -> set[str]:
+        """List the refs of every run, learn what new ones need, and return the keys of all, tombstones included."""
+        buried: set[str] = set()
+        live: set[str] = set()
+        for _, name, key, tombstone in list_refs(self._backend):
+            if name is None:
+                raise CollectionError(
+                    f"nothing was collected at {self._backend.url}: {key} is not a ref that this version knows; "
+                    "update incckpt"
+                )
+            (buried if tombstone else live).add(key)
+        for key in self._needs.keys() - live:
+            self._drop(key)
+        # Of tombstones the listing only tells the size; a damaged ref is none.
+        unknown = sorted((live - self._needs.keys()) | (buried - self._buried))
+        for key, known in zip(unknown, self._store.each(self._read_needs, unknown), strict=True):
+            if known is not None:
+                self._know(key, known)
+        self._buried = buried
+        self._looked = True
+        return buried | live
+
+    # -- collecting
+
+    def condemn(self, doomed: Sequence[str]) -> None:
+        """Condemn what no refs of the same run but those at `doomed` need; they may be expired right after.
+
+        Whether another run needs it is looked up when it is to be deleted: two runs that prune their last users of one
+        key at a time would otherwise leave it to each other.
+
+        Raises
+        ------
+        CollectionError
+            If a ref or manifest is unreadable.
+        """
+        if not self._looked:
+            self._look()
+        freed: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for ref_key in doomed:
+            freed[_run_of(ref_key)].update(self.needs(ref_key))
+        keys = {
+            key for run, counts in freed.items() for key, count in counts.items() if self._users_in[run][key] <= count
+        }
+        if keys:
+            self._put_list(frozenset(keys))
+
+    def condemn_keys(self, keys: Iterable[str]) -> None:
+        """Condemn objects, but for those that a ref is known to need."""
+        condemned = frozenset(key for key in keys if key not in self._users)
+        if condemned:
+            self._put_list(condemned)
+
+    def _put_list(self, keys: frozenset[str], takes_over: Mapping[str, frozenset[str]] | None = None) -> None:
+        name = self._store.condemned.put(keys)
+        self._lists[name] = _List(keys, takes_over=takes_over or {})
+        self._fresh = self._store.condemned.key(name)
+
+    def sweep(self, *, min_age: float = 0.0) -> Collected:
+        """Collect in the whole store: what killed saves, killed collectors and lost pins have left, too.
+
+        Parameters
+        ----------
+        min_age
+            Leave objects younger than this, in seconds by the server's clock.
+
+        Raises
+        ------
+        CollectionError
+            If a ref or manifest is unreadable; nothing was deleted.
+        """
+        self._look()  # what cannot be collected should be known before everything is listed
+        others = {name: keys for name, keys in self._store.condemned.read().items() if name not in self._lists}
+        now = self._server_time() if min_age > 0 else None
+        there: dict[str, float | None] = {}
+        for space in (OBJECTS, DELTAS):
+            there.update((entry.key, entry.modified) for entry in self._backend.list(space))
+        # In this order: whose save is over by the time the pins are listed has a ref to be seen.
+        in_flight = self._in_flight()
+        under_way = frozenset(ref_key.rpartition("-")[2] for ref_key in in_flight)
+
+        def is_garbage(key: str) -> bool:
+            modified = there[key]
+            old = now is None or modified is None or now - modified >= min_age
+            # What a save in flight has put would be spared anyway; condemning it would make the next one put it again.
+            return old and key not in self._users and key.rpartition(".")[2] not in under_way
+
+        garbage = {key for key in there if is_garbage(key)}
+        still = {name: keys & there.keys() for name, keys in others.items()}
+        for keys in still.values():
+            garbage.update(key for key in keys if key not in self._users)
+        if garbage:
+            self._put_list(frozenset(garbage), {name: keys for name, keys in still.items() if keys})
+        collected = self.finish()
+        spent = [self._store.condemned.key(name) for name, keys in still.items() if not keys] + self._over
+        if spent:
+            self._discard(spent)
+        self._remove_leftovers(collected)
+        return collected
+
+    def _remove_leftovers(self, collected: Collected) -> None:
+        """Remove temporary files and unfinished uploads that nobody can be at any more."""
+        try:
+            leftovers = list(self._backend.leftovers())
+            now = self._server_time() if leftovers else None
+            for leftover in leftovers:
+                if now is None or leftover.modified is None or now - leftover.modified < self._stale_seconds:
+                    continue
+                self._backend.remove_leftover(leftover)
+                collected.leftovers += 1
+        except BackendError as error:
+            log.warning("could not remove temporary files or unfinished uploads of dead processes: %s", error)
+
+    def finish(self) -> Collected:
+        """Delete what the own lists condemn and no checkpoint needs, as far as no save in flight may rely on it.
+
+        Raises
+        ------
+        CollectionError
+            If a ref or manifest is unreadable; nothing was deleted.
+        """
+        collected = Collected()
+        if not self._lists:
+            return collected
+        in_flight = self._in_flight()
+        done: dict[str, _List] = {}
+        for name, own in self._lists.items():
+            own.blockers = in_flight if own.blockers is None else own.blockers & in_flight
+            if own.blockers:
+                collected.waiting += len(own.keys)
+            else:
+                collected.deleted.update(key for key in own.keys if key not in self._users)
+                done[name] = own
+        if collected.deleted:
+            self._backend.delete(sorted(collected.deleted))
+        spent = list(done)
+        for own in done.values():
+            spent += [name for name, keys in own.takes_over.items() if keys <= collected.deleted]
+        if spent:
+            self._discard([self._store.condemned.key(name) for name in spent])
+        for name in done:
+            del self._lists[name]
+        return collected
+
+    def _in_flight(self) -> frozenset[str]:
+        """Return the keys of the refs that saves in flight will commit, after giving up those without a heartbeat.
+
+        Of every other save that was pinned it is known by now whether it was committed, and what it needs.
+        """
+        pins = list_pins(self._backend)
+        existing = self._look()  # after the pins: a save that ends in between has a ref here
+        waiting = [pin for pin in pins if pin.ref_key not in existing]
+        given_up = self._give_up_stale(waiting) if waiting else set()
+        in_flight = frozenset(pin.ref_key for pin in waiting if pin.ref_key not in given_up)
+        self._over = [pin.key for pin in pins if pin.ref_key not in in_flight]
+        return in_flight
+
+    def _give_up_stale(self, pins: Iterable[Pin]) -> set[str]:
+        """Abort saves without a heartbeat; return the keys of their refs."""
+        now = self._server_time()
+        given_up: set[str] = set()
+        for pin in pins:
+            if now is None or pin.modified is None or now - pin.modified < self._stale_seconds:
+                continue
+            log.warning("giving up the save of step %d in run %r: no heartbeat", pin.name.step, pin.run)
+            if create_once(self._backend, pin.ref_key, Tombstone.ABORTED.value) is not None:
+                self.needs(pin.ref_key)  # it was committed just before: from here on its objects count as needed
+            given_up.add(pin.ref_key)
+        return given_up
+
+    def _server_time(self) -> float | None:
+        """Return the server's time: that of something put a moment ago, for the purpose if there is nothing else."""
+        fresh, self._fresh = self._fresh, None
+        if fresh is not None:
+            try:
+                return self._backend.head(fresh).modified
+            except KeyNotFoundError:
+                pass  # pruned by a successor
+        key = self._store.condemned.key(self._store.condemned.put(()))
+        try:
+            modified = self._backend.head(key).modified
+        except KeyNotFoundError:
+            return None  # another collector has swept it up, an empty list; the next turn asks again
+        self._backend.delete([key])
+        return modified
+
+
+def _run_of(ref_key: str) -> str:
+    return ref_key.split("/")[1]

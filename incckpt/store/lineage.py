@@ -1,0 +1,323 @@
+"""Attempts and lineage, pins and commits: the protocol that lets many processes use one store without a lock.
+
+``docs/safety.md`` says what it promises and why it holds. Every function is synchronous, one request after the other,
+and takes its clock from outside, so that a simulation can interleave and stop it between any two requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from incckpt.backends.base import Backend
+from incckpt.errors import CorruptionError, KeyNotFoundError, SupersededError
+from incckpt.store.document import Fields, Json, as_mapping, dump_document, parse_document
+from incckpt.store.refs import Ref, RefName, Tombstone, create_once, list_pins, list_refs, new_nonce, validate_run
+
+__all__ = ["Lineage", "Run"]
+
+log = logging.getLogger(__name__)
+
+_ATTEMPT = re.compile(r"([0-9]{6})(\.from)?")
+
+COPY_SECONDS = 900.0  # no copy of a request takes effect longer than this after its client was done with it
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The checkpoints of a run, as of one look at it.
+
+    Attributes
+    ----------
+    attempt
+        The highest attempt there is; 0 if nobody ever wrote.
+    sealed
+        The highest attempt that has chosen what it continues; its lineage is the run's.
+    live
+        The lineage's checkpoints, by step.
+    abandoned
+        Checkpoints that a later attempt went back behind, by step.
+    known
+        Contents of refs, as far as the lineage tells them (the others have to be read).
+    """
+
+    attempt: int
+    sealed: int
+    live: tuple[RefName, ...]
+    abandoned: tuple[RefName, ...]
+    known: Mapping[RefName, Ref] = field(repr=False)
+
+    @property
+    def latest(self) -> RefName | None:
+        """The checkpoint with the highest step."""
+        return self.live[-1] if self.live else None
+
+    def at(self, step: int) -> RefName | None:
+        """The checkpoint at `step`."""
+        return next((name for name in self.live if name.step == step), None)
+
+
+class Run:
+    """The attempts, lineage, pins and refs of one run.
+
+    Parameters
+    ----------
+    backend
+        Of the store.
+    name
+        Of the run.
+    clock
+        Seconds since the epoch; only ever written down, never compared.
+    monotonic
+        Seconds since any moment, for this process's own patience.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        name: str,
+        *,
+        clock: Callable[[], float],
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.backend = backend
+        self.name = validate_run(name)
+        self._clock = clock
+        self._monotonic = monotonic
+        self._committed: dict[RefName, float] = {}
+        self._buried: dict[RefName, float] = {}
+
+    # -- looking
+
+    def ref_key(self, name: RefName) -> str:
+        """Where the ref stands."""
+        return f"refs/{self.name}/{name}"
+
+    def pin_key(self, name: RefName) -> str:
+        """Where the pin of a save in flight stands."""
+        return f"pins/{self.name}/{name}"
+
+    def attempts(self) -> tuple[int, int]:
+        """Return the highest attempt, and the highest that has chosen what it continues (0 where there is none)."""
+        highest = sealed = 0
+        for entry in self.backend.list(f"runs/{self.name}/attempts/"):
+            match = _ATTEMPT.fullmatch(entry.key.rpartition("/")[2])
+            if match is None:
+                raise CorruptionError(f"not an attempt: {entry.key} (written by a later version of incckpt?)")
+            highest = max(highest, int(match[1]))
+            if match[2]:
+                sealed = max(sealed, int(match[1]))
+        return highest, sealed
+
+    def lineage(self) -> Lineage:
+        """Return the checkpoints of the run: two listings and one read, however long its history.
+
+        A listing takes time. If nothing shows, or another attempt has taken over meanwhile, it looks again, until it
+        sees something or the same as before.
+        """
+        before = None
+        while True:
+            attempt, sealed = self.attempts()
+            view, listed = self._look(attempt, sealed)
+            if view.live and all(name.attempt <= sealed for name, _ in listed):
+                return view
+            if (sealed, listed) == before:
+                return view
+            before = sealed, listed
+
+    def _look(self, attempt: int, sealed: int) -> tuple[Lineage, frozenset[tuple[RefName, bool]]]:
+        """Return the lineage as attempt `sealed` has it, and all refs listed, with whether they are tombstones."""
+        inherited: dict[RefName, Ref | None] = {}
+        left: dict[RefName, Ref | None] = {}
+        if sealed:
+            inherited, left = self._read_seal(sealed)
+        live: list[RefName] = []
+        abandoned: list[RefName] = []
+        listed: set[tuple[RefName, bool]] = set()
+        for _, name, key, tombstone in list_refs(self.backend, self.name):
+            if name is None:
+                log.warning("%s is not a ref that this version of incckpt knows; it is ignored", key)
+                continue
+            listed.add((name, tombstone))
+            if tombstone:
+                continue
+            if name.attempt == sealed or name in inherited:
+                live.append(name)
+            elif name in left:
+                abandoned.append(name)
+        live.sort(key=lambda name: (name.step, name.attempt))
+        abandoned.sort(key=lambda name: (name.step, name.attempt))
+        known = {name: ref for name, ref in (inherited | left).items() if ref is not None}
+        return Lineage(attempt, sealed, tuple(live), tuple(abandoned), known), frozenset(listed)
+
+    def _read_seal(self, attempt: int) -> tuple[dict[RefName, Ref | None], dict[RefName, Ref | None]]:
+        key = self._attempt_key(attempt) + ".from"
+        fields = Fields(parse_document(self.backend.get(key), "lineage", key), key)
+        inherited, abandoned = (
+            dict(_inherited_from_json(item, key) for item in fields.list(part)) for part in ("refs", "abandoned")
+        )
+        return inherited, abandoned
+
+    def read(self, name: RefName) -> Ref | Tombstone | None:
+        """Return what stands at a ref now.
+
+        Raises
+        ------
+        CorruptionError, FormatError
+            If it is unreadable.
+        """
+        key = self.ref_key(name)
+        try:
+            data = self.backend.get(key)
+        except KeyNotFoundError:
+            return None
+        for tombstone in Tombstone:
+            if data == tombstone.value:
+                return tombstone
+        return Ref.from_json(data, key)
+
+    # -- an attempt
+
+    def _attempt_key(self, attempt: int) -> str:
+        return f"runs/{self.name}/attempts/{attempt:06d}"
+
+    def start_attempt(self) -> tuple[int, bool]:
+        """Become the run's writer: create the next attempt, then abort whatever lower attempts have in flight.
+
+        The caller chooses what to continue from a `lineage` read afterwards, and says so with `seal`.
+
+        Returns
+        -------
+        attempt, unfinished
+            The attempt, and whether a lower one has left a pin.
+        """
+        me = {"time": self._clock(), "host": socket.gethostname(), "pid": os.getpid(), "nonce": new_nonce()}
+        document = dump_document("attempt", me)
+        attempt = self.attempts()[0] + 1
+        while create_once(self.backend, self._attempt_key(attempt), document) is not None:
+            attempt += 1
+        lower = [pin.name for pin in list_pins(self.backend, self.name) if pin.name.attempt < attempt]
+        for name in lower:
+            self.abort(name)
+        return attempt, bool(lower)
+
+    def seal(self, attempt: int, inherited: Iterable[Ref | RefName], abandoned: Iterable[Ref | RefName]) -> None:
+        """Write down what `attempt` continues; from here on this is the run's lineage.
+
+        Of a ref that cannot be read there is only the name.
+        """
+        document = {
+            "attempt": attempt,
+            "refs": [_inherited_to_json(ref) for ref in inherited],
+            "abandoned": [_inherited_to_json(ref) for ref in abandoned],
+        }
+        self.backend.put(self._attempt_key(attempt) + ".from", dump_document("lineage", document))
+
+    def check_not_superseded(self, attempt: int) -> None:
+        """Look for a higher attempt.
+
+        Raises
+        ------
+        SupersededError
+            If there is one.
+        """
+        highest = self.attempts()[0]
+        if highest > attempt:
+            raise SupersededError(
+                f"run {self.name!r} at {self.backend.url} was taken over by attempt {highest} (this is attempt "
+                f"{attempt}): another process restored it or saved to it. Stop this one, or restore() again to take "
+                "the run back"
+            )
+
+    # -- a save
+
+    def pin(self, name: RefName) -> None:
+        """Announce the ref that a save will commit; putting it again is the heartbeat."""
+        body = {"time": self._clock(), "host": socket.gethostname(), "pid": os.getpid()}
+        self.backend.put(self.pin_key(name), dump_document("pin", body))
+
+    def commit(self, ref: Ref) -> Tombstone | None:
+        """Create the ref: the checkpoint exists when, and only when, this has happened.
+
+        Returns
+        -------
+        Tombstone or None
+            ``None`` if the checkpoint is committed; ``EXPIRED`` if it was, and has been pruned since; ``ABORTED`` if it
+            was aborted before, and cannot be committed under this name any more.
+
+        Raises
+        ------
+        BackendError
+            If it could not be found out; it may still be committed by a request under way.
+        """
+        key = self.ref_key(ref.name)
+        found = create_once(self.backend, key, ref.to_json())
+        if found is None:
+            self._committed[ref.name] = self._monotonic()
+            return None
+        for tombstone in Tombstone:
+            if found == tombstone.value:
+                return tombstone
+        raise CorruptionError(f"{key} holds what no save has put there: {found[:80]!r}")
+
+    def abort(self, name: RefName) -> bool:
+        """Make sure that a ref that is not committed yet never will be.
+
+        Returns
+        -------
+        bool
+            Whether it is aborted; ``False`` if it was committed before.
+        """
+        return create_once(self.backend, self.ref_key(name), Tombstone.ABORTED.value) is None
+
+    def expire(self, names: Iterable[RefName]) -> None:
+        """Prune checkpoints.
+
+        A create of the ref may still be under way, which would bring the checkpoint back without its objects: so it is
+        overwritten with ``EXPIRED``. A ref that this process committed long enough ago is deleted.
+        """
+        now = self._monotonic()
+        deletable: list[RefName] = []
+        for name in names:
+            committed = self._committed.get(name)
+            if committed is not None and now - committed >= COPY_SECONDS:
+                deletable.append(name)
+            else:
+                self.backend.put(self.ref_key(name), Tombstone.EXPIRED.value)
+                if committed is not None:
+                    self._buried[name] = committed
+                    del self._committed[name]
+        if deletable:
+            self.backend.delete([self.ref_key(name) for name in deletable])
+            for name in deletable:
+                del self._committed[name]
+
+    def take_tombstones(self) -> list[str]:
+        """Return, once, the keys of tombstones that may go: nothing can bring their checkpoints back any more."""
+        if not self._buried:
+            return []
+        now = self._monotonic()
+        done = [name for name, committed in self._buried.items() if now - committed >= COPY_SECONDS]
+        for name in done:
+            del self._buried[name]
+        return [self.ref_key(name) for name in done]
+
+
+def _inherited_to_json(ref: Ref | RefName) -> Json:
+    return ref.to_item() if isinstance(ref, Ref) else {"ref": str(ref)}
+
+
+def _inherited_from_json(item: Json, where: str) -> tuple[RefName, Ref | None]:
+    fields = as_mapping(item, where)
+    if fields.keys() == {"ref"}:
+        name = RefName.parse(Fields(fields, where).string("ref"))
+        if name is None:
+            raise CorruptionError(f"{where}: not the name of a ref: {fields['ref']!r:.80}")
+        return name, None
+    ref = Ref.from_item(fields, where)
+    return ref.name, ref

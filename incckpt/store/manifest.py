@@ -1,0 +1,244 @@
+"""The manifest, the immutable document that describes a checkpoint: frozen dataclasses <-> JSON, checked on read.
+
+``docs/format.md`` is the specification of the JSON written here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from incckpt.errors import CorruptionError
+from incckpt.store.document import (
+    Fields,
+    Json,
+    as_mapping,
+    decode_float,
+    decode_metrics,
+    dump_document,
+    encode_float,
+    encode_metrics,
+    is_count,
+    parse_document,
+)
+
+__all__ = ["Chunk", "Manifest", "Range", "Stored"]
+
+_IDENTITY = re.compile(r"[0-9a-f]{64}")
+_NONCE = re.compile(r"[0-9a-f]{16}")
+_ITEMSIZES = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An object that holds a chunk: the save that put it, and its size in bytes."""
+
+    identity: str
+    nonce: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One chunk of a checkpoint.
+
+    Attributes
+    ----------
+    identity
+        Identity of its raw bytes (64 hexadecimal digits).
+    nbytes
+        Raw length.
+    itemsize
+        Element size in bytes that the codec works with.
+    nonce, size
+        Of the object that holds it.
+    base
+        The full object that the object is a delta against, or ``None``.
+    """
+
+    identity: str
+    nbytes: int
+    itemsize: int
+    nonce: str
+    size: int
+    base: Stored | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A byte range of tensor memory, and where its bytes are: ``(chunk index, offset there, bytes)``, in order."""
+
+    nbytes: int
+    itemsize: int
+    pieces: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a checkpoint is made of.
+
+    Attributes
+    ----------
+    run, attempt, step, nonce
+        Which checkpoint it is; the nonce is its save's.
+    time
+        Seconds since the epoch by the writer's clock.
+    metrics
+        As given to ``save``.
+    chunk_bytes
+        The chunk size of the writer, bytes.
+    structure
+        The nesting of the state (``docs/structure.md``).
+    tensors
+        The tensor entries, as JSON (``docs/structure.md``); the structure refers to them by index.
+    ranges, chunks
+        Where the tensors' bytes are.
+    norms
+        Per tensor name ``(relative change, norm)`` where the save computed them.
+    """
+
+    run: str
+    attempt: int
+    step: int
+    nonce: str
+    time: float
+    metrics: Mapping[str, float]
+    chunk_bytes: int
+    structure: Json
+    tensors: tuple[Mapping[str, Json], ...]
+    ranges: tuple[Range, ...]
+    chunks: tuple[Chunk, ...]
+    norms: Mapping[str, tuple[float, float]] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all chunks together, raw."""
+        return sum(chunk.nbytes for chunk in self.chunks)
+
+    def to_json(self) -> bytes:
+        """Return the document."""
+        document: dict[str, Json] = {
+            "run": self.run,
+            "attempt": self.attempt,
+            "step": self.step,
+            "nonce": self.nonce,
+            "time": self.time,
+            "metrics": encode_metrics(self.metrics),
+            "chunk_bytes": self.chunk_bytes,
+            "structure": self.structure,
+            "tensors": list(self.tensors),
+            "ranges": [
+                {"bytes": item.nbytes, "item": item.itemsize, "pieces": [list(piece) for piece in item.pieces]}
+                for item in self.ranges
+            ],
+            "chunks": [_chunk_to_json(chunk) for chunk in self.chunks],
+        }
+        if self.norms is not None:
+            document["norms"] = {name: [encode_float(x) for x in pair] for name, pair in self.norms.items()}
+        return dump_document("manifest", document)
+
+    @classmethod
+    def from_json(cls, data: bytes, name: str) -> Manifest:
+        """Read a manifest; `name` is its key, for messages.
+
+        Raises
+        ------
+        FormatError
+            If it was written by a later version.
+        CorruptionError
+            If it is not a manifest, or inconsistent.
+        """
+        document = parse_document(data, "manifest", name)
+        fields = Fields(document, name)
+        chunks = tuple(_chunk_from_json(item, f"{name}: chunk {i}") for i, item in enumerate(fields.list("chunks")))
+        ranges = tuple(
+            _range_from_json(item, chunks, f"{name}: range {i}") for i, item in enumerate(fields.list("ranges"))
+        )
+        tensors = tuple(as_mapping(item, f"{name}: tensor {i}") for i, item in enumerate(fields.list("tensors")))
+        norms = None
+        if "norms" in document:
+            pairs = as_mapping(document["norms"], f"{name}: norms")
+            norms = {key: _norm_pair(value, f"{name}: norms of {key!r}") for key, value in pairs.items()}
+        return cls(
+            run=fields.string("run"),
+            attempt=fields.count("attempt"),
+            step=fields.count("step"),
+            nonce=_nonce(fields.string("nonce"), name),
+            time=fields.number("time"),
+            metrics=decode_metrics(document.get("metrics"), name),
+            chunk_bytes=fields.count("chunk_bytes"),
+            structure=document.get("structure"),
+            tensors=tensors,
+            ranges=ranges,
+            chunks=chunks,
+            norms=norms,
+        )
+
+
+def _nonce(value: str, name: str) -> str:
+    if _NONCE.fullmatch(value) is None:
+        raise CorruptionError(f"{name}: not a nonce: {value!r:.80}")
+    return value
+
+
+def _identity(value: str, name: str) -> str:
+    if _IDENTITY.fullmatch(value) is None:
+        raise CorruptionError(f"{name}: not an identity: {value!r:.80}")
+    return value
+
+
+def _norm_pair(value: Json, name: str) -> tuple[float, float]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise CorruptionError(f"{name}: not a pair")
+    return decode_float(value[0], name), decode_float(value[1], name)
+
+
+def _chunk_to_json(chunk: Chunk) -> dict[str, Json]:
+    item: dict[str, Json] = {
+        "id": chunk.identity,
+        "bytes": chunk.nbytes,
+        "item": chunk.itemsize,
+        "nonce": chunk.nonce,
+        "size": chunk.size,
+    }
+    if chunk.base is not None:
+        item["base"] = {"id": chunk.base.identity, "nonce": chunk.base.nonce, "size": chunk.base.size}
+    return item
+
+
+def _chunk_from_json(item: Json, name: str) -> Chunk:
+    fields = Fields(as_mapping(item, name), name)
+    base = None
+    if "base" in item:
+        inner = Fields(as_mapping(item["base"], f"{name}: base"), f"{name}: base")
+        base = Stored(_identity(inner.string("id"), name), _nonce(inner.string("nonce"), name), inner.count("size"))
+    itemsize = fields.count("item")
+    if itemsize not in _ITEMSIZES:
+        raise CorruptionError(f"{name}: element size {itemsize}")
+    return Chunk(
+        identity=_identity(fields.string("id"), name),
+        nbytes=fields.count("bytes"),
+        itemsize=itemsize,
+        nonce=_nonce(fields.string("nonce"), name),
+        size=fields.count("size"),
+        base=base,
+    )
+
+
+def _range_from_json(item: Json, chunks: tuple[Chunk, ...], name: str) -> Range:
+    fields = Fields(as_mapping(item, name), name)
+    nbytes, itemsize = fields.count("bytes"), fields.count("item")
+    if itemsize not in _ITEMSIZES:
+        raise CorruptionError(f"{name}: element size {itemsize}")
+    pieces: list[tuple[int, int, int]] = []
+    for piece in fields.list("pieces"):
+        if not isinstance(piece, list) or len(piece) != 3 or not all(map(is_count, piece)):
+            raise CorruptionError(f"{name}: not a piece: {piece!r:.80}")
+        chunk, offset, length = piece
+        if chunk >= len(chunks) or offset + length > chunks[chunk].nbytes:
+            raise CorruptionError(f"{name}: piece {piece} is outside its chunk")
+        pieces.append((chunk, offset, length))
+    if sum(length for _, _, length in pieces) != nbytes:
+        raise CorruptionError(f"{name}: its pieces are not {nbytes} bytes together")
+    return Range(nbytes, itemsize, tuple(pieces))

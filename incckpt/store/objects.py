@@ -1,0 +1,159 @@
+"""Content-addressed objects: names, existence, and the puts and gets of their bytes.
+
+An object's key begins with the identity of the raw bytes it stands for and ends with the nonce of the save that put it,
+so two saves never put one key, and a delete that arrives late never hits a newer object of the same content.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from incckpt.backends.base import Backend, ReadableBuffer
+from incckpt.errors import CorruptionError, KeyNotFoundError, MissingObjectError
+from incckpt.store.manifest import Chunk, Manifest
+
+__all__ = ["DELTAS", "OBJECTS", "ObjectKey", "Objects", "chunk_keys", "manifest_keys"]
+
+OBJECTS = "objects/"
+DELTAS = "deltas/"
+
+_KEY = re.compile(
+    r"(?P<space>objects|deltas)/(?P<head>[0-9a-f]{2})/(?P<tail>[0-9a-f]{62})(\.(?P<base>[0-9a-f]{64}))?\.(?P<nonce>[0-9a-f]{16})"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectKey:
+    """The name of an object.
+
+    Attributes
+    ----------
+    identity
+        Identity of the chunk's raw bytes, 64 hexadecimal digits.
+    nonce
+        Of the save that put it, 16 hexadecimal digits.
+    base
+        Identity of the full object that this one is a delta against, or ``None`` for a full object.
+    """
+
+    identity: str
+    nonce: str
+    base: str | None = None
+
+    def __str__(self) -> str:
+        head, tail = self.identity[:2], self.identity[2:]
+        if self.base is None:
+            return f"{OBJECTS}{head}/{tail}.{self.nonce}"
+        return f"{DELTAS}{head}/{tail}.{self.base}.{self.nonce}"
+
+    @classmethod
+    def parse(cls, key: str) -> ObjectKey:
+        """Return the parts of `key`.
+
+        Raises
+        ------
+        CorruptionError
+            If it is not the key of an object.
+        """
+        match = _KEY.fullmatch(key)
+        if match is None or (match["space"] == "deltas") != (match["base"] is not None):
+            raise CorruptionError(f"not the key of an object: {key!r}")
+        return cls(match["head"] + match["tail"], match["nonce"], match["base"])
+
+
+def chunk_keys(chunk: Chunk) -> tuple[ObjectKey, ...]:
+    """Return the keys of every object needed to rebuild `chunk`: its own, and that of its base."""
+    if chunk.base is None:
+        return (ObjectKey(chunk.identity, chunk.nonce),)
+    return (
+        ObjectKey(chunk.identity, chunk.nonce, chunk.base.identity),
+        ObjectKey(chunk.base.identity, chunk.base.nonce),
+    )
+
+
+def manifest_keys(manifest: Manifest) -> frozenset[str]:
+    """Return the keys of every object that a manifest lists (its own not among them)."""
+    return frozenset(str(key) for chunk in manifest.chunks for key in chunk_keys(chunk))
+
+
+class Objects:
+    """The objects of a store."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def put(self, key: ObjectKey, data: ReadableBuffer) -> None:
+        """Store `data`, durable on return. A repeat puts the same bytes: nobody else ever uses this key."""
+        self.backend.put(str(key), data)
+
+    def put_many(self, objects: Sequence[tuple[ObjectKey, ReadableBuffer]]) -> None:
+        """Store objects as `put` does; if it raises, any of them may be there."""
+        self.backend.put_many([(str(key), data) for key, data in objects])
+
+    def get(self, key: ObjectKey, size: int | None = None) -> bytes:
+        """Return the object's bytes.
+
+        Parameters
+        ----------
+        size
+            What the manifest says its size is, in bytes.
+
+        Raises
+        ------
+        MissingObjectError
+            If it is not in the store.
+        CorruptionError
+            If its size is another one.
+        """
+        try:
+            data = self.backend.get(str(key), 0, None if size is None else size + 1)
+        except KeyNotFoundError as error:
+            raise self._missing(key) from error
+        if size is not None:
+            _check_size(key, size, len(data))
+        return data
+
+    def get_into(self, key: ObjectKey, parts: Sequence[memoryview]) -> None:
+        """Fill `parts` with the object's bytes, one after the other; undefined if an error is raised.
+
+        Parameters
+        ----------
+        parts
+            ``uint8`` each, together as long as the manifest says that the object is.
+
+        Raises
+        ------
+        MissingObjectError
+            If it is not in the store.
+        CorruptionError
+            If its size is another one.
+        """
+        try:
+            found = self.backend.get_into(str(key), parts)
+        except KeyNotFoundError as error:
+            raise self._missing(key) from error
+        _check_size(key, sum(map(len, parts)), found)
+
+    def _missing(self, key: ObjectKey) -> MissingObjectError:
+        return MissingObjectError(f"object {key} is missing from {self.backend.url}")
+
+    def exists(self, key: ObjectKey) -> bool:
+        """Return whether the object is there now (one request)."""
+        try:
+            self.backend.head(str(key))
+        except KeyNotFoundError:
+            return False
+        return True
+
+    def find(self, identity: str) -> Iterator[tuple[ObjectKey, int]]:
+        """Yield key and size in bytes of every full object of that content there is now (one listing)."""
+        for entry in self.backend.list(f"{OBJECTS}{identity[:2]}/{identity[2:]}."):
+            yield ObjectKey.parse(entry.key), entry.size
+
+
+def _check_size(key: ObjectKey, size: int, found: int) -> None:
+    if found != size:
+        is_now = "longer" if found > size else f"{found} bytes"
+        raise CorruptionError(f"object {key} is damaged: {size} bytes were written, it is {is_now}")

@@ -1,0 +1,305 @@
+"""The small documents of a store: refs and what may stand in their place, pins, condemned lists.
+
+What they are for, and in which order they may be written and read, is in :mod:`incckpt.store.lineage` and
+``docs/safety.md``.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from incckpt.backends.base import Backend, ReadableBuffer
+from incckpt.errors import BackendError, CorruptionError, KeyExistsError, KeyNotFoundError, OptionError
+from incckpt.store.document import (
+    Fields,
+    Json,
+    as_mapping,
+    decode_metrics,
+    dump_document,
+    encode_metrics,
+    parse_document,
+)
+
+__all__ = [
+    "CondemnedLists",
+    "Pin",
+    "Ref",
+    "RefName",
+    "Tombstone",
+    "create_once",
+    "list_pins",
+    "list_refs",
+    "new_nonce",
+    "validate_run",
+]
+
+_RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,127}")
+_REF = re.compile(r"([0-9]{6})-([0-9]{12})-([0-9a-f]{16})")
+_CONDEMNED = re.compile(r"gc/([0-9a-f]{16})/condemned")
+_MAX_STEP = 10**12 - 1
+_COMMIT_TRIES = 4
+
+
+def new_nonce() -> str:
+    """Return 16 random hexadecimal digits that no other save uses."""
+    return secrets.token_hex(8)
+
+
+def validate_run(run: str) -> str:
+    """Return `run` if it can be the name of a run.
+
+    Raises
+    ------
+    OptionError
+        Naming it.
+    """
+    if _RUN.fullmatch(run) is None:
+        raise OptionError(
+            f"not a run name: {run!r} (1 to 128 letters, digits and ._=+-, the first one a letter or a digit)"
+        )
+    return run
+
+
+class Tombstone(enum.Enum):
+    """What can stand at the key of a ref in place of a checkpoint. Seven bytes each: a listing's size tells."""
+
+    ABORTED = b"ABORTED"  # the commit may not happen any more
+    EXPIRED = b"EXPIRED"  # it was committed, and pruned since
+
+
+_TOMBSTONE_SIZE = 7
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class RefName:
+    """The name of a ref: attempt, step and the nonce of the save."""
+
+    attempt: int
+    step: int
+    nonce: str
+
+    def __str__(self) -> str:
+        return f"{self.attempt:06d}-{self.step:012d}-{self.nonce}"
+
+    @classmethod
+    def parse(cls, name: str) -> RefName | None:
+        """Return the parts of `name`, or ``None`` if it is not the name of a ref."""
+        match = _REF.fullmatch(name)
+        return None if match is None else cls(int(match[1]), int(match[2]), match[3])
+
+    @classmethod
+    def new(cls, attempt: int, step: object) -> RefName:
+        """Return a name that nobody has used."""
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= _MAX_STEP:
+            raise OptionError(f"step must be an integer from 0 to {_MAX_STEP}, not {step!r}")
+        return cls(attempt, step, new_nonce())
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A committed checkpoint.
+
+    Attributes
+    ----------
+    time
+        Seconds since the epoch by the writer's clock.
+    manifest, manifest_size
+        Key of the manifest object, and its size in bytes.
+    nbytes
+        Bytes of the state.
+    written
+        Bytes that the save put into the store: new objects and the manifest.
+    """
+
+    name: RefName
+    time: float
+    metrics: Mapping[str, float]
+    manifest: str
+    manifest_size: int
+    nbytes: int
+    written: int
+
+    @property
+    def step(self) -> int:
+        """The training step."""
+        return self.name.step
+
+    def to_json(self) -> bytes:
+        """Return the document."""
+        return dump_document("ref", self.to_item())
+
+    def to_item(self) -> dict[str, Json]:
+        """Return the fields, as a lineage lists them."""
+        return {
+            "ref": str(self.name),
+            "time": self.time,
+            "metrics": encode_metrics(self.metrics),
+            "manifest": self.manifest,
+            "manifest_size": self.manifest_size,
+            "bytes": self.nbytes,
+            "written": self.written,
+        }
+
+    @classmethod
+    def from_json(cls, data: bytes, key: str) -> Ref:
+        """Read a ref; `key` is where it stood, and must agree.
+
+        Raises
+        ------
+        CorruptionError, FormatError
+        """
+        ref = cls.from_item(parse_document(data, "ref", key), key)
+        if key.rpartition("/")[2] != str(ref.name):
+            raise CorruptionError(f"{key} says that it is {ref.name}")
+        return ref
+
+    @classmethod
+    def from_item(cls, item: Json, where: str) -> Ref:
+        """Reverse `to_item`."""
+        fields = Fields(as_mapping(item, where), where)
+        name = RefName.parse(fields.string("ref"))
+        if name is None:
+            raise CorruptionError(f"{where}: not the name of a ref: {item['ref']!r:.80}")
+        return cls(
+            name=name,
+            time=fields.number("time"),
+            metrics=decode_metrics(item.get("metrics"), where),
+            manifest=fields.string("manifest"),
+            manifest_size=fields.count("manifest_size"),
+            nbytes=fields.count("bytes"),
+            written=fields.count("written"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A save in flight."""
+
+    run: str
+    name: RefName
+    modified: float | None
+
+    @property
+    def key(self) -> str:
+        """Where it stands."""
+        return f"pins/{self.run}/{self.name}"
+
+    @property
+    def ref_key(self) -> str:
+        """Where the ref will stand that it announces."""
+        return f"refs/{self.run}/{self.name}"
+
+
+def create_once(backend: Backend, key: str, data: ReadableBuffer) -> bytes | None:
+    """Create `key` exclusively, and settle what a conflict or a lost reply means by reading back.
+
+    Returns
+    -------
+    bytes or None
+        ``None`` if the key holds `data` now (by this request, or by one whose reply was lost), else what it holds.
+
+    Raises
+    ------
+    BackendError
+        If it could not be created, nor found out why; a copy of the request may still be under way.
+    """
+    for left in reversed(range(_COMMIT_TRIES)):
+        try:
+            backend.create(key, data)
+        except BackendError as error:
+            try:
+                found = backend.get(key)
+            except KeyNotFoundError:
+                # Not there (a conflict whose cause has gone, or a request that never arrived): once more.
+                if left == 0 or not (isinstance(error, KeyExistsError) or error.transient):
+                    raise error from None
+                continue
+            return None if found == bytes(data) else found
+        return None
+    raise AssertionError("unreachable")
+
+
+def list_refs(backend: Backend, run: str | None = None) -> Iterator[tuple[str, RefName | None, str, bool]]:
+    """Yield ``(run, name, key, tombstone)`` of the refs of `run`, or of every run; name is ``None`` where unknown."""
+    for entry in backend.list("refs/" if run is None else f"refs/{run}/"):
+        _, owner, *rest = entry.key.split("/")
+        name = RefName.parse(rest[0]) if len(rest) == 1 else None
+        yield owner, name, entry.key, entry.size == _TOMBSTONE_SIZE
+
+
+def list_pins(backend: Backend, run: str | None = None) -> list[Pin]:
+    """Return the pins of `run`, or of every run."""
+    pins: list[Pin] = []
+    for entry in backend.list("pins/" if run is None else f"pins/{run}/"):
+        _, owner, *rest = entry.key.split("/")
+        name = RefName.parse(rest[0]) if len(rest) == 1 else None
+        if name is None:
+            raise CorruptionError(f"not a pin: {entry.key} (written by a later version of incckpt?)")
+        pins.append(Pin(owner, name, entry.modified))
+    return pins
+
+
+class CondemnedLists:
+    """The lists of keys that collectors are about to delete; what is on one may not be used any more.
+
+    A list is put once, under a nonce of its own, and never changed: a copy of the put that lands late changes nothing,
+    and each list has to be read only once.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._known: dict[str, frozenset[str]] = {}
+
+    @staticmethod
+    def key(name: str) -> str:
+        """Where list `name` stands."""
+        return f"gc/{name}/condemned"
+
+    def put(self, keys: Iterable[str]) -> str:
+        """Put a list; from then on nobody uses its keys. Returns its name."""
+        name = new_nonce()
+        condemned = frozenset(keys)
+        self._backend.put(self.key(name), dump_document("condemned", {"keys": sorted(condemned)}))
+        self._known[name] = condemned
+        return name
+
+    def keys(self) -> frozenset[str]:
+        """Return what is on any list."""
+        return frozenset().union(*self.read().values())
+
+    def read(self) -> dict[str, frozenset[str]]:
+        """Return the lists that there are, by name: one listing, and a request for each that is new.
+
+        Raises
+        ------
+        CorruptionError, FormatError
+            If a list is unreadable: what it condemns is not known.
+        """
+        lists: dict[str, frozenset[str]] = {}
+        for entry in self._backend.list("gc/"):
+            match = _CONDEMNED.fullmatch(entry.key)
+            if match is None:
+                raise CorruptionError(
+                    f"not a condemned list: {entry.key} (written by a later version of incckpt?); nothing can be saved "
+                    f"to {self._backend.url} or collected there as long as it stands"
+                )
+            known = self._known.get(match[1])
+            if known is None:
+                try:
+                    known = self._parse(self._backend.get(entry.key), entry.key)
+                except KeyNotFoundError:
+                    continue  # its collector has finished since the listing
+            lists[match[1]] = known
+        self._known = lists
+        return dict(lists)
+
+    @staticmethod
+    def _parse(data: bytes, key: str) -> frozenset[str]:
+        keys = Fields(parse_document(data, "condemned", key), key).list("keys")
+        if not all(isinstance(item, str) for item in keys):
+            raise CorruptionError(f"{key}: a key is not a string")
+        return frozenset(keys)

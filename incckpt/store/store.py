@@ -1,0 +1,163 @@
+"""A store: the marker at its root, its objects and its runs, behind one URL."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from incckpt.backends.base import Backend
+from incckpt.backends.registry import open_backend
+from incckpt.codec import objects as codec
+from incckpt.errors import (
+    CorruptionError,
+    KeyNotFoundError,
+    MissingObjectError,
+    ReadOnlyError,
+    StoreNotFoundError,
+)
+from incckpt.store.document import dump_document, parse_document
+from incckpt.store.lineage import Run
+from incckpt.store.manifest import Manifest
+from incckpt.store.objects import ObjectKey, Objects
+from incckpt.store.refs import CondemnedLists, Ref, RefName, create_once
+
+__all__ = ["Store"]
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+_READS = 32
+
+MARKER = "incckpt.json"
+MAX_MANIFEST = 1 << 30  # bytes; a million tensors take about a quarter of it
+
+
+class Store:
+    """An opened store.
+
+    Parameters
+    ----------
+    backend
+        Bytes by key.
+    clock
+        Seconds since the epoch; only ever written down.
+    monotonic
+        Seconds since any moment, for this process's own patience.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.backend = backend
+        self.objects = Objects(backend)
+        self.condemned = CondemnedLists(backend)
+        self._clock = clock
+        self._monotonic = monotonic
+        self._checked = False
+
+    @classmethod
+    def open(cls, url: str, storage_options: Mapping[str, Any] | None = None) -> Store:
+        """Open the store at `url` (without a fragment); nothing is read or written yet."""
+        return cls(open_backend(url, storage_options))
+
+    def run(self, name: str) -> Run:
+        """Return a run, whether it exists or not."""
+        return Run(self.backend, name, clock=self._clock, monotonic=self._monotonic)
+
+    def manifest(self, ref: Ref) -> Manifest:
+        """Read the manifest of a checkpoint (one request).
+
+        Raises
+        ------
+        MissingObjectError, CorruptionError, FormatError
+            Naming the step.
+        """
+        key = ObjectKey.parse(ref.manifest)
+        try:
+            data = self.objects.get(key, ref.manifest_size)
+            document = codec.decode_document(data, max_bytes=MAX_MANIFEST, identity=bytes.fromhex(key.identity))
+            manifest = Manifest.from_json(document, ref.manifest)
+        except MissingObjectError as error:
+            raise MissingObjectError(f"the manifest of step {ref.step} is missing: {error}") from error
+        except CorruptionError as error:
+            raise CorruptionError(f"the manifest of step {ref.step} ({key}) is damaged: {error}") from error
+        found = RefName(manifest.attempt, manifest.step, manifest.nonce)
+        if found != ref.name:
+            raise CorruptionError(f"the ref {ref.name} names the manifest of {found}")
+        return manifest
+
+    def each(self, read: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+        """Return `read` of every item; many at once where requests cross a network."""
+        if not self.backend.remote or len(items) < 2:
+            return [read(item) for item in items]
+        with ThreadPoolExecutor(min(_READS, len(items)), "incckpt-read") as pool:
+            return list(pool.map(read, items))
+
+    def check(self) -> None:
+        """Check that there is a store of a format that this version reads.
+
+        Raises
+        ------
+        StoreNotFoundError, FormatError, CorruptionError
+        """
+        if not self._checked:
+            try:
+                self._check_marker(self.backend.get(MARKER))
+            except KeyNotFoundError as error:
+                raise StoreNotFoundError(
+                    f"there is no incckpt store at {self.backend.url} (no {MARKER}); is the URL right?"
+                ) from error
+
+    def create(self) -> None:
+        """Check the store as `check` does, after making it if it is not there; find out whether it is exclusive.
+
+        Raises
+        ------
+        ReadOnlyError
+            If the backend cannot be written.
+        """
+        if not self.backend.writable:
+            raise ReadOnlyError(f"{self.backend.url} can only be read")
+        if self._checked:
+            return
+        try:
+            found: bytes | None = self.backend.get(MARKER)
+        except KeyNotFoundError:
+            marker = dump_document("store", {"id": secrets.token_hex(16)})
+            found = create_once(self.backend, MARKER, marker)
+        if found is not None:
+            self._check_marker(found)
+        self._checked = True
+        if self.backend.remote and not self.backend.probe_exclusive():
+            log.warning(
+                "%s cannot create exclusively: only one process may write to it, which is not checked, and the objects "
+                "of pruned checkpoints stay",
+                self.backend.url,
+            )
+
+    def _check_marker(self, data: bytes) -> None:
+        parse_document(data, "store", f"{self.backend.url}/{MARKER}")
+        self._checked = True
+
+    def close(self) -> None:
+        """Close the backend."""
+        self.backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,377 @@
+"""What can go wrong between processes that share a store, case by case; ``docs/safety.md`` lists the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3fs
+import torch
+
+import incckpt
+from incckpt.backends.base import Backend
+from incckpt.backends.local import LocalBackend
+from incckpt.backends.memory import MemoryBackend
+from incckpt.backends.s3 import S3Backend
+from incckpt.backends.wrapper import WrapperBackend
+from incckpt.errors import BackendError, CollectionError, FormatError, SaveError, SupersededError
+from incckpt.store.document import dump_document
+from incckpt.store.gc import Collector
+from incckpt.store.objects import OBJECTS
+from incckpt.store.refs import RefName
+from incckpt.store.store import Store
+from incckpt.testing.faults import Fail, Fault, FaultyBackend, Pause
+from tests.children.stopper import state_at
+from tests.stores import object_keys, orphans
+
+ROOT = Path(__file__).resolve().parents[2]
+LOST = Fail(BackendError("the reply was lost", transient=True), after_work=True)
+
+
+def save(backend: Backend, step: int, run: str = "default", keep: int | None = 1) -> None:
+    """Save one checkpoint as a process of its own would."""
+    with incckpt.CheckpointManager(backend, run=run, keep_last_n=keep, threads=1) as manager:
+        manager.restore(state_at(0))
+        manager.save(step, state_at(step)).result()
+
+
+def check_read(backend: Backend, step: int, run: str = "default") -> None:
+    """Check that the latest checkpoint is that of `step`, bit for bit."""
+    state = incckpt.load(backend, run=run, progress=False)
+    expected = state_at(step)
+    assert state["step"] == step
+    assert all(torch.equal(state[name], torch.as_tensor(expected[name])) for name in ("frozen", "changing"))
+
+
+def check_clean(backend: Backend) -> None:
+    """Check that after a sweep nothing is left that nobody needs, and nothing is missing."""
+    Collector(Store(backend)).sweep()
+    assert orphans(backend) == set()
+
+
+@pytest.fixture
+def backend() -> MemoryBackend:
+    return MemoryBackend(uuid.uuid4().hex)
+
+
+# ---- replies lost ----------------------------------------------------------------------------------------------------
+
+
+def test_reply_lost_on_an_object_put(backend: MemoryBackend) -> None:
+    faulty = FaultyBackend(backend, [Fault("put", "objects/*", do=LOST)])
+    with incckpt.CheckpointManager(faulty, threads=1) as manager:
+        assert isinstance(manager.save(1, state_at(1)).exception(), BackendError)
+        with pytest.raises(SaveError):
+            manager.save(1, state_at(1))
+        manager.save(1, state_at(1)).result()
+    assert faulty.struck == 1
+    check_read(backend, 1)
+    check_clean(backend)
+
+
+def test_reply_lost_on_commit(backend: MemoryBackend) -> None:
+    faulty = FaultyBackend(backend, [Fault("create", "refs/*", do=LOST)])
+    save(faulty, 1)
+    assert faulty.struck == 1
+    check_read(backend, 1)
+    assert len(list(backend.list("refs/"))) == 1
+    check_clean(backend)
+
+
+def test_reply_lost_on_abort(backend: MemoryBackend) -> None:
+    save(backend, 1)
+    with pytest.raises(BackendError):
+        save(FaultyBackend(backend, [Fault("create", "refs/*", times=None)]), 2)  # its pin stays
+    assert len(list(backend.list("pins/"))) == 1
+    faulty = FaultyBackend(backend, [Fault("create", "refs/*", do=LOST)])
+    save(faulty, 2)
+    assert faulty.struck == 1
+    check_read(backend, 2)
+    check_clean(backend)
+
+
+# ---- processes that stand still --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def stopped(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Start a process, and wait until it has stopped itself."""
+    command = [sys.executable, "-m", "tests.children.stopper", *map(str, arguments)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), f"it ended with {status}"
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGCONT)
+
+
+def ended(process: subprocess.Popen[str]) -> list[str]:
+    """Let a process go on to its end; return what it says of it."""
+    process.send_signal(signal.SIGCONT)
+    out, _ = process.communicate(timeout=120)
+    return out.split()
+
+
+@pytest.mark.parametrize("pattern", ["pins/*", "objects/*", "refs/*"])
+def test_a_writer_stopped_across_a_whole_collection(tmp_path: Path, pattern: str) -> None:
+    backend = LocalBackend(tmp_path)
+    save(backend, 1, run="other")  # of the same frozen content
+    with stopped("save", tmp_path, "default", 5, "create" if pattern == "refs/*" else "put", pattern) as writer:
+        save(backend, 2, run="other")
+        Collector(Store(backend)).sweep()
+        Collector(Store(backend)).sweep()
+        assert ended(writer) == ["saved", "5"]
+    check_read(backend, 5)
+    check_read(backend, 2, run="other")
+    check_clean(backend)
+
+
+@pytest.mark.parametrize("pattern", ["objects/*", "refs/*"])
+def test_a_writer_taken_for_dead_saves_again(tmp_path: Path, pattern: str) -> None:
+    backend = LocalBackend(tmp_path)
+    with stopped("save", tmp_path, "default", 5, "create" if pattern == "refs/*" else "put", pattern) as writer:
+        Collector(Store(backend), stale_seconds=0.0).sweep()
+        assert orphans(backend) == set(), "what it has put so far is gone"
+        assert ended(writer) == ["saved", "5"]
+    check_read(backend, 5)
+    check_clean(backend)
+
+
+def test_a_collector_stopped_in_mid_sweep_across_a_later_collection_and_a_save(tmp_path: Path) -> None:
+    backend = LocalBackend(tmp_path)
+    with pytest.raises(BackendError):
+        save(FaultyBackend(backend, [Fault("create", "refs/*", times=None)]), 1)
+    backend.delete([entry.key for entry in backend.list("pins/")])  # nobody knows of what it has put
+    garbage = object_keys(backend)
+    assert garbage
+    with stopped("sweep", tmp_path, "-", 0, "delete", "objects/*") as collector:
+        save(backend, 2)  # of the same frozen content, condemned by now
+        Collector(Store(backend)).sweep()
+        save(backend, 3, run="other")
+        assert ended(collector)[0] == "swept"
+    assert not garbage & object_keys(backend)
+    check_read(backend, 2)
+    check_read(backend, 3, run="other")
+    check_clean(backend)
+
+
+def test_reuse_of_an_object_that_is_being_deleted_and_its_rebirth_under_a_new_key(backend: MemoryBackend) -> None:
+    with pytest.raises(BackendError):
+        save(FaultyBackend(backend, [Fault("create", "refs/*", times=None)]), 1)
+    backend.delete([entry.key for entry in backend.list("pins/")])
+    before = object_keys(backend)
+    pause = Pause()
+    slow = FaultyBackend(backend, [Fault("delete", "objects/*", do=pause)])
+    with ThreadPoolExecutor(1) as pool:
+        sweep = pool.submit(Collector(Store(slow)).sweep)
+        pause.reached.wait()
+        save(backend, 1)  # the very content that is being deleted
+        assert object_keys(backend) - before
+        pause.resume.set()
+        assert sweep.result().deleted == before
+    check_read(backend, 1)
+    check_clean(backend)
+
+
+def test_the_previous_checkpoint_expires_in_the_middle_of_a_save(backend: MemoryBackend) -> None:
+    save(backend, 1)
+    pause = Pause()
+    slow = FaultyBackend(backend, [Fault("put", "objects/*", do=pause)])
+    with ThreadPoolExecutor(1) as pool:
+        zombie = pool.submit(save, slow, 2)
+        pause.reached.wait()
+        save(backend, 3)  # takes the run over, and prunes step 1, on which the other save builds
+        check_clean(backend)
+        pause.resume.set()
+        assert isinstance(zombie.exception(), SupersededError)
+    check_read(backend, 3)
+    check_clean(backend)
+
+
+def test_zombie_and_replacement_commit_the_same_step(backend: MemoryBackend) -> None:
+    save(backend, 1)
+    pause = Pause()
+    slow = FaultyBackend(backend, [Fault("create", "refs/*", do=pause)])
+    with ThreadPoolExecutor(1) as pool:
+        zombie = pool.submit(save, slow, 2)
+        pause.reached.wait()
+        save(backend, 2)
+        pause.resume.set()
+        assert isinstance(zombie.exception(), SupersededError)
+    with incckpt.CheckpointManager(backend, read_only=True) as reader:
+        assert [(c.step, c.attempt) for c in reader.list()] == [(2, 3)]
+    check_read(backend, 2)
+    check_clean(backend)
+
+
+def test_two_processes_write_one_run(tmp_path: Path) -> None:
+    backend = LocalBackend(tmp_path)
+    save(backend, 1)
+    for pattern, operation, step in (("objects/*", "put", 2), ("refs/*", "create", 3)):
+        with stopped("save", tmp_path, "default", step, operation, pattern) as other:
+            save(backend, step)
+            assert ended(other) == ["SupersededError"], "it is told within that very save"
+        check_read(backend, step)
+    with incckpt.CheckpointManager(backend, read_only=True) as reader:
+        assert [c.step for c in reader.list()] == [3]
+    check_clean(backend)
+
+
+def test_two_collectors_at_once(tmp_path: Path) -> None:
+    backend = LocalBackend(tmp_path)
+    save(backend, 100)
+    for number in range(20):
+        with pytest.raises(BackendError):
+            save(FaultyBackend(backend, [Fault("create", "refs/*", times=None)]), 101 + number, keep=None)
+        backend.delete([entry.key for entry in backend.list("pins/")])
+        barrier = threading.Barrier(3)
+
+        def at_once(action: Any) -> None:
+            barrier.wait()  # noqa: B023 -- all of them end in this turn
+            action()
+
+        with ThreadPoolExecutor(3) as pool:
+            collectors = [Collector(Store(LocalBackend(tmp_path))).sweep for _ in range(2)]
+            actions = [*collectors, lambda: save(backend, 1 + number, run="other")]  # noqa: B023
+            list(pool.map(at_once, actions))
+        check_read(backend, 1 + number, run="other")
+    check_read(backend, 100)
+    check_clean(backend)
+
+
+@pytest.mark.parametrize("offset", [-86_400, 86_400])
+def test_a_host_whose_clock_is_a_day_off(tmp_path: Path, offset: int) -> None:
+    backend = LocalBackend(tmp_path)
+    save(backend, 1)
+    with stopped("save", tmp_path, "default", 2, "put", "objects/*", offset) as writer:
+        Collector(Store(backend, clock=lambda: 0.0)).sweep()
+        command = [sys.executable, "-m", "tests.children.stopper", "sweep", str(tmp_path), "-", "0", "-", "-"]
+        subprocess.run([*command, str(offset)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        assert ended(writer) == ["saved", "2"]
+    with incckpt.CheckpointManager(backend, read_only=True) as reader:
+        assert [c.step for c in reader.list()] == [2]
+    check_read(backend, 2)
+    save(backend, 3)
+    check_read(backend, 3)
+    check_clean(backend)
+
+
+# ---- servers ---------------------------------------------------------------------------------------------------------
+
+
+def test_more_than_a_thousand_keys_in_every_listing(s3_server: dict[str, Any]) -> None:
+    bucket = f"many-{uuid.uuid4().hex[:12]}"
+    with S3Backend(bucket, "store", s3_server) as backend:
+        s3fs.S3FileSystem(**s3_server).mkdir(bucket)
+        save(backend, 1, run="mine", keep=None)
+        values: dict[str, bytes] = {}
+        for number in range(1050):
+            name = f"000001-{number:012d}-{number:016x}"
+            values[f"refs/run{number}/{name}"] = b"EXPIRED"
+            values[f"pins/run{number}/{name}"] = dump_document("pin", {})
+            values[f"gc/{number:016x}/condemned"] = dump_document("condemned", {"keys": []})
+            values[f"{OBJECTS}{number % 256:02x}/{number:062x}.{number:016x}"] = b"garbage"
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(backend.put, values, values.values()))
+        collected = Collector(Store(backend)).sweep()
+        assert len(collected.deleted) == 1050
+        assert orphans(backend) == set()
+        assert [entry.key for entry in backend.list("gc/")] == []
+        assert [entry.key for entry in backend.list("pins/")] == []
+        save(backend, 2, run="mine")
+        check_read(backend, 2, run="mine")
+
+
+class PartlyDeleting(WrapperBackend):
+    """Deletes half of what it is asked to, once, and says that it failed."""
+
+    failures = 1
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete."""
+        listed = sorted(keys)
+        if self.failures and any(key.startswith(OBJECTS) for key in listed):
+            self.failures -= 1
+            super().delete(listed[: len(listed) // 2])
+            raise BackendError(f"could not delete {listed[-1]}", transient=True)
+        super().delete(listed)
+
+
+def test_a_bulk_delete_that_partly_fails(backend: MemoryBackend) -> None:
+    state = {f"w{index}": torch.randn(300_000) for index in range(4)}
+    with incckpt.CheckpointManager(PartlyDeleting(backend), keep_last_n=1, threads=1) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, {name: value + step for name, value in state.items()}).result()
+    assert torch.equal(incckpt.load(backend)["w0"], state["w0"] + 3)
+    assert orphans(backend) == set(), "the next save's collection has finished it"
+
+
+@pytest.mark.parametrize("age", [60.0, 7200.0])
+def test_a_sweep_removes_temporary_files_of_the_dead(tmp_path: Path, age: float) -> None:
+    backend = LocalBackend(tmp_path)
+    save(backend, 1)
+    left = tmp_path / "objects" / ".incckpt-tmp-0123456789abcdef"
+    left.write_bytes(b"half of an object")
+    then = left.stat().st_mtime - age
+    os.utime(left, (then, then))
+    assert Collector(Store(backend)).sweep().leftovers == (age > 3600)
+    assert left.exists() == (age < 3600)
+    check_read(backend, 1)
+
+
+def test_a_sweep_aborts_uploads_of_the_dead(s3_server: dict[str, Any]) -> None:
+    bucket = f"uploads-{uuid.uuid4().hex[:12]}"
+    fs = s3fs.S3FileSystem(**s3_server)
+    fs.mkdir(bucket)
+    with S3Backend(bucket, "store", s3_server) as backend:
+        save(backend, 1)
+        fs.call_s3("create_multipart_upload", Bucket=bucket, Key="store/objects/ab/large")
+        fs.call_s3("create_multipart_upload", Bucket=bucket, Key="elsewhere/large")
+        assert Collector(Store(backend)).sweep().leftovers == 1  # this server says that all uploads began in 2010
+        uploads = fs.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads", [])
+        assert [upload["Key"] for upload in uploads] == ["elsewhere/large"]
+        check_read(backend, 1)
+
+
+# ---- what a later version has written --------------------------------------------------------------------------------
+
+
+def test_an_unknown_name_among_the_refs_stops_the_collector(backend: MemoryBackend) -> None:
+    save(backend, 1)
+    garbage = f"{OBJECTS}ab/{'c' * 62}.{'0' * 16}"
+    backend.put(garbage, b"garbage")
+    backend.put("refs/default/v2-000001-000000000009-0123456789abcdef", b"?")
+    with pytest.raises(CollectionError, match="update incckpt"):
+        Collector(Store(backend)).sweep()
+    assert garbage in object_keys(backend)
+    check_read(backend, 1)
+
+
+def test_a_ref_of_a_later_format_stops_the_collector(backend: MemoryBackend) -> None:
+    save(backend, 1, keep=None)
+    save(backend, 2, keep=None)
+    garbage = f"{OBJECTS}ab/{'c' * 62}.{'0' * 16}"
+    backend.put(garbage, b"garbage")
+    first = min(entry.key for entry in backend.list("refs/default/"))
+    document = json.loads(backend.get(first))
+    backend.put(first, json.dumps(document | {"format": 2}).encode())
+    with pytest.raises(CollectionError, match="update incckpt"):
+        Collector(Store(backend)).sweep()
+    assert garbage in object_keys(backend)
+    name = RefName.parse(first.rpartition("/")[2])
+    assert name is not None
+    with pytest.raises(FormatError, match="update incckpt"):
+        Store(backend).run("default").read(name)
+    check_read(backend, 2)

@@ -1,0 +1,52 @@
+"""Every version reads what earlier ones wrote."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import incckpt
+from incckpt.backends import open_backend
+from incckpt.run.verify import verify
+from incckpt.testing.compare import assert_same_state
+from tests.fixtures.states import state_at
+from tests.stores import object_keys, orphans
+
+STORES = sorted(path for path in (Path(__file__).parents[1] / "fixtures").iterdir() if (path / "incckpt.json").exists())
+
+
+@pytest.mark.parametrize("store", STORES, ids=lambda path: path.name)
+def test_every_checkpoint_restores(store: Path) -> None:
+    for step in (1, 2, 3):
+        assert_same_state(incckpt.load(store, step=step), state_at(step))
+    assert torch.equal(incckpt.load(f"{store}#second@10")["other"], torch.arange(3))
+    best = incckpt.load(f"{store}#default@best", metric="loss", keys="scalar")
+    assert best["scalar"] == 2**53 + 3, "of equally good ones, the later"
+    assert all(result.ok for result in verify(store))
+
+
+@pytest.mark.parametrize("store", STORES, ids=lambda path: path.name)
+def test_a_run_goes_on_and_is_collected(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(store, copy)
+    with incckpt.CheckpointManager(copy, keep_last_n=1) as manager:
+        assert [(c.step, c.attempt, c.metrics.get("loss")) for c in manager.list()] == [
+            (1, 1, 1.0),
+            (2, 1, 0.5),
+            (3, 2, 0.5),
+        ]
+        manager.save(4, state_at(3)).result()
+        manager.wait()
+        assert [c.step for c in manager.list()] == [4]
+    assert orphans(copy) == set()
+    assert len(object_keys(open_backend(copy))) < len(object_keys(open_backend(store)))
+    assert_same_state(incckpt.load(copy), state_at(3))
+
+
+def test_there_are_deltas_among_them() -> None:
+    for store in STORES:
+        assert any((store / "deltas").rglob("*.*"))
+    assert STORES
