@@ -73,7 +73,8 @@ class CheckpointManager:
         Name of the run, in place of the fragment; ``"default"`` where neither is given.
     keep_last_n, keep_best_n, metric, mode
         Which checkpoints to keep: the last `keep_last_n`, and the `keep_best_n` with the lowest (``mode="min"``) or
-        highest (``"max"``) value of `metric`. All of them where neither is given.
+        highest (``"max"``) value of `metric`. All of them where neither is given, and until `keep_best_n` checkpoints
+        have a number for the metric.
     retention
         A policy in place of those four, see :mod:`incckpt.retention`.
     max_pending

@@ -7,13 +7,27 @@ Policies compose: ``KeepLast(3) | KeepBest(2, "loss")`` keeps what either keeps.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from numbers import Integral, Real
+from typing import Any, Literal, TypeAlias
 
 from incckpt.errors import OptionError
 
-__all__ = ["KeepAll", "KeepBest", "KeepEvery", "KeepLast", "Mode", "Policy", "Record", "best", "policy_of"]
+__all__ = [
+    "KeepAll",
+    "KeepBest",
+    "KeepEvery",
+    "KeepLast",
+    "Mode",
+    "Policy",
+    "Record",
+    "best",
+    "policy_of",
+    "steps_kept",
+    "undecided",
+]
 
 Mode: TypeAlias = Literal["min", "max"]
 
@@ -46,6 +60,10 @@ class _Composable:
     def __call__(self, history: Sequence[Record]) -> Iterable[int]:
         raise NotImplementedError
 
+    def undecided(self, history: Sequence[Record]) -> str | None:
+        """Say what information is missing, if that is why everything is kept."""
+        return None
+
     def __or__(self, other: Policy) -> Union:
         return Union((self, other))
 
@@ -61,6 +79,10 @@ class Union(_Composable):
 
     def __call__(self, history: Sequence[Record]) -> set[int]:
         return {step for policy in self.policies for step in policy(history)}
+
+    def undecided(self, history: Sequence[Record]) -> str | None:
+        """Return the first reason that one of the policies gives."""
+        return next(filter(None, (undecided(policy, history) for policy in self.policies)), None)
 
 
 @dataclass(frozen=True)
@@ -78,8 +100,7 @@ class KeepLast(_Composable):
     n: int
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise OptionError(f"KeepLast: n must be at least 1, not {self.n}: the latest checkpoint is always kept")
+        _check_count("KeepLast: n", self.n, 1)
 
     def __call__(self, history: Sequence[Record]) -> set[int]:
         return {record.step for record in sorted(history, key=lambda record: record.step)[-self.n :]}
@@ -89,7 +110,9 @@ class KeepLast(_Composable):
 class KeepBest(_Composable):
     """Keep the `n` best checkpoints by `metric`.
 
-    A checkpoint without the metric, or with a NaN, is never among the best; of equal ones the later step is.
+    A missing metric says nothing about a checkpoint, and neither does a NaN. So everything is kept until `n`
+    checkpoints have a number for the metric. From then on only those that have one can be among the best: a loop that
+    saves often and evaluates rarely keeps its `n` best evaluated checkpoints. Of equal ones the later step is better.
     """
 
     n: int
@@ -97,13 +120,26 @@ class KeepBest(_Composable):
     mode: Mode = "min"
 
     def __post_init__(self) -> None:
-        if self.n < 0:
-            raise OptionError(f"KeepBest: n must not be negative, got {self.n}")
+        _check_count("KeepBest: n", self.n, 0)
+        if not isinstance(self.metric, str):
+            raise OptionError(f"KeepBest: metric must be the name of a metric given to save(), not {self.metric!r}")
         if self.mode not in ("min", "max"):
             raise OptionError(f"KeepBest: mode must be 'min' or 'max', not {self.mode!r}")
 
     def __call__(self, history: Sequence[Record]) -> set[int]:
-        return {record.step for record in _ranked(history, self.metric, self.mode)[: self.n]}
+        ranked = _ranked(history, self.metric, self.mode)
+        return {record.step for record in (ranked[: self.n] if len(ranked) >= self.n else history)}
+
+    def undecided(self, history: Sequence[Record]) -> str | None:
+        """Tell of a metric that too few checkpoints have, and of the metrics that there are."""
+        having = len(_ranked(history, self.metric, self.mode))
+        if having >= self.n or len(history) <= self.n:
+            return None
+        names = sorted({name for record in history for name in record.metrics})
+        return (
+            f"{having} of {len(history)} checkpoints have a number for the metric {self.metric!r}, and {self.n} are "
+            f"needed to tell the best; their metrics are {', '.join(map(repr, names)) or 'none'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -116,8 +152,10 @@ class KeepEvery(_Composable):
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.seconds is None):
             raise OptionError("KeepEvery: give either steps or seconds")
-        if (self.steps is not None and self.steps < 1) or (self.seconds is not None and not self.seconds > 0):
-            raise OptionError("KeepEvery: the interval must be positive")
+        if self.steps is not None:
+            _check_count("KeepEvery: steps", self.steps, 1)
+        elif not isinstance(self.seconds, Real) or not self.seconds > 0:
+            raise OptionError(f"KeepEvery: seconds must be a positive number, not {self.seconds!r}")
 
     def __call__(self, history: Sequence[Record]) -> set[int]:
         if self.steps is not None:
@@ -127,6 +165,27 @@ class KeepEvery(_Composable):
         for record in sorted(history, key=lambda record: record.step):
             kept.setdefault(math.floor(record.time / self.seconds), record.step)
         return set(kept.values())
+
+
+def undecided(policy: Policy, history: Sequence[Record]) -> str | None:
+    """Return what information `policy` lacks, if that is why it keeps everything; ``None`` where it does not say."""
+    return policy.undecided(history) if isinstance(policy, _Composable) else None
+
+
+def steps_kept(policy: Policy, history: Sequence[Record]) -> set[int]:
+    """Return the steps that `policy` keeps.
+
+    Raises
+    ------
+    TypeError
+        If what it returned is not a series of steps. A policy of one's own may raise anything.
+    """
+    kept: set[int] = set()
+    for step in policy(history):
+        if isinstance(step, bool):
+            raise TypeError(f"a retention policy returns the steps to keep, not {step!r}")
+        kept.add(operator.index(step))
+    return kept
 
 
 def best(history: Sequence[Record], metric: str, mode: Mode) -> Record | None:
@@ -153,12 +212,25 @@ def policy_of(
     """
     if mode not in ("min", "max"):
         raise OptionError(f"mode must be 'min' or 'max', not {mode!r}")
+    if metric is not None and not isinstance(metric, str):
+        raise OptionError(f"metric must be the name of a metric given to save(), not {metric!r}")
+    if keep_last_n is not None:
+        _check_count("keep_last_n", keep_last_n, 1)
+    if keep_best_n is not None:
+        _check_count("keep_best_n", keep_best_n, 0)
     if retention is not None:
         if keep_last_n is not None or keep_best_n is not None:
             raise OptionError("give either retention= or keep_last_n= and keep_best_n=")
+        if not callable(retention):
+            raise OptionError(f"retention must be a policy such as KeepLast(5) | KeepBest(3, 'loss'), not {retention!r}")
         return retention
     if keep_best_n is not None:
         if metric is None:
             raise OptionError("keep_best_n needs metric=, the name of a metric given to save()")
         return KeepLast(1 if keep_last_n is None else keep_last_n) | KeepBest(keep_best_n, metric, mode)
     return None if keep_last_n is None else KeepLast(keep_last_n)
+
+
+def _check_count(option: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise OptionError(f"{option} must be an integer of at least {least}, not {value!r}")

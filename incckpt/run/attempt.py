@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 
 from incckpt.errors import BackendError, CollectionError, DistributedError, IncckptError, OptionError, SupersededError
-from incckpt.retention import KeepAll, Policy
+from incckpt.retention import KeepAll, Policy, steps_kept, undecided
 from incckpt.run.checkpoint import read_refs, to_record
 from incckpt.run.pipeline import Pipeline
 from incckpt.run.report import SaveReport
@@ -73,6 +73,7 @@ class Attempt:
         self._abandoned: dict[RefName, Ref | None] = {}  # None: unreadable
         self._unreadable: set[RefName] = set()
         self._sealed = False
+        self._said: set[str] = set()  # why nothing was pruned; each reason is told once
         self._writer = Writer(
             store, self._run, self.number, threads=threads, settle=settle, base_of=base_of, pipeline=pipeline
         )
@@ -189,17 +190,40 @@ class Attempt:
         try:
             self._prune(step)
             self._collect()
-        except IncckptError as error:
-            log.warning("pruning or collecting after step %d failed; nothing needed was touched: %s", step, error)
+        except Exception as error:  # whatever it is: the checkpoint is committed, and has to be announced
+            message = "pruning or collecting after step %d failed; nothing needed was touched: %s"
+            log.warning(message, step, error, exc_info=None if isinstance(error, IncckptError) else error)
         self._writer.spent += self._run.take_tombstones()
         self._writer.delete_spent()
 
     def _prune(self, step: int) -> None:
         """Expire what the policy does not keep, and what was abandoned and is passed by now."""
-        kept = set(self._policy([to_record(ref) for ref in self._history.values()])) | {step}
-        doomed = [ref.name for ref in self._history.values() if ref.step not in kept]
+        kept = self._kept()
+        doomed = [ref.name for ref in self._history.values() if kept is not None and ref.step not in kept | {step}]
         doomed += [name for name in self._abandoned if name.step <= step]
         self._expire(doomed)
+
+    def _kept(self) -> set[int] | None:
+        """Return the steps that the policy keeps; ``None``, and a word in the log, where it cannot be told."""
+        if self._unreadable:
+            steps = ", ".join(str(name.step) for name in sorted(self._unreadable))
+            self._say_once("unreadable", f"delete step {steps}, which cannot be read")
+            return None
+        history = [to_record(ref) for ref in self._history.values()]
+        try:
+            kept = steps_kept(self._policy, history)
+            reason = undecided(self._policy, history)
+        except Exception as error:  # noqa: BLE001 -- a policy is anybody's code; the checkpoint is committed
+            self._say_once("policy", f"the retention policy failed: {error!r}")
+            return None
+        if reason is not None:
+            self._say_once("undecided", reason)
+        return kept
+
+    def _say_once(self, what: str, reason: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            log.warning("run %r: nothing is pruned for now: %s", self._run.name, reason)
 
     def _expire(self, doomed: Sequence[RefName]) -> None:
         if not doomed:

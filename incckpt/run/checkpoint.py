@@ -150,6 +150,6 @@ def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
             raise OptionError(f"metrics: the name {name!r} is not a string")
         try:
             checked[name] = float(value)  # a 0-dim tensor, too
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise OptionError(f"metric {name!r} is not a number: {value!r:.80}") from error
     return checked
