@@ -15,7 +15,8 @@ from incckpt.state.build import MapLocation, build
 from incckpt.state.entries import TensorEntry, check_entries, entry_from_json, entry_to_json
 from incckpt.state.flatten import FlatState, flatten
 from incckpt.state.ranges import ByteRange
-from incckpt.state.tree import Tree, parse, references, select
+from incckpt.state.selection import select
+from incckpt.state.tree import Tree, parse, references
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -18,7 +18,8 @@ from incckpt.staging.hostmem import new_buffer
 from incckpt.state.assign import Assignment
 from incckpt.state.build import MapLocation, build
 from incckpt.state.entries import TensorEntry, check_entries, entry_from_json, range_kinds
-from incckpt.state.tree import Tree, parse, references, select
+from incckpt.state.selection import select
+from incckpt.state.tree import Tree, parse, references
 from incckpt.store.manifest import Chunk, Manifest
 
 __all__ = ["Contents", "MapLocation", "load_state", "restore_into"]

@@ -7,16 +7,13 @@ described in ``docs/structure.md``.
 from __future__ import annotations
 
 import collections
-import difflib
-import fnmatch
 import keyword
-import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-from incckpt.errors import CorruptionError, FormatError, StateMismatchError
+from incckpt.errors import CorruptionError, FormatError
 from incckpt.state.entries import Json
 from incckpt.state.plain import (
     DECODERS,
@@ -45,7 +42,6 @@ __all__ = [
     "leaves",
     "parse",
     "references",
-    "select",
 ]
 
 DEFAULT_FACTORIES: dict[str, Callable[[], Any] | None] = {
@@ -321,61 +317,3 @@ def leaves(tree: Tree) -> Iterator[Plain | TensorRef | GeneratorRef | Pickled]:
 def references(tree: Tree) -> list[int]:
     """Return the indexes of all tensors that `tree` needs, ascending."""
     return sorted(leaf.index for leaf in leaves(tree) if isinstance(leaf, (TensorRef, GeneratorRef)))
-
-
-def select(tree: Tree, patterns: str | Sequence[str]) -> Tree:
-    """Return the part of `tree` whose dotted names match a glob.
-
-    A pattern (:func:`fnmatch.fnmatchcase`; ``*`` matches dots too) that matches a container selects all of it. In a
-    dict, what is not selected is dropped; in a list or tuple it becomes ``None``, so that positions hold.
-
-    Raises
-    ------
-    StateMismatchError
-        If a pattern matches nothing; the message shows names that exist.
-    """
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    selector = _Selector(wanted)
-    selected = selector.prune(tree, "")
-    missing = [pattern for pattern in wanted if pattern not in selector.hits]
-    if missing or selected is None:
-        names = list(dict.fromkeys(name for name in _names(tree, "") if name))
-        close = [
-            name for pattern in missing for name in difflib.get_close_matches(pattern, names[:5000], n=3, cutoff=0.5)
-        ]
-        shown = ", ".join(dict.fromkeys([*close, *names[:5]])) or "none"
-        raise StateMismatchError(
-            f"nothing in the checkpoint matches {', '.join(map(repr, missing)) or 'no pattern'}; some names: {shown}"
-        )
-    return selected
-
-
-class _Selector:
-    def __init__(self, patterns: Sequence[str]) -> None:
-        self._compiled = [(pattern, re.compile(fnmatch.translate(pattern)).match) for pattern in patterns]
-        self.hits: set[str] = set()
-
-    def _matches(self, name: str) -> bool:
-        hits = [pattern for pattern, match in self._compiled if match(name)]
-        self.hits.update(hits)
-        return bool(hits)
-
-    def prune(self, tree: Tree, name: str) -> Tree | None:
-        """Return the selected part, or ``None``. Walks what is selected as well: later patterns may match inside it."""
-        whole = self._matches(name)
-        kept = [(key, child, self.prune(child, join_name(name, key))) for key, child in children(tree)]
-        if whole:
-            return tree
-        if not any(part is not None for _, _, part in kept):
-            return None
-        if isinstance(tree, MappingNode):
-            return replace(tree, items=[(key, part) for key, _, part in kept if part is not None])
-        if isinstance(tree, SequenceNode):
-            return replace(tree, items=[Plain(None) if part is None else part for _, _, part in kept])
-        return None
-
-
-def _names(tree: Tree, name: str) -> Iterator[str]:
-    yield name
-    for key, child in children(tree):
-        yield from _names(child, join_name(name, key))
