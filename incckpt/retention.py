@@ -222,7 +222,7 @@ def policy_of(
         if keep_last_n is not None or keep_best_n is not None:
             raise OptionError("give either retention= or keep_last_n= and keep_best_n=")
         if not callable(retention):
-            raise OptionError(f"retention must be a policy such as KeepLast(5) | KeepBest(3, 'loss'), not {retention!r}")
+            raise OptionError(f"retention must be a policy such as KeepLast(5), not {retention!r}")
         return retention
     if keep_best_n is not None:
         if metric is None:
