@@ -31,6 +31,8 @@ from incckpt.errors import (
     SupersededError,
 )
 from incckpt.staging.hostmem import HostPool
+from incckpt.store.gc import Collector
+from incckpt.store.store import Store
 from incckpt.testing.faults import CountingBackend, Fail, Fault, FaultyBackend, Pause
 from tests.stores import orphans
 
@@ -341,6 +343,35 @@ def test_two_writers_one_lineage(tmp_path: Path) -> None:
     assert incckpt.load(tmp_path) == {"x": 2}
 
 
+def test_abandoned_checkpoints_are_read_by_their_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with incckpt.CheckpointManager(tmp_path) as manager:
+        for step in (1, 2, 3, 4):
+            manager.save(step, {"x": step})
+    with incckpt.CheckpointManager(tmp_path) as manager:
+        assert manager.restore({"x": 0}, step=2) == 2
+        manager.save(3, {"x": 30}).result()
+    assert incckpt.load(f"{tmp_path}#@4") == {"x": 4}
+    assert "step 4" in caplog.text
+    assert "is abandoned" in caplog.text
+    with incckpt.CheckpointManager(tmp_path, read_only=True) as reader:
+        app = {"x": 0}
+        assert reader.restore(app, step=4) == 4
+        assert app == {"x": 4}
+    with pytest.raises(CheckpointNotFoundError, match="it has steps 1, 2, 3; abandoned: steps 4"):
+        incckpt.load(tmp_path, step=7)
+
+
+def test_where_two_attempts_have_a_step_the_lineages_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unpruned = FaultyBackend(MemoryBackend(str(tmp_path)), [Fault("put", "refs/*", times=None)])
+    for start, value in ((None, 3), (2, 30)):
+        with incckpt.CheckpointManager(unpruned) as manager:
+            manager.restore({"x": 0}, step=start)
+            for step in range((start or 0) + 1, 4):
+                manager.save(step, {"x": value})
+    assert incckpt.load(unpruned, step=3) == {"x": 30}
+    assert "that of attempt 2 is read; an abandoned one stands of attempt 1" in caplog.text
+
+
 def test_not_for_what_does_not_exist(tmp_path: Path) -> None:
     with incckpt.CheckpointManager(tmp_path / "none", read_only=True) as reader:
         assert reader.list() == []
@@ -546,6 +577,20 @@ def test_save_and_load_as_torch_does(tmp_path: Path) -> None:
         incckpt.load(f"{tmp_path}#default@1", step=0)
 
 
+def test_the_report_of_a_save_that_was_aborted_and_made_again(tmp_path: Path) -> None:
+    backend = MemoryBackend(str(tmp_path))
+    pause = Pause()
+    slow = FaultyBackend(backend, [Fault("put", "objects/*", do=pause)])
+    with incckpt.CheckpointManager(slow) as manager:
+        future = manager.save(1, {"w": torch.randn(1 << 16)})
+        pause.reached.wait()
+        Collector(Store(backend), stale_seconds=0.0).sweep()  # takes the save for dead
+        pause.resume.set()
+        future.result()
+        assert manager.history[0].seconds["commit"] >= 0
+        assert orphans(backend) == set()
+
+
 def test_keys_read_only_what_they_need(tmp_path: Path) -> None:
     backend = CountingBackend(MemoryBackend(str(tmp_path)))
     state = {"model": {"w": torch.randn(1 << 19)}, "optimizer": {"m": torch.randn(1 << 20)}}
@@ -565,6 +610,7 @@ def test_the_report_says_what_a_save_did(tmp_path: Path) -> None:
             manager.save(step, state)
         manager.wait()
         first, second = (json.loads(json.dumps(report.to_json())) for report in manager.history)
+    assert all(seconds >= 0 for report in (first, second) for seconds in report["seconds"].values())
     assert (first["step"], first["chunks"], first["changed_chunks"], first["put_objects"]) == (1, 2, 2, 2)
     assert first["changed_bytes"] == first["nbytes"] == 4 * (1 << 20) + 16
     assert sum(way["raw"] for way in first["by_way"].values()) == first["nbytes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -12,6 +13,8 @@ from incckpt.store.lineage import Lineage, Run
 from incckpt.store.refs import Ref, RefName
 
 __all__ = ["Checkpoint", "Which", "checked_metrics", "choose", "read_refs", "to_record"]
+
+log = logging.getLogger(__name__)
 
 Which: TypeAlias = int | Literal["latest", "best"]
 
@@ -89,6 +92,9 @@ def read_refs(
 def choose(run: Run, lineage: Lineage, which: Which | None, metric: str | None, mode: Mode) -> RefName:
     """Return the checkpoint that `which` means: a step, ``"latest"`` (or ``None``) or ``"best"``.
 
+    A step may be that of an abandoned checkpoint, which stands until the run has passed it. Where several attempts have
+    one of that step, the lineage's is chosen, or else the latest attempt's, and a warning names the others.
+
     Parameters
     ----------
     metric
@@ -102,15 +108,27 @@ def choose(run: Run, lineage: Lineage, which: Which | None, metric: str | None, 
         If ``"best"`` does not say by which metric.
     """
     where = f"run {run.name!r} at {run.backend.url}"
-    if lineage.latest is None:
+    if lineage.latest is None and not (lineage.abandoned and isinstance(which, int)):
         raise CheckpointNotFoundError(f"{where} has no checkpoint")
-    if which is None or which == "latest":
-        return lineage.latest
     if which == "best":
         return _best(run, lineage, metric, mode, where)
-    name = lineage.at(which)
-    if name is None:
-        raise CheckpointNotFoundError(f"{where} has no checkpoint of step {which}; it has {_steps(lineage.live)}")
+    if which is None or which == "latest":
+        assert lineage.latest is not None
+        return lineage.latest
+    found = lineage.at(which)
+    if not found:
+        raise CheckpointNotFoundError(f"{where} has no checkpoint of step {which}; it has {_steps(lineage)}")
+    name, *others = found
+    if others:
+        log.warning(
+            "step %d of %s: that of attempt %d is read; an abandoned one stands of attempt %s",
+            which,
+            where,
+            name.attempt,
+            ", ".join(str(other.attempt) for other in others),
+        )
+    elif name in lineage.abandoned:
+        log.warning("step %d of %s is abandoned: a later attempt went back behind it", which, where)
     return name
 
 
@@ -124,12 +142,14 @@ def _best(run: Run, lineage: Lineage, metric: str | None, mode: Mode, where: str
     record = best([to_record(ref) for ref in refs], metric, mode)
     if record is None:
         raise CheckpointNotFoundError(f"no checkpoint of {where} has a metric {metric!r}")
-    name = lineage.at(record.step)
-    assert name is not None
-    return name
+    return lineage.at(record.step)[0]
 
 
-def _steps(names: Sequence[RefName]) -> str:
+def _steps(lineage: Lineage) -> str:
+    return "; abandoned: ".join(_listed(names) for names in (lineage.live, lineage.abandoned) if names)
+
+
+def _listed(names: Sequence[RefName]) -> str:
     steps = [str(name.step) for name in names]
     return (
         f"steps {', '.join(steps)}" if len(steps) <= 12 else f"steps {', '.join(steps[:4])}, …, {', '.join(steps[-4:])}"

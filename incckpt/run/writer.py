@@ -163,7 +163,8 @@ class Writer:
                 known = self._look_around()
                 storing = time.perf_counter()
                 chunks = self._uploader.store(snapshot, name.nonce, known, report)
-                report.spent("store", time.perf_counter() - storing)
+                stored = time.perf_counter() - storing
+                report.spent("store", stored)
                 manifest = self._manifest(name, snapshot, chunks)
                 ref = self._put_manifest(name, manifest, report)
                 outcome = self._commit(ref, manifest)
@@ -174,7 +175,7 @@ class Writer:
             self.wasted.update(self._uploader.tried)
             raise
         self.spent.append(pin)
-        report.spent("commit", time.perf_counter() - started - report.seconds["store"])
+        report.spent("commit", time.perf_counter() - started - stored)
         if outcome is Tombstone.ABORTED:
             self.wasted.update(self._uploader.tried)
             return None

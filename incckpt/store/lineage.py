@@ -57,9 +57,11 @@ class Lineage:
         """The checkpoint with the highest step."""
         return self.live[-1] if self.live else None
 
-    def at(self, step: int) -> RefName | None:
-        """The checkpoint at `step`."""
-        return next((name for name in self.live if name.step == step), None)
+    def at(self, step: int) -> tuple[RefName, ...]:
+        """The checkpoints of `step` that stand: the one in the lineage first, then abandoned ones, the latest first."""
+        live = [name for name in self.live if name.step == step]
+        abandoned = [name for name in self.abandoned if name.step == step]
+        return (*live, *reversed(abandoned))
 
 
 class Run:

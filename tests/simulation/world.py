@@ -161,7 +161,7 @@ class Trainer:
     def resume(self, step: int | None = None) -> int | None:
         """Go on from the latest checkpoint, or from that of `step`; returns its step."""
         lineage = self.attempt.lineage
-        name = lineage.latest if step is None else lineage.at(step)
+        name = lineage.latest if step is None else next(iter(lineage.at(step)), None)
         manifest = None
         if name is not None:
             ref = lineage.known.get(name) or self.store.run(self.run).read(name)

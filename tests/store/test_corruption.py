@@ -40,8 +40,7 @@ def objects_of(folder: Path, step: int) -> dict[str, Path]:
     """Return the manifest's file, and that of the weight's own object."""
     with Store(LocalBackend(str(folder))) as store:
         run = store.run("default")
-        name = run.lineage().at(step)
-        assert name is not None
+        name = run.lineage().at(step)[0]
         ref = run.read(name)
         assert isinstance(ref, Ref)
         manifest = store.manifest(ref)
