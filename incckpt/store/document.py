@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from incckpt.errors import CorruptionError, FormatError
 
 __all__ = [
+    "DOCUMENT_HEAD",
     "FORMAT",
     "Fields",
     "Json",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 FORMAT = 1
+DOCUMENT_HEAD = b'{"format":'
+"""What every document of every version begins with."""
 
 Json: TypeAlias = Any
 

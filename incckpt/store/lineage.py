@@ -17,7 +17,17 @@ from dataclasses import dataclass, field
 from incckpt.backends.base import Backend
 from incckpt.errors import CorruptionError, KeyNotFoundError, SupersededError
 from incckpt.store.document import Fields, Json, as_mapping, dump_document, parse_document
-from incckpt.store.refs import Ref, RefName, Tombstone, create_once, list_pins, list_refs, new_nonce, validate_run
+from incckpt.store.refs import (
+    Ref,
+    RefName,
+    Tombstone,
+    create_once,
+    is_stray,
+    list_pins,
+    list_refs,
+    new_nonce,
+    validate_run,
+)
 
 __all__ = ["Lineage", "Run"]
 
@@ -110,6 +120,8 @@ class Run:
         for entry in self.backend.list(f"runs/{self.name}/attempts/"):
             match = _ATTEMPT.fullmatch(entry.key.rpartition("/")[2])
             if match is None:
+                if is_stray(self.backend, entry.key):
+                    continue
                 raise CorruptionError(f"not an attempt: {entry.key} (written by a later version of incckpt?)")
             highest = max(highest, int(match[1]))
             if match[2]:

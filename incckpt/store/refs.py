@@ -7,6 +7,8 @@ What they are for, and in which order they may be written and read, is in :mod:`
 from __future__ import annotations
 
 import enum
+import functools
+import logging
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from incckpt.backends.base import Backend, ReadableBuffer
 from incckpt.errors import BackendError, CorruptionError, KeyExistsError, KeyNotFoundError, OptionError
 from incckpt.store.document import (
+    DOCUMENT_HEAD,
     Fields,
     Json,
     as_mapping,
@@ -31,11 +34,14 @@ __all__ = [
     "RefName",
     "Tombstone",
     "create_once",
+    "is_stray",
     "list_pins",
     "list_refs",
     "new_nonce",
     "validate_run",
 ]
+
+log = logging.getLogger(__name__)
 
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,127}")
 _REF = re.compile(r"([0-9]{6})-([0-9]{12})-([0-9a-f]{16})")
@@ -72,6 +78,7 @@ class Tombstone(enum.Enum):
 
 
 _TOMBSTONE_SIZE = 7
+_HEAD = max(_TOMBSTONE_SIZE + 1, len(DOCUMENT_HEAD))  # bytes that tell a stray file
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -223,11 +230,37 @@ def create_once(backend: Backend, key: str, data: ReadableBuffer) -> bytes | Non
     raise AssertionError("unreachable")
 
 
+def is_stray(backend: Backend, key: str) -> bool:
+    """Whether what stands at a key of no known form is nothing of ours: a ``desktop.ini``, an editor's copy.
+
+    A document of any version begins alike, and a tombstone is one of two words; with anything else a store goes on as
+    if it were not there, and says so once for each key.
+    """
+    try:
+        head = backend.get(key, 0, _HEAD)
+    except KeyNotFoundError:
+        return True
+    if head.startswith(DOCUMENT_HEAD) or any(head == tombstone.value for tombstone in Tombstone):
+        return False
+    _warn_of_stray(backend.url, key)
+    return True
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn_of_stray(url: str, key: str) -> None:
+    log.warning("%s/%s is not a file of incckpt; it is ignored", url, key)
+
+
 def list_refs(backend: Backend, run: str | None = None) -> Iterator[tuple[str, RefName | None, str, bool]]:
-    """Yield ``(run, name, key, tombstone)`` of the refs of `run`, or of every run; name is ``None`` where unknown."""
+    """Yield ``(run, name, key, tombstone)`` of the refs of `run`, or of every run.
+
+    The name is ``None`` where a later version has given it; strays are passed over.
+    """
     for entry in backend.list("refs/" if run is None else f"refs/{run}/"):
         _, owner, *rest = entry.key.split("/")
         name = RefName.parse(rest[0]) if len(rest) == 1 else None
+        if name is None and is_stray(backend, entry.key):
+            continue
         yield owner, name, entry.key, entry.size == _TOMBSTONE_SIZE
 
 
@@ -238,6 +271,8 @@ def list_pins(backend: Backend, run: str | None = None) -> list[Pin]:
         _, owner, *rest = entry.key.split("/")
         name = RefName.parse(rest[0]) if len(rest) == 1 else None
         if name is None:
+            if is_stray(backend, entry.key):
+                continue
             raise CorruptionError(f"not a pin: {entry.key} (written by a later version of incckpt?)")
         pins.append(Pin(owner, name, entry.modified))
     return pins
@@ -283,6 +318,8 @@ class CondemnedLists:
         for entry in self._backend.list("gc/"):
             match = _CONDEMNED.fullmatch(entry.key)
             if match is None:
+                if is_stray(self._backend, entry.key):
+                    continue
                 raise CorruptionError(
                     f"not a condemned list: {entry.key} (written by a later version of incckpt?); nothing can be saved "
                     f"to {self._backend.url} or collected there as long as it stands"

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 
-_offset = float(sys.argv[7]) if len(sys.argv) > 7 else 0.0
+_offset = float(sys.argv[7]) if __name__ == "__main__" and len(sys.argv) > 7 else 0.0
 _true_time = time.time
 time.time = lambda: _true_time() + _offset  # before the library takes it: a host whose clock is off
 

@@ -25,7 +25,8 @@ from incckpt.backends.local import LocalBackend
 from incckpt.backends.memory import MemoryBackend
 from incckpt.backends.s3 import S3Backend
 from incckpt.backends.wrapper import WrapperBackend
-from incckpt.errors import BackendError, CollectionError, FormatError, SaveError, SupersededError
+from incckpt.errors import BackendError, CollectionError, CorruptionError, FormatError, SaveError, SupersededError
+from incckpt.store import refs
 from incckpt.store.document import dump_document
 from incckpt.store.gc import Collector
 from incckpt.store.objects import OBJECTS
@@ -352,11 +353,42 @@ def test_an_unknown_name_among_the_refs_stops_the_collector(backend: MemoryBacke
     save(backend, 1)
     garbage = f"{OBJECTS}ab/{'c' * 62}.{'0' * 16}"
     backend.put(garbage, b"garbage")
-    backend.put("refs/default/v2-000001-000000000009-0123456789abcdef", b"?")
+    backend.put("refs/default/v2-000001-000000000009-0123456789abcdef", dump_document("ref", {"of": "tomorrow"}))
     with pytest.raises(CollectionError, match="update incckpt"):
         Collector(Store(backend)).sweep()
     assert garbage in object_keys(backend)
     check_read(backend, 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"[.ShellClassInfo]\r\nIconResource=x.ico,0\r\n", bytes(range(256))])
+@pytest.mark.parametrize(
+    "folder", ["refs/default", "refs", "pins/default", "pins", "gc", "gc/0123456789abcdef", "runs/default/attempts"]
+)
+def test_a_stray_file_changes_nothing(
+    backend: MemoryBackend, folder: str, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    refs._warn_of_stray.cache_clear()
+    save(backend, 1)
+    stray = f"{folder}/desktop.ini"
+    garbage = f"{OBJECTS}ab/{'c' * 62}.{'0' * 16}"
+    backend.put(stray, content)
+    backend.put(garbage, b"garbage")
+    save(backend, 2)
+    check_read(backend, 2)
+    assert garbage in Collector(Store(backend)).sweep().deleted
+    assert backend.get(stray) == content
+    assert [record.message for record in caplog.records if "desktop.ini" in record.message] == [
+        f"{backend.url}/{stray} is not a file of incckpt; it is ignored"
+    ]
+
+
+@pytest.mark.parametrize("folder", ["pins/default", "gc/0123456789abcdef", "runs/default/attempts"])
+def test_what_a_later_version_has_written_stops_a_writer(backend: MemoryBackend, folder: str) -> None:
+    save(backend, 1)
+    backend.put(f"{folder}/v2", dump_document("news", {"of": "tomorrow"}))
+    with pytest.raises(CorruptionError, match=f"{folder}/v2 .written by a later version"):
+        save(backend, 2)
+    check_read(backend, 1) if "attempts" not in folder else None
 
 
 def test_a_ref_of_a_later_format_stops_the_collector(backend: MemoryBackend) -> None:
