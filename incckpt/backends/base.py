@@ -268,7 +268,7 @@ class Backend(ABC):
         """Find out whether `create` really is exclusive, by creating one random key below ``probe/`` twice.
 
         To be called once per store by whoever is going to write to it. Costs two puts and a delete; nothing where
-        `exclusive` is false already.
+        `exclusive` is false already, or the backend knows.
 
         Returns
         -------

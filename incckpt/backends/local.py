@@ -3,7 +3,8 @@
 A put writes a temporary file in the target's own folder, fsyncs it, gives it the key's name, and fsyncs the folder:
 in that order, so that a name never stands for bytes that a power cut can take. A create gives the name with
 ``link``, which fails if the name is taken and is atomic on every file system that has it, NFS included; where there
-are no hard links, with the rename that refuses to replace.
+are no hard links, with the rename that refuses to replace; where there is neither (FAT, most FUSE mounts of buckets and
+drives), it looks first and then renames, once `LocalBackend.probe_exclusive` has found that out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from incckpt.backends.base import Backend, Entry, Leftover, ReadableBuffer, is_key, validate_key, validate_prefix
-from incckpt.backends.system import NativeCalls, SystemCalls
+from incckpt.backends.system import NativeCalls, SystemCalls, UnsyncedCalls
 from incckpt.errors import (
     BackendError,
     BackendPermissionError,
@@ -38,6 +39,7 @@ _TEMPORARY_NAME = re.compile(rf"(?:(.+)/)?({re.escape(_TEMPORARY)}[0-9a-f]+)")
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR})
 _NO_SUCH_CALL = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 _NO_HARD_LINKS = _NO_SUCH_CALL | {errno.EPERM}
+_NOT_OF_THE_CALL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT})  # any call would have failed
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _MAY_PASS = frozenset(
     {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
@@ -76,6 +78,7 @@ class LocalBackend(Backend):
         self._numbers = itertools.count()
         self._durable: set[str] = set()  # folders whose own names are known to be on the disk
         self._place_new: Callable[[str, str], None] = self._link
+        self._probed = False
         self._folder_sync_refused = False
         self.url = f"file://{self._root}"
 
@@ -133,6 +136,41 @@ class LocalBackend(Backend):
             raise KeyExistsError(errno.EEXIST, f"{self.url}: key {key!r} exists", path) from exc
         except OSError as exc:
             raise self._error(exc, "create", key, path, missing_is_key=False) from exc
+
+    def probe_exclusive(self) -> bool:
+        """Find out what this file system has: hard links, a rename that refuses to replace, or neither.
+
+        Mounts without hard links answer with whatever error they like (FUSE ones with EPERM, ENOSYS or EIO): any that
+        an empty file's second name meets is taken for that.
+        """
+        if not self._probed:
+            temporary, other = (os.path.join(self._root, self._temporary_name()) for _ in range(2))
+            try:
+                self._make_folder(self._root)
+                self._calls.close(self._calls.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC))
+                if self._works(self._calls.link, temporary, other):
+                    self._place_new = self._link
+                elif self._works(self._calls.rename_new, temporary, other):
+                    self._place_new = self._rename_new
+                else:
+                    self.exclusive = False
+            except OSError as exc:
+                raise self._error(exc, "write to", "", self._root, missing_is_key=False) from exc
+            finally:
+                for path in (temporary, other):
+                    self._discard(path)
+            self._probed = True
+        return self.exclusive
+
+    @staticmethod
+    def _works(call: Callable[[str, str], None], source: str, target: str) -> bool:
+        try:
+            call(source, target)
+        except OSError as exc:
+            if exc.errno in _NOT_OF_THE_CALL:
+                raise
+            return False
+        return True
 
     def delete(self, keys: Iterable[str]) -> None:
         paths = {key: self._path(key) for key in keys}
@@ -296,9 +334,34 @@ class LocalBackend(Backend):
                 self._durable.clear()
                 self._make_folder(folder)
                 write(temporary, path, view)
+            except OSError as exc:
+                if exc.errno not in _NO_SUCH_CALL or exc.filename not in (None, temporary) or self._unsynced:
+                    raise
+                self._discard(temporary)
+                self._without_sync(exc, lambda: write(temporary, path, view))
         except BaseException:
             self._discard(temporary)
             raise
+
+    @property
+    def _unsynced(self) -> bool:
+        return isinstance(self._calls, UnsyncedCalls)
+
+    def _without_sync(self, refused: OSError, write: Callable[[], None]) -> None:
+        """Write a file without making it durable, since that seems to be what was `refused`; if it works, go on so."""
+        calls = self._calls
+        self._calls = UnsyncedCalls(calls)
+        try:
+            write()
+        except BaseException:
+            self._calls = calls
+            raise
+        logger.warning(
+            "%s: this file system cannot sync a file (%s); a power cut, or the loss of the mount, may take the last "
+            "writes, checkpoints that were announced among them",
+            self.url,
+            refused.strerror,
+        )
 
     def _write_over(self, temporary: str, path: str, data: memoryview) -> None:
         try:
@@ -423,7 +486,7 @@ class LocalBackend(Backend):
 
     def _accept_unsynced(self, exc: OSError) -> None:
         """Say once that folders cannot be synced, if that is why syncing one failed; raise `exc` if it is not."""
-        if exc.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+        if exc.errno not in _NO_SUCH_CALL:
             raise exc
         if not self._folder_sync_refused:
             self._folder_sync_refused = True

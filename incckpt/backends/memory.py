@@ -60,6 +60,10 @@ class MemoryBackend(Backend):
                 raise KeyExistsError(errno.EEXIST, f"{self.url}: key {key!r} exists")
             self._store(key, path, data)
 
+    def probe_exclusive(self) -> bool:
+        """Return that it is."""
+        return self.exclusive
+
     def delete(self, keys: Iterable[str]) -> None:
         paths = [self._path(key) for key in keys]
         with _lock:

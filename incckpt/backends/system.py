@@ -15,7 +15,7 @@ from functools import cache
 
 from incckpt.backends import _files
 
-__all__ = ["COMPOSED", "NativeCalls", "SystemCalls"]
+__all__ = ["COMPOSED", "NativeCalls", "SystemCalls", "UnsyncedCalls"]
 
 COMPOSED = frozenset({"make_folder", "read_folder", "sync_folder", "write_new", "write_over"})
 """The methods of `SystemCalls` that are made of others."""
@@ -194,3 +194,21 @@ class NativeCalls(SystemCalls):
     def write_over(self, files: Sequence[tuple[str, str, memoryview]]) -> None:
         """See `SystemCalls`."""
         _files.write_over(files)
+
+
+class UnsyncedCalls(SystemCalls):
+    """Those of a file system that cannot make anything durable: syncing does nothing.
+
+    Parameters
+    ----------
+    calls
+        What the other calls go to.
+    """
+
+    def __init__(self, calls: SystemCalls) -> None:
+        for name in vars(SystemCalls).keys() - COMPOSED - {"fsync"}:
+            if not name.startswith("_"):
+                setattr(self, name, getattr(calls, name))
+
+    def fsync(self, fd: int) -> None:
+        """Do nothing."""

@@ -45,6 +45,11 @@ class WrapperBackend(Backend):
     def create(self, key: str, data: ReadableBuffer) -> None:
         self.inner.create(key, data)
 
+    def probe_exclusive(self) -> bool:
+        if self.remote:
+            return super().probe_exclusive()  # by requests, which go through the wrapper as all others do
+        return self.inner.probe_exclusive()
+
     def delete(self, keys: Iterable[str]) -> None:
         self.inner.delete(keys)
 

@@ -64,7 +64,7 @@ class Store:
         self.condemned = CondemnedLists(backend)
         self._clock = clock
         self._monotonic = monotonic
-        self._checked = False
+        self._checked = self._created = False
 
     @classmethod
     def open(cls, url: str, storage_options: Mapping[str, Any] | None = None) -> Store:
@@ -129,8 +129,14 @@ class Store:
         """
         if not self.backend.writable:
             raise ReadOnlyError(f"{self.backend.url} can only be read")
-        if self._checked:
+        if self._created:
             return
+        if not self.backend.probe_exclusive():
+            log.warning(
+                "%s cannot create exclusively: only one process may write to it, which is not checked, and the objects "
+                "of pruned checkpoints stay",
+                self.backend.url,
+            )
         try:
             found: bytes | None = self.backend.get(MARKER)
         except KeyNotFoundError:
@@ -138,13 +144,7 @@ class Store:
             found = create_once(self.backend, MARKER, marker)
         if found is not None:
             self._check_marker(found)
-        self._checked = True
-        if self.backend.remote and not self.backend.probe_exclusive():
-            log.warning(
-                "%s cannot create exclusively: only one process may write to it, which is not checked, and the objects "
-                "of pruned checkpoints stay",
-                self.backend.url,
-            )
+        self._checked = self._created = True
 
     def _check_marker(self, data: bytes) -> None:
         parse_document(data, "store", f"{self.backend.url}/{MARKER}")

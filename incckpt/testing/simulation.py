@@ -211,6 +211,10 @@ class SimulatedBackend(Backend):
     def create(self, key: str, data: ReadableBuffer) -> None:
         self._ask(Request("create", (validate_key(key),), bytes(data)))
 
+    def probe_exclusive(self) -> bool:
+        """Return that it is, without a request."""
+        return self.exclusive
+
     def delete(self, keys: Iterable[str]) -> None:
         keys = tuple(validate_key(key) for key in keys)
         if keys:

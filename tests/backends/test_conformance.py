@@ -233,6 +233,7 @@ class _Refusing(WrapperBackend):
 @pytest.mark.parametrize("kind", [_Overwriting, _Refusing])
 def test_a_store_that_ignores_conditions_is_found_out(kind: type[WrapperBackend]) -> None:
     backend = kind(MemoryBackend(str(uuid.uuid4())))
+    backend.remote = True
     assert backend.exclusive
     assert not backend.probe_exclusive()
     assert not backend.exclusive

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import incckpt
 from incckpt.backends import Backend, Leftover
 from incckpt.backends.local import LocalBackend
 from incckpt.backends.system import SystemCalls
@@ -48,6 +50,23 @@ class NoLinksNoRename(NoLinks):
 
     def rename_new(self, source: str, target: str) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), target)
+
+
+class FuseMount(SystemCalls):
+    """A mount whose driver answers what it does not know with `code` (rclone's: EIO; s3fs-fuse's: EPERM, ENOSYS)."""
+
+    def __init__(self, code: int) -> None:
+        self._code = code
+
+    def link(self, source: str, target: str) -> None:
+        raise OSError(self._code, os.strerror(self._code), source)
+
+    def rename_new(self, source: str, target: str) -> None:
+        raise OSError(self._code, os.strerror(self._code), source)
+
+    def fsync(self, fd: int) -> None:
+        code = errno.ENOSYS if self._code == errno.ENOSYS else errno.EINVAL
+        raise OSError(code, os.strerror(code))
 
 
 class Trickling(SystemCalls):
@@ -120,6 +139,35 @@ def test_without_links_or_exclusive_rename_create_is_refused_until_asked_for(tmp
         backend.create("k", b"2")
     assert backend.get("k") == b"1"
     assert files(tmp_path) == ["k"]
+
+
+MOUNT_ERRORS = [errno.EPERM, errno.ENOSYS, errno.EIO, errno.ENOTSUP, errno.EINVAL, errno.EACCES]
+
+
+@pytest.mark.parametrize("code", MOUNT_ERRORS, ids=[errno.errorcode[code] for code in MOUNT_ERRORS])
+def test_a_mount_that_lacks_links_and_syncs_takes_one_writer(
+    tmp_path: Path, code: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    states: list[dict[str, Any]] = [{"w": torch.full((4,), float(step)), "log": list(range(step))} for step in range(3)]
+    with incckpt.CheckpointManager(LocalBackend(tmp_path / "store", calls=FuseMount(code)), keep_last_n=2) as manager:
+        for step, state in enumerate(states):
+            manager.save(step, state).result()
+    messages = [record.message for record in caplog.records]
+    assert len([text for text in messages if "cannot create exclusively: only one process may write" in text]) == 1
+    assert len([text for text in messages if "cannot sync a file" in text]) == 1
+    assert len([text for text in messages if "cannot sync a folder" in text]) <= 1
+    assert torch.equal(incckpt.load(tmp_path / "store")["w"], states[2]["w"])
+    assert not [name for name in files(tmp_path) if "incckpt-tmp" in name]
+
+
+def test_a_full_disk_is_not_taken_for_a_mount_without_links(tmp_path: Path) -> None:
+    calls = NoLinks()
+    calls.link = FuseMount(errno.ENOSPC).link  # type: ignore[method-assign]
+    backend = LocalBackend(tmp_path, calls=calls)
+    with pytest.raises(BackendError, match="full"):
+        backend.probe_exclusive()
+    assert backend.exclusive
+    assert files(tmp_path) == []
 
 
 # -- kills and power cuts ---------------------------------------------------------------------------------------------
