@@ -154,7 +154,7 @@ def show_checkpoints(store: Path, sizes: dict[int, int]) -> None:
     """Print what each checkpoint took, beside what torch.save took for the same step."""
     print("  step     loss       state   incckpt wrote   torch.save wrote")
     with incckpt.CheckpointManager(store, read_only=True) as manager:
-        checkpoints = manager.list()
+        checkpoints = manager.checkpoints()
     for one in checkpoints:
         numbers = f"{one.nbytes / 1e6:6.2f} MB   {one.written / 1e6:10.2f} MB   {sizes[one.step] / 1e6:13.2f} MB"
         print(f"{one.step:6}   {one.metrics['loss']:.4f}   {numbers}")

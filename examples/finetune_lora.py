@@ -74,7 +74,7 @@ def main() -> None:
         counts = [sum(parameter.numel() for parameter in group) for group in (trained, model.parameters())]
         print("{:,} of {:,} parameters are trained".format(*counts))
         print("  step    loss     state   written")
-        for checkpoint in manager.list():
+        for checkpoint in manager.checkpoints():
             loss_then, nbytes, written = checkpoint.metrics["loss"], checkpoint.nbytes / 1e6, checkpoint.written / 1e6
             print(f"{checkpoint.step:6}  {loss_then:.4f}  {nbytes:5.2f} MB  {written:5.2f} MB")
 

@@ -7,23 +7,27 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, SupportsIndex
 
 from incckpt.backends.base import Backend
-from incckpt.errors import CheckpointNotFoundError, OptionError, SupersededError
+from incckpt.errors import OptionError, SupersededError
 from incckpt.retention import Mode
 from incckpt.run.attempt import Attempt, refuse_other_ranks
-from incckpt.run.checkpoint import Checkpoint, Which, checked_metrics, choose, read_refs
+from incckpt.run.checkpoint import Checkpoint, checked_metrics
+from incckpt.run.choose import Which, checked_which, not_found
 from incckpt.run.reader import Reader
 from incckpt.run.report import SaveReport
 from incckpt.run.restore import MapLocation, load_state
 from incckpt.run.snapshot import Snapshot
+from incckpt.run.view import RunView
 from incckpt.staging.baseline import contents_of
 from incckpt.staging.detect import default_threads
 from incckpt.staging.hostmem import HostPool
 from incckpt.staging.layout import DEFAULT_CHUNK_BYTES, Layout
 from incckpt.state.flatten import flatten
 from incckpt.store.location import DEFAULT_RUN, Location, parse_location
+from incckpt.store.manifest import Manifest
+from incckpt.store.refs import checked_step
 from incckpt.store.store import Store
 
 __all__ = ["load", "save"]
@@ -63,7 +67,7 @@ def save(
     state: Any,
     url: str | os.PathLike[str],
     *,
-    step: int | None = None,
+    step: SupportsIndex | None = None,
     run: str | None = None,
     metrics: Mapping[str, float] | None = None,
     allow_pickle: bool = False,
@@ -115,7 +119,7 @@ def save(
     location = parse_location(os.fspath(url))
     if isinstance(location.step, str):
         raise OptionError(f"{os.fspath(url)!r}: a save needs a number after '@', not {location.step!r}")
-    step = _agreed("step", location.step, step)
+    number: int | None = _agreed("step", location.step, None if step is None else checked_step(step))
     name = _agreed("run", location.run, run) or DEFAULT_RUN
     refuse_other_ranks()
     numbers = checked_metrics(metrics)
@@ -125,7 +129,7 @@ def save(
         if session is None or session.pid != os.getpid():
             session = _sessions[key] = _Session(location.store, name, storage_options)
         try:
-            return session.save(state, step, numbers, allow_pickle)
+            return session.save(state, number, numbers, allow_pickle)
         except SupersededError:
             del _sessions[key]  # so that a save that is meant to takes the run back
             session.close()
@@ -184,29 +188,26 @@ def load(
         If `keys` match nothing.
     """
     location = Location(url.url) if isinstance(url, Backend) else parse_location(os.fspath(url))
-    which = _agreed("step", location.step, step)
+    which = _agreed("step", location.step, checked_which(step))
     name = _agreed("run", location.run, run) or DEFAULT_RUN
     with ExitStack() as stack:
         if isinstance(url, Backend):
             store = Store(url)
         else:
             store = stack.enter_context(Store.open(location.store, storage_options))
-        store.check()
-        owner = store.run(name)
-        lineage = owner.lineage()
-        chosen = choose(owner, lineage, which, metric, mode)
-        refs = read_refs(owner, lineage, [chosen])
-        if not refs:
-            raise CheckpointNotFoundError(f"step {chosen.step} of run {name!r} was pruned while it was being opened")
-        with Reader(store, threads=threads or default_threads(), verify=verify) as reader:
+        view = stack.enter_context(
+            RunView(store, name, threads=threads or default_threads(), verify=verify, metric=metric, mode=mode)
+        )
+
+        def read(reader: Reader, manifest: Manifest) -> Any:
             return load_state(
-                reader,
-                store.manifest(refs[0]),
-                keys=keys,
-                map_location=map_location,
-                allow_pickle=allow_pickle,
-                progress=progress,
+                reader, manifest, keys=keys, map_location=map_location, allow_pickle=allow_pickle, progress=progress
             )
+
+        found = view.read(which, read)
+        if found is None:
+            raise not_found(view.run)
+        return found[2]
 
 
 def _agreed(option: str, in_url: Any, given: Any) -> Any:

@@ -7,17 +7,15 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self, SupportsIndex, TypeVar
 
 from incckpt.backends.base import Backend
 from incckpt.errors import (
     BacklogFullError,
-    CheckpointNotFoundError,
-    CorruptionError,
     IncckptError,
     ManagerClosedError,
     OptionError,
@@ -27,20 +25,21 @@ from incckpt.errors import (
 )
 from incckpt.retention import Mode, Policy, policy_of
 from incckpt.run.attempt import Attempt, refuse_other_ranks
-from incckpt.run.checkpoint import Checkpoint, Which, checked_metrics, choose, read_refs
+from incckpt.run.checkpoint import Checkpoint, checked_metrics
+from incckpt.run.choose import Which, checked_which, not_found
 from incckpt.run.queue import BackgroundQueue
 from incckpt.run.reader import Reader
 from incckpt.run.report import SaveReport
-from incckpt.run.restore import restore_into
+from incckpt.run.restore import MapLocation, load_state, restore_into
 from incckpt.run.snapshot import Snapshot
+from incckpt.run.view import RunView
 from incckpt.staging.baseline import Base
 from incckpt.staging.detect import default_threads
 from incckpt.staging.threshold import Thresholds
 from incckpt.state.flatten import flatten
-from incckpt.store.lineage import Lineage
 from incckpt.store.location import DEFAULT_RUN, Location, parse_location
 from incckpt.store.manifest import Manifest
-from incckpt.store.refs import RefName
+from incckpt.store.refs import RefName, checked_step
 from incckpt.store.store import Store
 
 __all__ = ["CheckpointManager"]
@@ -49,8 +48,7 @@ log = logging.getLogger(__name__)
 
 _HISTORY = 1000
 
-Checkpoints: TypeAlias = list[Checkpoint]
-Reports: TypeAlias = list[SaveReport]
+_T = TypeVar("_T")
 
 
 class CheckpointManager:
@@ -97,7 +95,7 @@ class CheckpointManager:
     allow_pickle
         Whether to pickle what cannot be represented otherwise; has to be repeated at restore.
     read_only
-        For evaluators: `restore` and `list` work, and do not take the run over from its writer.
+        For evaluators: `restore`, `load` and `checkpoints` work, and do not take the run over from its writer.
     verify
         Whether to check the digests of all that is read.
     storage_options
@@ -148,7 +146,6 @@ class CheckpointManager:
             refuse_other_ranks()
         self.read_only = read_only
         self._policy = policy_of(keep_last_n, keep_best_n, metric, mode, retention)
-        self._metric, self._mode = metric, mode
         self._threads = threads or default_threads()
         self._allow_pickle = allow_pickle
         self._skip_backlog = on_backlog == "skip"
@@ -161,9 +158,9 @@ class CheckpointManager:
         self._delta = delta and not thresholds.active
         self._store = Store(url) if isinstance(url, Backend) else Store.open(location.store, storage_options)
         self._run_name = run or location.run or DEFAULT_RUN
-        self._run = self._store.run(self._run_name)
-        self._reader: Reader | None = None
-        self._verify = verify
+        self._view = RunView(
+            self._store, self._run_name, threads=self._threads, verify=verify, metric=metric, mode=mode
+        )
         self._attempt: Attempt | None = None
         self._last_step: int | None = None
         self._in_use = threading.RLock()  # one save or restore at a time
@@ -175,7 +172,7 @@ class CheckpointManager:
 
     # -- restoring
 
-    def restore(self, app: Any, step: Which | None = None) -> int | None:
+    def restore(self, app: Any, step: Which | None = None, *, progress: bool | None = None) -> int | None:
         """Restore a checkpoint into `app`, in place, and go on from it.
 
         Unless the manager is read-only, this takes the run over: another process that was writing it gets
@@ -188,6 +185,8 @@ class CheckpointManager:
             A dict (or list) of modules, optimizers, other objects with ``load_state_dict``, tensors and plain values.
         step
             A step, ``"latest"`` (the default) or ``"best"``.
+        progress
+            Whether to show a progress bar; by default if a terminal watches.
 
         Returns
         -------
@@ -196,68 +195,104 @@ class CheckpointManager:
 
         Raises
         ------
-        CheckpointNotFoundError
-            If there is no such step.
+        StoreNotFoundError, CheckpointNotFoundError
+            If a step was asked for that is not there.
         CorruptionError
             If the checkpoint is damaged. Only for the latest, where `step` was not given, is the one before it tried.
         StateMismatchError
             If the checkpoint does not fit `app`.
         """
         with self._in_use:
-            self._check_usable()
-            self.wait()
-            if self.read_only:
-                return self._restore(self._readable_lineage(), app, step, None)
-            attempt = self._new_attempt()
-            try:
-                restored = self._restore(attempt.lineage, app, step, attempt)
-            except BaseException:
-                attempt.close()  # it has chosen nothing to continue, so it may not write
-                raise
-            self._attempt, self._last_step = attempt, attempt.last_step
-            return restored
+            found = self._go_on_from(
+                step,
+                lambda reader, manifest: restore_into(
+                    reader, manifest, app, base=self._base, allow_pickle=self._allow_pickle, progress=progress
+                ),
+            )
+            return None if found is None else found[0].step
 
-    def _restore(self, lineage: Lineage | None, app: Any, step: Which | None, attempt: Attempt | None) -> int | None:
-        if lineage is None or (lineage.latest is None and step is None):
-            if lineage is None and step is not None:
-                raise CheckpointNotFoundError(f"there is no store at {self._store.backend.url}")
-            if attempt is not None:
-                attempt.continue_from(None)
-            return None
-        name = choose(self._run, lineage, step, self._metric, self._mode)
-        candidates = [name]
-        if step is None:
-            candidates = [other for other in reversed(lineage.live) if other.step <= name.step]
-        for candidate in candidates:
+    def load(
+        self,
+        step: Which | None = None,
+        *,
+        keys: str | Sequence[str] | None = None,
+        map_location: MapLocation = None,
+        progress: bool | None = None,
+    ) -> Any:
+        """Return the state of a checkpoint in new memory, and go on from it, as `restore` does.
+
+        Parameters
+        ----------
+        step
+            A step, ``"latest"`` (the default) or ``"best"``.
+        keys, map_location, progress
+            As for `incckpt.load`.
+
+        Raises
+        ------
+        StoreNotFoundError, CheckpointNotFoundError
+            If there is no store, no checkpoint in it, or no such step.
+        CorruptionError
+            If the checkpoint is damaged. Only for the latest, where `step` was not given, is the one before it tried.
+        StateMismatchError
+            If `keys` match nothing.
+
+        Examples
+        --------
+        >>> import incckpt, tempfile, torch
+        >>> store = tempfile.mkdtemp()
+        >>> with incckpt.CheckpointManager(store) as manager:
+        ...     _ = manager.save(1, {"w": torch.zeros(2)})
+        >>> with incckpt.CheckpointManager(store) as manager:
+        ...     state = manager.load()
+        ...     _ = manager.save(2, state)
+        ...     manager.wait()
+        ...     [checkpoint.step for checkpoint in manager.checkpoints()]
+        [1, 2]
+        """
+        with self._in_use:
+            found = self._go_on_from(
+                step,
+                lambda reader, manifest: load_state(
+                    reader,
+                    manifest,
+                    keys=keys,
+                    map_location=map_location,
+                    allow_pickle=self._allow_pickle,
+                    progress=progress,
+                ),
+            )
+            if found is None:
+                self._store.check()
+                raise not_found(self._view.run)
+            self._base.forget()
+            return found[1]
+
+    def _go_on_from(self, step: Which | None, read: Callable[[Reader, Manifest], _T]) -> tuple[RefName, _T] | None:
+        self._check_usable()
+        checked_which(step)
+        self.wait()
+        attempt = None if self.read_only else self._new_attempt()
+        try:
             try:
-                manifest = self._restore_one(lineage, candidate, app)
-            except CorruptionError as error:
-                if candidate == candidates[-1]:
+                found = self._view.read(step, read, fall_back=step is None)
+            except StoreNotFoundError:
+                if step is not None:
                     raise
-                log.error("step %d cannot be restored, falling back to the one before it: %s", candidate.step, error)
-                continue
-            if manifest is None:
-                continue  # pruned since it was listed
+                found = None
             if attempt is not None:
-                attempt.continue_from(candidate, manifest)
-            return candidate.step
-        raise CheckpointNotFoundError(
-            f"step {name.step} of run {self._run_name!r} at {self._store.backend.url} was pruned while it was restored"
-        )
-
-    def _restore_one(self, lineage: Lineage, name: RefName, app: Any) -> Manifest | None:
-        refs = read_refs(self._run, lineage, [name])
-        if not refs:
-            return None
-        manifest = self._store.manifest(refs[0])
-        if self._reader is None:
-            self._reader = Reader(self._store, threads=self._threads, verify=self._verify)
-        restore_into(self._reader, manifest, app, base=self._base, allow_pickle=self._allow_pickle)
-        return manifest
+                attempt.continue_from(*(found[:2] if found else (None, None)))
+                self._last_step = attempt.last_step
+        except BaseException:
+            if attempt is not None:
+                attempt.close()  # it has chosen nothing to continue, so it may not write
+            raise
+        self._attempt = attempt
+        return None if found is None else (found[0], found[2])
 
     # -- saving
 
-    def save(self, step: int, app: Any, metrics: Mapping[str, float] | None = None) -> Future[Checkpoint]:
+    def save(self, step: SupportsIndex, app: Any, metrics: Mapping[str, float] | None = None) -> Future[Checkpoint]:
         """Save a checkpoint; return when the state may change again.
 
         Parameters
@@ -290,6 +325,7 @@ class CheckpointManager:
         with self._in_use:
             self._check_usable()
             self._raise_error()
+            step = checked_step(step)
             numbers = checked_metrics(metrics)
             attempt = self._attempt or self._continue_latest()
             attempt.check_step(step, self._last_step)
@@ -369,7 +405,7 @@ class CheckpointManager:
         if error is not None:
             raise SaveError(f"an earlier save to {self._store.backend.url} failed: {error}") from error
 
-    def delete(self, step: int) -> bool:
+    def delete(self, step: SupportsIndex) -> bool:
         """Delete the checkpoints of `step`, abandoned and unreadable ones included, and what only they need.
 
         Returns
@@ -390,7 +426,7 @@ class CheckpointManager:
             self._check_usable()
             self.wait()
             attempt = self._attempt or self._continue_latest()
-            deleted = attempt.delete(step)
+            deleted = attempt.delete(checked_step(step))
             self._last_step = attempt.last_step
             return deleted
 
@@ -400,27 +436,34 @@ class CheckpointManager:
 
     # -- looking
 
-    def list(self, *, abandoned: bool = False) -> Checkpoints:
-        """Return the run's committed checkpoints by step; with `abandoned`, those a restart went back behind too."""
-        lineage = self._readable_lineage()
-        if lineage is None:
-            return []
-        refs = read_refs(self._run, lineage, lineage.live, _log_unreadable)
-        found = [Checkpoint.of(self._run_name, ref) for ref in refs]
-        if abandoned:
-            refs = read_refs(self._run, lineage, lineage.abandoned, _log_unreadable)
-            found += [Checkpoint.of(self._run_name, ref, abandoned=True) for ref in refs]
-        return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.attempt))
+    def checkpoints(self, *, abandoned: bool = False) -> list[Checkpoint]:
+        """Return the run's committed checkpoints by step, oldest first.
 
-    def _readable_lineage(self) -> Lineage | None:
-        try:
-            self._store.check()
-        except StoreNotFoundError:
-            return None
-        return self._run.lineage()
+        Parameters
+        ----------
+        abandoned
+            Whether to list those, too, that a later attempt went back behind.
+        """
+        return self._view.checkpoints(abandoned=abandoned)
 
     @property
-    def history(self) -> Reports:
+    def latest(self) -> Checkpoint | None:
+        """The checkpoint with the highest step, as the store has it now; ``None`` if there is none."""
+        return self._view.find("latest")
+
+    @property
+    def best(self) -> Checkpoint | None:
+        """The best checkpoint by the manager's `metric` and `mode`; ``None`` if none has that metric.
+
+        Raises
+        ------
+        OptionError
+            If the manager was given no metric, and the checkpoints have several.
+        """
+        return self._view.find("best")
+
+    @property
+    def history(self) -> list[SaveReport]:
         """What the last saves of this manager did, oldest first."""
         return list(self._reports)
 
@@ -445,8 +488,7 @@ class CheckpointManager:
             self._queue.stop()
             if self._attempt is not None:
                 self._attempt.close()
-            if self._reader is not None:
-                self._reader.close()
+            self._view.close()
             self._store.close()
         self._closed = True
         self._raise_error()
@@ -472,7 +514,3 @@ class CheckpointManager:
             raise ManagerClosedError("this manager is closed")
         if os.getpid() != self._pid:
             raise ManagerClosedError("this manager belongs to the process that this one was forked from; make one here")
-
-
-def _log_unreadable(name: RefName, error: Exception) -> None:
-    log.error("the ref of step %d is unreadable: %s", name.step, error)

@@ -153,7 +153,7 @@ class Soak:
             steps = [int(line) for line in log.read_text().split()] if log.exists() else []
             announced += len(steps)
             with incckpt.CheckpointManager(self.url, run=run, read_only=True, storage_options=self.options) as reader:
-                live = [checkpoint.step for checkpoint in reader.list()]
+                live = [checkpoint.step for checkpoint in reader.checkpoints()]
             for step in steps[-KEEP_LAST:]:
                 assert step in live or len([other for other in live if other > step]) >= KEEP_LAST, (run, step, live)
             for step in live:

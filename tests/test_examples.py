@@ -44,14 +44,14 @@ def test_demo_leaves_a_store_without_pins(demo: tuple[Path, str]) -> None:
     store, _ = demo
     assert [path for path in store.glob("pins/*/*") if path.is_file()] == []
     with incckpt.CheckpointManager(store, read_only=True) as manager:
-        assert [checkpoint.step for checkpoint in manager.list()] == [2, 4, 6, 8, 10, 12]
+        assert [checkpoint.step for checkpoint in manager.checkpoints()] == [2, 4, 6, 8, 10, 12]
 
 
 def test_finetune_stores_what_is_frozen_once(demo: tuple[Path, str]) -> None:
     store, output = demo
     assert "parameters are trained" in output
     with incckpt.CheckpointManager(store, run="lora", read_only=True) as manager:
-        first, *rest = manager.list()
+        first, *rest = manager.checkpoints()
     assert rest
     assert all(checkpoint.written < first.nbytes / 4 for checkpoint in rest)
 
@@ -76,9 +76,9 @@ def test_readme_code_runs_and_resumes(tmp_path: Path) -> None:
         run(program, cwd=tmp_path)
         assert len(list((tmp_path / "checkpoints" / "runs" / "default" / "attempts").glob("*.from"))) == attempts
     with incckpt.CheckpointManager(tmp_path / "checkpoints", read_only=True) as manager:
-        assert [checkpoint.step for checkpoint in manager.list()] == [60, 70, 80, 90, 100]
+        assert [checkpoint.step for checkpoint in manager.checkpoints()] == [60, 70, 80, 90, 100]
     with incckpt.CheckpointManager(tmp_path / "elsewhere", read_only=True) as manager:
-        assert [checkpoint.step for checkpoint in manager.list()] == [0, 1]
+        assert [checkpoint.step for checkpoint in manager.checkpoints()] == [0, 1]
 
 
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")})

@@ -28,6 +28,7 @@ from incckpt.errors import (
     SaveError,
     StateError,
     StateMismatchError,
+    StoreNotFoundError,
     SupersededError,
 )
 from incckpt.staging.hostmem import HostPool
@@ -276,10 +277,14 @@ def test_going_back_abandons_what_came_after(tmp_path: Path) -> None:
     with incckpt.CheckpointManager(tmp_path) as manager:
         assert manager.restore(app, step=10) == 10
         assert app == {"x": 10}
-        assert [c.step for c in manager.list()] == [10]
-        assert [(c.step, c.abandoned) for c in manager.list(abandoned=True)] == [(10, False), (20, True), (30, True)]
+        assert [c.step for c in manager.checkpoints()] == [10]
+        assert [(c.step, c.abandoned) for c in manager.checkpoints(abandoned=True)] == [
+            (10, False),
+            (20, True),
+            (30, True),
+        ]
         manager.save(15, {"x": 15}).result()
-        assert [(c.step, c.abandoned) for c in manager.list(abandoned=True)] == [
+        assert [(c.step, c.abandoned) for c in manager.checkpoints(abandoned=True)] == [
             (10, False),
             (15, False),
             (20, True),
@@ -287,7 +292,7 @@ def test_going_back_abandons_what_came_after(tmp_path: Path) -> None:
         ]
         manager.save(25, {"x": 25}).result()
         manager.wait()
-        assert [(c.step, c.abandoned) for c in manager.list(abandoned=True)] == [
+        assert [(c.step, c.abandoned) for c in manager.checkpoints(abandoned=True)] == [
             (10, False),
             (15, False),
             (25, False),
@@ -302,7 +307,7 @@ def test_retention_keeps_the_last_and_the_best(tmp_path: Path) -> None:
         for step, loss in losses.items():
             manager.save(step, {"w": torch.full((1000,), float(step))}, metrics={"loss": loss})
         manager.wait()
-        assert [c.step for c in manager.list()] == [2, 4, 5, 6]
+        assert [c.step for c in manager.checkpoints()] == [2, 4, 5, 6]
     assert incckpt.load(f"{tmp_path}#@best", metric="loss")["w"][0] == 2
     assert incckpt.load(tmp_path, step="best", mode="max")["w"][0] == 6
     assert orphans(tmp_path) == set()
@@ -374,15 +379,15 @@ def test_where_two_attempts_have_a_step_the_lineages_is_read(tmp_path: Path, cap
 
 def test_not_for_what_does_not_exist(tmp_path: Path) -> None:
     with incckpt.CheckpointManager(tmp_path / "none", read_only=True) as reader:
-        assert reader.list() == []
+        assert reader.checkpoints() == []
         assert reader.restore({}) is None
-        with pytest.raises(CheckpointNotFoundError):
+        with pytest.raises(StoreNotFoundError):
             reader.restore({}, step=3)
     assert not (tmp_path / "none").exists()
     with pytest.raises(FileNotFoundError, match="no incckpt store"):
         incckpt.load(tmp_path / "none")
     incckpt.save({"x": 1}, tmp_path / "some")
-    with pytest.raises(CheckpointNotFoundError, match="it has steps 0"):
+    with pytest.raises(CheckpointNotFoundError, match="it has step 0"):
         incckpt.load(tmp_path / "some", step=7)
     with pytest.raises(CheckpointNotFoundError, match="run 'other'"):
         incckpt.load(tmp_path / "some", run="other")

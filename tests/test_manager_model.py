@@ -167,7 +167,7 @@ class ManagerModel(RuleBasedStateMachine):
     @invariant()
     def every_checkpoint_is_there(self) -> None:
         """What was announced can be listed and loaded."""
-        assert {checkpoint.step for checkpoint in self.manager.list()} == self.committed
+        assert {checkpoint.step for checkpoint in self.manager.checkpoints()} == self.committed
         for step in self.committed:
             assert same(incckpt.load(self.gate, step=step), self.saved[step]), step
 

@@ -115,7 +115,7 @@ def test_a_life_of_a_run(place: Place, caplog: pytest.LogCaptureFixture) -> None
         for step, loss in enumerate([3.0, 1.0, 2.0, 4.0, 5.0], start=1):
             manager.save(step, state_at(step), metrics={"loss": loss})
         manager.wait()
-        assert [checkpoint.step for checkpoint in manager.list()] == [2, 4, 5]
+        assert [checkpoint.step for checkpoint in manager.checkpoints()] == [2, 4, 5]
         assert sum(report.put_bytes for report in manager.history[1:]) < manager.history[0].put_bytes / 5
     with incckpt.CheckpointManager(place.url, run="other", **options) as manager:
         manager.save(1, state_at(1)).result()
@@ -233,7 +233,7 @@ def test_a_tenth_of_all_requests_breaks(proxy: FaultProxy, s3_server: dict[str, 
         assert sum(rule.struck for rule in rules) > saves / 2
         assert all(rule.struck for rule in rules)
         proxy.rules = []
-        assert [checkpoint.step for checkpoint in manager.list()] == [saves - 2, saves - 1, saves]
+        assert [checkpoint.step for checkpoint in manager.checkpoints()] == [saves - 2, saves - 1, saves]
         manager.save(saves + 1, small).result()
         manager.wait()
     with broken(proxy, s3_server, path) as backend:

@@ -1,22 +1,16 @@
-"""What a run holds, seen from outside: its checkpoints, and choosing one of them."""
+"""A committed checkpoint, as a caller sees it."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
-from incckpt.errors import CheckpointNotFoundError, OptionError
-from incckpt.retention import Mode, Record, best
+from incckpt.errors import OptionError
+from incckpt.retention import Record
 from incckpt.store.lineage import Lineage, Run
 from incckpt.store.refs import Ref, RefName
 
-__all__ = ["Checkpoint", "Which", "checked_metrics", "choose", "read_refs", "to_record"]
-
-log = logging.getLogger(__name__)
-
-Which: TypeAlias = int | Literal["latest", "best"]
+__all__ = ["Checkpoint", "checked_metrics", "read_refs", "to_record"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +39,7 @@ class Checkpoint:
     step: int
     attempt: int
     time: float
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float] = field(hash=False)
     nbytes: int
     written: int
     abandoned: bool = False
@@ -87,73 +81,6 @@ def read_refs(
             ref = found
         refs.append(ref)
     return refs
-
-
-def choose(run: Run, lineage: Lineage, which: Which | None, metric: str | None, mode: Mode) -> RefName:
-    """Return the checkpoint that `which` means: a step, ``"latest"`` (or ``None``) or ``"best"``.
-
-    A step may be that of an abandoned checkpoint, which stands until the run has passed it. Where several attempts have
-    one of that step, the lineage's is chosen, or else the latest attempt's, and a warning names the others.
-
-    Parameters
-    ----------
-    metric
-        What ``"best"`` goes by; ``None`` if there is only one metric.
-
-    Raises
-    ------
-    CheckpointNotFoundError
-        If there is none; the message says what there is.
-    OptionError
-        If ``"best"`` does not say by which metric.
-    """
-    where = f"run {run.name!r} at {run.backend.url}"
-    if lineage.latest is None and not (lineage.abandoned and isinstance(which, int)):
-        raise CheckpointNotFoundError(f"{where} has no checkpoint")
-    if which == "best":
-        return _best(run, lineage, metric, mode, where)
-    if which is None or which == "latest":
-        assert lineage.latest is not None
-        return lineage.latest
-    found = lineage.at(which)
-    if not found:
-        raise CheckpointNotFoundError(f"{where} has no checkpoint of step {which}; it has {_steps(lineage)}")
-    name, *others = found
-    if others:
-        log.warning(
-            "step %d of %s: that of attempt %d is read; an abandoned one stands of attempt %s",
-            which,
-            where,
-            name.attempt,
-            ", ".join(str(other.attempt) for other in others),
-        )
-    elif name in lineage.abandoned:
-        log.warning("step %d of %s is abandoned: a later attempt went back behind it", which, where)
-    return name
-
-
-def _best(run: Run, lineage: Lineage, metric: str | None, mode: Mode, where: str) -> RefName:
-    refs = read_refs(run, lineage, lineage.live)
-    if metric is None:
-        metrics = sorted({key for ref in refs for key in ref.metrics})
-        if len(metrics) != 1:
-            raise OptionError(f"'best' of {where} by which metric? Give metric=; there are {metrics or 'none'}")
-        metric = metrics[0]
-    record = best([to_record(ref) for ref in refs], metric, mode)
-    if record is None:
-        raise CheckpointNotFoundError(f"no checkpoint of {where} has a metric {metric!r}")
-    return lineage.at(record.step)[0]
-
-
-def _steps(lineage: Lineage) -> str:
-    return "; abandoned: ".join(_listed(names) for names in (lineage.live, lineage.abandoned) if names)
-
-
-def _listed(names: Sequence[RefName]) -> str:
-    steps = [str(name.step) for name in names]
-    return (
-        f"steps {', '.join(steps)}" if len(steps) <= 12 else f"steps {', '.join(steps[:4])}, …, {', '.join(steps[-4:])}"
-    )
 
 
 def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import functools
 import logging
+import operator
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,6 +34,7 @@ __all__ = [
     "Ref",
     "RefName",
     "Tombstone",
+    "checked_step",
     "create_once",
     "is_stray",
     "list_pins",
@@ -70,6 +72,24 @@ def validate_run(run: str) -> str:
     return run
 
 
+def checked_step(step: object) -> int:
+    """Return `step` as an ``int``, whichever integer type it has: a NumPy scalar, a 0-dim integer tensor.
+
+    Raises
+    ------
+    OptionError
+        If it is no integer, or out of range.
+    """
+    boolean = isinstance(step, bool) or str(getattr(step, "dtype", "")).endswith("bool")
+    try:
+        number = operator.index(step)  # type: ignore[arg-type]  # raises TypeError where it is none
+    except (TypeError, ValueError, RuntimeError):
+        number = -1
+    if boolean or not 0 <= number <= _MAX_STEP:
+        raise OptionError(f"step must be an integer from 0 to {_MAX_STEP}, not {step!r:.80}")
+    return number
+
+
 class Tombstone(enum.Enum):
     """What can stand at the key of a ref in place of a checkpoint. Seven bytes each: a listing's size tells."""
 
@@ -101,9 +121,7 @@ class RefName:
     @classmethod
     def new(cls, attempt: int, step: object) -> RefName:
         """Return a name that nobody has used."""
-        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= _MAX_STEP:
-            raise OptionError(f"step must be an integer from 0 to {_MAX_STEP}, not {step!r}")
-        return cls(attempt, step, new_nonce())
+        return cls(attempt, checked_step(step), new_nonce())
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ def test_what_was_announced_survives(tmp_path: Path, keep_entries: bool, caplog:
         disk.crash(keep_entries=keep_entries)
         store = root / "store"
         with CheckpointManager(store, read_only=True) as reader:
-            listed = [checkpoint.step for checkpoint in reader.list()]
+            listed = [checkpoint.step for checkpoint in reader.checkpoints()]
         assert not announced or max(listed, default=0) >= announced[-1], (nth, announced, listed)
         for step in listed:
             assert equals(incckpt.load(store, step=step), step)

@@ -67,7 +67,7 @@ def saver() -> Iterator[Saver]:
 def check(folder: Path, announced: list[int]) -> None:
     """Check that what was announced, and not pruned, restores, whatever else is there."""
     with CheckpointManager(folder, read_only=True) as reader:
-        listed = [checkpoint.step for checkpoint in reader.list()]
+        listed = [checkpoint.step for checkpoint in reader.checkpoints()]
     # Only the process that was killed knew whether a commit without an announcement had happened.
     for step in announced[-KEEP_LAST:] if announced else []:
         newer = [other for other in listed if other > step]

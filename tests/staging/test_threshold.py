@@ -114,7 +114,7 @@ def test_thresholds_by_name_and_norms(tmp_path: Path) -> None:
     assert restored["model"]["b"][0] == state["model"]["b"][0]
     assert restored["moments"]["m"][0] == state["moments"]["m"][0]
     with incckpt.CheckpointManager(tmp_path, read_only=True) as reader:
-        run = reader._run
+        run = reader._view.run
         ref = run.read(run.lineage().live[-1])
         assert isinstance(ref, Ref)
         assert set(reader._store.manifest(ref).norms or {}) == {"model.w", "array"}

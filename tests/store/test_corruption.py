@@ -123,7 +123,7 @@ def test_an_unreadable_manifest_stops_collection(
         assert manager.delete(2)
         assert not manager.delete(2)
         manager.save(4, state_at(4)).result()
-        assert [checkpoint.step for checkpoint in manager.list()] == [1, 3, 4]
+        assert [checkpoint.step for checkpoint in manager.checkpoints()] == [1, 3, 4]
     with CheckpointManager(tmp_path, run="other", keep_last_n=1) as other:
         other.save(3, {"x": torch.randn(1000)}).result()
     assert orphans(tmp_path) == set()
@@ -141,7 +141,7 @@ def test_an_unreadable_ref(tmp_path: Path, damage: Callable[[Path], None]) -> No
         manager.save(3, state_at(3)).result()
         assert manager.delete(3)
         manager.save(5, state_at(5)).result()
-        assert [checkpoint.step for checkpoint in manager.list()] == [5]
+        assert [checkpoint.step for checkpoint in manager.checkpoints()] == [5]
     assert orphans(tmp_path) == set()
 
 

@@ -212,7 +212,7 @@ def test_zombie_and_replacement_commit_the_same_step(backend: MemoryBackend) -> 
         pause.resume.set()
         assert isinstance(zombie.exception(), SupersededError)
     with incckpt.CheckpointManager(backend, read_only=True) as reader:
-        assert [(c.step, c.attempt) for c in reader.list()] == [(2, 3)]
+        assert [(c.step, c.attempt) for c in reader.checkpoints()] == [(2, 3)]
     check_read(backend, 2)
     check_clean(backend)
 
@@ -226,7 +226,7 @@ def test_two_processes_write_one_run(tmp_path: Path) -> None:
             assert ended(other) == ["SupersededError"], "it is told within that very save"
         check_read(backend, step)
     with incckpt.CheckpointManager(backend, read_only=True) as reader:
-        assert [c.step for c in reader.list()] == [3]
+        assert [c.step for c in reader.checkpoints()] == [3]
     check_clean(backend)
 
 
@@ -262,7 +262,7 @@ def test_a_host_whose_clock_is_a_day_off(tmp_path: Path, offset: int) -> None:
         subprocess.run([*command, str(offset)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         assert ended(writer) == ["saved", "2"]
     with incckpt.CheckpointManager(backend, read_only=True) as reader:
-        assert [c.step for c in reader.list()] == [2]
+        assert [c.step for c in reader.checkpoints()] == [2]
     check_read(backend, 2)
     save(backend, 3)
     check_read(backend, 3)

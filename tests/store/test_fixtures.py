@@ -33,14 +33,14 @@ def test_a_run_goes_on_and_is_collected(store: Path, tmp_path: Path) -> None:
     copy = tmp_path / "store"
     shutil.copytree(store, copy)
     with incckpt.CheckpointManager(copy, keep_last_n=1) as manager:
-        assert [(c.step, c.attempt, c.metrics.get("loss")) for c in manager.list()] == [
+        assert [(c.step, c.attempt, c.metrics.get("loss")) for c in manager.checkpoints()] == [
             (1, 1, 1.0),
             (2, 1, 0.5),
             (3, 2, 0.5),
         ]
         manager.save(4, state_at(3)).result()
         manager.wait()
-        assert [c.step for c in manager.list()] == [4]
+        assert [c.step for c in manager.checkpoints()] == [4]
     assert orphans(copy) == set()
     assert len(object_keys(open_backend(copy))) < len(object_keys(open_backend(store)))
     assert_same_state(incckpt.load(copy), state_at(3))

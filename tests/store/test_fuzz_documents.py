@@ -239,7 +239,7 @@ def read_everything(backend: Backend) -> None:
     """List, load and verify."""
     for run in RUNS:
         with incckpt.CheckpointManager(backend, run=run, read_only=True) as reader:
-            attempted(lambda: reader.list(abandoned=True))
+            attempted(lambda: reader.checkpoints(abandoned=True))
         for step in (1, 2, 3, 5):
             attempted(lambda: incckpt.load(backend, run=run, step=step, progress=False))  # noqa: B023
     attempted(lambda: list(verify(backend)))

@@ -1,0 +1,181 @@
+"""A run as a reader sees it: its checkpoints, and reading one of them beside a writer that prunes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self, TypeVar
+
+from incckpt.errors import CheckpointNotFoundError, CorruptionError, StoreNotFoundError
+from incckpt.retention import Mode
+from incckpt.run.checkpoint import Checkpoint, read_refs
+from incckpt.run.choose import Which, checked_which, choose, place
+from incckpt.run.reader import Reader
+from incckpt.store.lineage import Lineage, Run
+from incckpt.store.manifest import Manifest
+from incckpt.store.refs import Ref, RefName
+from incckpt.store.store import Store
+
+__all__ = ["RunView", "stands"]
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+_TRIES = 30  # a reader that takes as long as a save meets a pruned checkpoint in a third of its tries
+
+
+class RunView:
+    """A run as a reader sees it. Nothing is written.
+
+    Parameters
+    ----------
+    store, run
+        Which run. The store stays open.
+    threads
+        For decoding.
+    verify
+        Whether to check the digests of all that is read.
+    metric, mode
+        What ``"best"`` goes by; the metric can be left out if there is only one.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        run: str,
+        *,
+        threads: int,
+        verify: bool = True,
+        metric: str | None = None,
+        mode: Mode = "min",
+    ) -> None:
+        self.run = store.run(run)
+        self._store = store
+        self._threads = threads
+        self._verify = verify
+        self._metric, self._mode = metric, mode
+        self._reader: Reader | None = None
+
+    def read(
+        self, which: Which | None, read: Callable[[Reader, Manifest], _T], *, fall_back: bool = False
+    ) -> tuple[RefName, Manifest, _T] | None:
+        """Choose a checkpoint and `read` it; where it is pruned meanwhile, choose again.
+
+        Parameters
+        ----------
+        which
+            A step, ``"latest"`` (or ``None``) or ``"best"``.
+        fall_back
+            Whether a damaged latest one is passed over for the one before it, with an error in the log.
+
+        Returns
+        -------
+        tuple or None
+            The checkpoint and what `read` returned; ``None`` if the run is empty and `which` is ``None``.
+
+        Raises
+        ------
+        StoreNotFoundError, CheckpointNotFoundError
+            If there is no such store or checkpoint, or no checkpoint stands long enough to be read.
+        CorruptionError
+            If it is damaged. Objects that are missing because it was pruned are no damage.
+        """
+
+        def read_manifest(ref: Ref) -> tuple[RefName, Manifest, _T]:
+            manifest = self._store.manifest(ref)
+            if self._reader is None:
+                self._reader = Reader(self._store, threads=self._threads, verify=self._verify)
+            return ref.name, manifest, read(self._reader, manifest)
+
+        self._store.check()
+        return self._read_standing(which, read_manifest, fall_back)
+
+    def checkpoints(self, *, abandoned: bool = False) -> list[Checkpoint]:
+        """Return the committed checkpoints by step; unreadable ones are left out and logged."""
+        try:
+            self._store.check()
+        except StoreNotFoundError:
+            return []
+        lineage = self.run.lineage()
+        refs = read_refs(self.run, lineage, lineage.live, _log_unreadable)
+        found = [Checkpoint.of(self.run.name, ref) for ref in refs]
+        if abandoned:
+            refs = read_refs(self.run, lineage, lineage.abandoned, _log_unreadable)
+            found += [Checkpoint.of(self.run.name, ref, abandoned=True) for ref in refs]
+        return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.attempt))
+
+    def find(self, which: Which) -> Checkpoint | None:
+        """Return a checkpoint; ``None`` if there is none such."""
+        try:
+            self._store.check()
+            ref = self._read_standing(which, lambda ref: ref, False)
+        except (StoreNotFoundError, CheckpointNotFoundError):
+            return None
+        return None if ref is None else Checkpoint.of(self.run.name, ref)
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        if self._reader is not None:
+            self._reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read_standing(self, which: Which | None, read: Callable[[Ref], _T], fall_back: bool) -> _T | None:
+        wanted = checked_which(which)
+        pruned: RefName | None = None
+        for _ in range(_TRIES):
+            lineage = self.run.lineage()
+            if lineage.latest is None and wanted is None and pruned is None:
+                return None
+            try:
+                name = choose(self.run, lineage, wanted, self._metric, self._mode)
+            except CheckpointNotFoundError as error:
+                if pruned is None:
+                    raise
+                raise CheckpointNotFoundError(f"step {pruned.step} was pruned while it was read; {error}") from error
+            candidates = list(reversed(lineage.live)) if fall_back else [name]
+            found, pruned = self._first_readable(lineage, candidates, read)
+            if pruned is None:
+                return found
+            log.debug("step %d of run %r was pruned while it was read; choosing again", pruned.step, self.run.name)
+        raise CheckpointNotFoundError(
+            f"{place(self.run)}: {_TRIES} times the checkpoint was pruned while it was read; let its writer keep more "
+            "of them (keep_last_n=)"
+        )
+
+    def _first_readable(
+        self, lineage: Lineage, candidates: list[RefName], read: Callable[[Ref], _T]
+    ) -> tuple[_T | None, RefName | None]:
+        """Return what `read` made of the first candidate that is sound, or the candidate that was pruned meanwhile."""
+        for candidate in candidates:
+            try:
+                for ref in read_refs(self.run, lineage, [candidate]):
+                    return read(ref), None
+            except CorruptionError as error:
+                if stands(self.run, candidate):
+                    if candidate == candidates[-1]:
+                        raise
+                    log.error("step %d cannot be read, falling back to the one before it: %s", candidate.step, error)
+                    continue
+            return None, candidate
+        raise AssertionError("unreachable")
+
+
+def stands(run: Run, name: RefName) -> bool:
+    """Return whether a checkpoint is there still, readable or not."""
+    try:
+        return isinstance(run.read(name), Ref)
+    except ValueError:
+        return True
+
+
+def _log_unreadable(name: RefName, error: Exception) -> None:
+    log.error("the ref of step %d is unreadable: %s", name.step, error)
