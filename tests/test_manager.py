@@ -417,7 +417,7 @@ def test_a_state_that_cannot_be_saved(tmp_path: Path) -> None:
         ({"on_backlog": "drop"}, "on_backlog"),
         ({"threads": 0}, "threads"),
         ({"chunk_bytes": 1000}, "chunk_bytes"),
-        ({"keep_last_n": 0}, "n must be at least 1"),
+        ({"keep_last_n": 0}, "keep_last_n must be an integer of at least 1"),
         ({"keep_best_n": 3}, "metric"),
         ({"mode": "least"}, "mode"),
         ({"run": "a/b"}, "run name"),

@@ -152,14 +152,14 @@ def test_what_a_policy_returns_has_to_be_steps() -> None:
     assert steps_kept(lambda _: np.array([2]), history) == {2}
     for answer in (None, ["2"], [True, False], [2.0], [Record(2, 0.0)]):
         with pytest.raises(TypeError):
-            steps_kept(lambda _, answer=answer: answer, history)  # type: ignore[arg-type, misc]
+            steps_kept(lambda _, answer=answer: answer, history)  # type: ignore[misc]
 
 
 # -- in a manager
 
 
 def steps(manager: incckpt.CheckpointManager) -> list[int]:
-    return [checkpoint.step for checkpoint in manager.list()]
+    return [checkpoint.step for checkpoint in manager.checkpoints()]
 
 
 def test_nothing_is_pruned_by_a_metric_that_no_checkpoint_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
