@@ -362,7 +362,7 @@ def test_abandoned_checkpoints_are_read_by_their_step(tmp_path: Path, caplog: py
         app = {"x": 0}
         assert reader.restore(app, step=4) == 4
         assert app == {"x": 4}
-    with pytest.raises(CheckpointNotFoundError, match="it has steps 1, 2, 3; abandoned: steps 4"):
+    with pytest.raises(CheckpointNotFoundError, match="it has steps 1, 2, 3; abandoned: step 4"):
         incckpt.load(tmp_path, step=7)
 
 
