@@ -6,72 +6,23 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
+from incckpt.run.contents import Contents
 from incckpt.run.reader import Bytes, Reader, reads_for
 from incckpt.staging.baseline import Base
 from incckpt.staging.content import Content
 from incckpt.staging.hostmem import new_buffer
 from incckpt.state.assign import Assignment
 from incckpt.state.build import MapLocation, build
-from incckpt.state.entries import TensorEntry, check_entries, entry_from_json, range_kinds
-from incckpt.state.selection import select
-from incckpt.state.tree import Tree, parse, references
+from incckpt.state.entries import range_kinds
 from incckpt.store.manifest import Chunk, Manifest
 
-__all__ = ["Contents", "MapLocation", "load_state", "restore_into"]
+__all__ = ["MapLocation", "load_state", "restore_into"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Contents:
-    """A manifest, parsed and checked: the nesting, and the tensors by index.
-
-    Attributes
-    ----------
-    tree
-        The structure, or the part of it that was selected.
-    entries
-        All tensors of the checkpoint.
-    wanted
-        Indexes of the ranges that `tree` needs.
-    """
-
-    manifest: Manifest
-    tree: Tree
-    entries: Sequence[TensorEntry]
-    wanted: frozenset[int]
-
-    @classmethod
-    def of(cls, manifest: Manifest, keys: str | Sequence[str] | None = None) -> Contents:
-        """Parse and check a manifest's structure and tensors; select what `keys` match.
-
-        Raises
-        ------
-        FormatError
-            If it is inconsistent.
-        StateMismatchError
-            If `keys` match nothing.
-        """
-        entries = [entry_from_json(item) for item in manifest.tensors]
-        check_entries(entries, [item.nbytes for item in manifest.ranges])
-        tree = parse(manifest.structure, len(entries))
-        if keys is not None:
-            tree = select(tree, keys)
-        wanted = frozenset(entries[index].range for index in references(tree)) - {-1}
-        return cls(manifest, tree, entries, wanted)
-
-    def names(self) -> list[list[str]]:
-        """Return the names of the tensors in each range."""
-        names: list[list[str]] = [[] for _ in self.manifest.ranges]
-        for entry in self.entries:
-            if entry.range >= 0:
-                names[entry.range].append(entry.name)
-        return names
 
 
 @contextmanager

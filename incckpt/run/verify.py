@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 from incckpt.backends.base import Backend
 from incckpt.errors import CorruptionError, FormatError
 from incckpt.run.checkpoint import read_refs
+from incckpt.run.contents import Contents
 from incckpt.run.reader import ChunkRead, Reader
 from incckpt.staging.detect import default_threads
 from incckpt.store.location import DEFAULT_RUN, Location, parse_location
@@ -125,6 +126,10 @@ def _check(
     except (CorruptionError, FormatError) as error:
         return [str(error)]
     problems: list[str] = []
+    try:
+        Contents.of(manifest)
+    except (CorruptionError, FormatError) as error:
+        problems.append(str(error))
     for chunk in _distinct(manifest):
         keys = [str(key) for key in chunk_keys(chunk)]
         if all(key in good for key in keys):

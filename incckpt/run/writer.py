@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 
 from incckpt.codec import objects as codec
-from incckpt.errors import BackendError, SupersededError
+from incckpt.errors import BackendError, StateError, SupersededError
+from incckpt.run.contents import ReadBack
 from incckpt.run.pipeline import Pipeline
 from incckpt.run.report import SaveReport
 from incckpt.run.snapshot import Snapshot
@@ -20,7 +21,7 @@ from incckpt.store.lineage import Run
 from incckpt.store.manifest import Chunk, Manifest
 from incckpt.store.objects import ObjectKey, manifest_keys
 from incckpt.store.refs import Ref, RefName, Tombstone
-from incckpt.store.store import Store
+from incckpt.store.store import MAX_MANIFEST, Store
 
 __all__ = ["Writer"]
 
@@ -111,6 +112,7 @@ class Writer:
         self._settle = settle
         self._uploader = Uploader(store, threads=threads, base_of=base_of, pipeline=pipeline)
         self._heartbeat_seconds = heartbeat_seconds
+        self._read_back = ReadBack()
         self._previous: tuple[RefName, frozenset[str]] | None = None
         self._unsettled: list[tuple[Ref, Manifest, list[str]]] = []
 
@@ -139,9 +141,12 @@ class Writer:
         ------
         SupersededError
             If another process has taken over the run.
+        StateError
+            If no reader would take the checkpoint; nothing of it is committed.
         BackendError
             If the store failed; the next save uploads what is missing.
         """
+        self._read_back.check(snapshot)
         for _ in range(_ABORTED_TRIES):
             name = RefName.new(self.attempt, snapshot.step)
             written = self._write_as(name, snapshot, report)
@@ -270,6 +275,11 @@ class Writer:
 
     def _put_manifest(self, name: RefName, manifest: Manifest, report: SaveReport) -> Ref:
         document = manifest.to_json()
+        if len(document) > MAX_MANIFEST:
+            raise StateError(
+                f"step {manifest.step} was not saved: its manifest would have {len(document):,} bytes, "
+                f"and readers take {MAX_MANIFEST:,}; put many small values into long lists or arrays"
+            )
         digest = codec.digest(document)
         data = codec.encode_document(document, digest=digest)
         key = ObjectKey(digest.identity.hex(), name.nonce)

@@ -17,6 +17,7 @@ import numpy as np
 from incckpt.errors import CorruptionError, FormatError, StateError
 
 __all__ = [
+    "MAX_DIMENSIONS",
     "TORCH_DTYPES",
     "Json",
     "TensorEntry",
@@ -49,6 +50,9 @@ TORCH_DTYPES: dict[str, tuple[int, int]] = {
     "complex128": (16, 8),
 }
 """By the torch dtype's name: bytes of an element, and of a component of it. Without quantised dtypes, on purpose."""
+
+MAX_DIMENSIONS = 64
+"""What numpy has at most; a tensor of more could not be looked at by it."""
 
 _INT64_MAX = 2**63 - 1
 _FLAGS = ("parameter", "requires_grad", "conj", "neg", "packed")
@@ -178,7 +182,7 @@ def _row_major(shape: Sequence[int], unit: int) -> tuple[int, ...]:
 # --- numpy dtypes -----------------------------------------------------------------------------------------------------
 
 
-def numpy_dtype_to_json(dtype: np.dtype[Any]) -> Json:
+def numpy_dtype_to_json(dtype: np.dtype[Any], depth: int = 0) -> Json:
     """Return the JSON form of a numpy dtype: its ``str``, or an object for structured and subarray dtypes.
 
     Titles, offsets, padding and the ``align`` flag are kept; ``dtype.metadata`` is not.
@@ -189,9 +193,11 @@ def numpy_dtype_to_json(dtype: np.dtype[Any]) -> Json:
         If the dtype holds references (object, variable-length strings) or is one that numpy cannot name (of another
         package, such as ``ml_dtypes``).
     """
+    if depth > _DTYPE_DEPTH:
+        raise StateError(f"a numpy dtype is nested more than {_DTYPE_DEPTH} levels deep; make it flatter")
     if dtype.subdtype is not None:
         base, shape = dtype.subdtype
-        return {"base": numpy_dtype_to_json(base), "shape": list(shape)}
+        return {"base": numpy_dtype_to_json(base, depth + 1), "shape": list(shape)}
     if dtype.names is not None and dtype.fields is not None:
         if dtype.type is not np.void:
             raise StateError(f"numpy dtype {dtype} cannot be stored; view the array with a plain structured dtype")
@@ -200,7 +206,7 @@ def numpy_dtype_to_json(dtype: np.dtype[Any]) -> Json:
             sub, offset, *title = dtype.fields[name]
             if any(not isinstance(text, str) for text in title):
                 raise StateError(f"numpy dtype {dtype} has a title that is not a string; rename it")
-            fields.append([name, numpy_dtype_to_json(sub), offset, *title])
+            fields.append([name, numpy_dtype_to_json(sub, depth + 1), offset, *title])
         node: dict[str, Json] = {"fields": fields, "itemsize": dtype.itemsize}
         if dtype.isalignedstruct:
             node["align"] = True
@@ -398,7 +404,7 @@ def check_entries(entries: Sequence[TensorEntry], sizes: Sequence[int]) -> None:
 def _fault(entry: TensorEntry, sizes: Sequence[int]) -> str:
     """Return what is wrong with an entry, or an empty string."""
     shape, stride = entry.shape, entry.stride
-    if len(shape) != len(stride) or len(shape) > 64:
+    if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
         return f"shape {shape} with stride {stride}"
     if any(not 0 <= size <= _INT64_MAX for size in shape) or any(abs(step) > _INT64_MAX for step in stride):
         return f"shape {shape} or stride {stride} out of bounds"

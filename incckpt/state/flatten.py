@@ -18,10 +18,10 @@ import torch
 
 from incckpt.errors import PickleRefusedError, StateError
 from incckpt.state.entries import Json, TensorEntry, range_kinds
-from incckpt.state.plain import MAX_DEPTH, encode_key, encode_plain, type_name
+from incckpt.state.plain import MAX_DEPTH, encode_key, encode_plain, shown, type_name
 from incckpt.state.ranges import ByteRange, TensorTable
 from incckpt.state.targets import is_stateful
-from incckpt.state.tree import DEFAULT_FACTORIES, join_name
+from incckpt.state.tree import DEFAULT_FACTORIES, join_name, named_tuple_type
 
 __all__ = ["ByteRange", "FlatState", "flatten"]
 
@@ -149,9 +149,9 @@ class _Walker:
             try:
                 items.append([encode_key(key), self.node(child, join_name(name, key))])
             except StateError as error:
-                raise _Refused(f"key {key!r}: {error}") from error
+                raise _Refused(f"key {shown(key)}: {error}") from error
             except _Refused as refused:
-                refused.path.append(f"[{key!r}]")
+                refused.path.append(f"[{shown(key)}]")
                 raise
         return items
 
@@ -182,11 +182,18 @@ class _Walker:
         )
 
     def named_tuple(self, value: Any, name: str) -> Json:
+        names, values, kind = value._fields, tuple(value), type(value).__name__
+        try:
+            if type(names) is not tuple or any(type(field) is not str for field in names) or len(names) != len(values):
+                raise ValueError("its _fields do not name its elements")
+            named_tuple_type(kind, names)
+        except ValueError as error:
+            raise _Refused(f"a {type_name(value)} cannot be read back; save tuple(value): {error}") from error
         fields = [
             [field, self._at(f".{field}", child, join_name(name, field))]
-            for field, child in zip(value._fields, value, strict=True)
+            for field, child in zip(names, values, strict=True)
         ]
-        return {"namedtuple": fields, "name": type(value).__name__}
+        return {"namedtuple": fields, "name": kind}
 
     def generator(self, value: torch.Generator, name: str) -> Json:
         index = self.table.add_torch(value.get_state(), name)

@@ -29,6 +29,7 @@ __all__ = [
     "encode_key",
     "encode_plain",
     "excerpt",
+    "shown",
     "type_name",
 ]
 
@@ -140,6 +141,14 @@ def encode_key(value: object, depth: int = 0) -> Json:
     return node
 
 
+def shown(value: object) -> str:
+    """Return ``repr(value)``, or the type where that fails: Python refuses to write integers of over 4,300 digits."""
+    try:
+        return repr(value)
+    except Exception:  # noqa: BLE001 -- an object's own __repr__ may raise anything, and a message must not fail over it
+        return f"<{type_name(value)}>"
+
+
 def type_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
@@ -163,7 +172,7 @@ def excerpt(node: Json) -> str:
     elif isinstance(node, list):
         text = "[" + ", ".join(repr(item) if isinstance(item, str) else "..." for item in node[:4]) + "]"
     else:
-        text = repr(node)
+        text = shown(node)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -16,6 +16,7 @@ import torch
 
 from incckpt.errors import StateError
 from incckpt.state.entries import (
+    MAX_DIMENSIONS,
     TORCH_DTYPES,
     TensorEntry,
     byte_extent,
@@ -134,6 +135,10 @@ class TensorTable:
             origin = self._origin(device, storage)
             first = origin + offset
         shape, stride = tuple(tensor.shape), tensor.stride()
+        if len(shape) > MAX_DIMENSIONS:
+            raise StateError(
+                f"a tensor of {len(shape)} dimensions cannot be saved; reshape it to {MAX_DIMENSIONS} at most"
+            )
         low, high, gaps = first, first + tensor.numel() * itemsize, False
         if high != low:
             if not tensor.is_contiguous():

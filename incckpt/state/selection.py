@@ -23,8 +23,9 @@ UNSELECTED = Plain(None)
 def select(tree: Tree, patterns: str | Sequence[str]) -> Tree:
     """Return the part of `tree` whose dotted names match a glob.
 
-    A pattern (:func:`fnmatch.fnmatchcase`; ``*`` matches dots too) that matches a container selects all of it. In a
-    dict, what is not selected is dropped; in a list or tuple it becomes ``None``, so that positions hold.
+    A pattern is a glob (:func:`fnmatch.fnmatchcase`; ``*`` matches dots too) or the name itself, brackets and all. One
+    that matches a container selects all of it. Of a dict the rest is dropped; in a list or tuple it becomes ``None``,
+    so that positions hold.
 
     Raises
     ------
@@ -113,7 +114,8 @@ class Selection:
 
 def _compiled(patterns: str | Sequence[str]) -> list[tuple[str, Callable[[str], object]]]:
     listed = [patterns] if isinstance(patterns, str) else patterns
-    return [(pattern, re.compile(fnmatch.translate(pattern)).match) for pattern in listed]
+    # As the name itself, too: the name of `{"a[0]": ...}` is a glob that does not match itself.
+    return [(one, re.compile(rf"{re.escape(one)}\Z|{fnmatch.translate(one)}").match) for one in listed]
 
 
 def _names(tree: Tree, name: str) -> Iterator[str]:

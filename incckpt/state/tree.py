@@ -7,7 +7,7 @@ described in ``docs/structure.md``.
 from __future__ import annotations
 
 import collections
-import keyword
+import sys
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -25,6 +25,7 @@ from incckpt.state.plain import (
     decode_device,
     decode_numpy_scalar,
     excerpt,
+    shown,
 )
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "children",
     "join_name",
     "leaves",
+    "named_tuple_type",
     "parse",
     "references",
 ]
@@ -105,10 +107,41 @@ Tree: TypeAlias = Plain | TensorRef | GeneratorRef | Pickled | MappingNode | Seq
 
 def join_name(prefix: str, key: object) -> str:
     """Return the dotted name of the child `key` of `prefix`; always valid UTF-8."""
-    segment = key if isinstance(key, str) else str(key)
+    segment = key if isinstance(key, str) else _text_of(key)
     if not segment.isascii():
         segment = segment.encode("utf-8", "backslashreplace").decode()
     return f"{prefix}.{segment}" if prefix else segment
+
+
+def _text_of(key: object) -> str:
+    try:
+        return str(key)
+    except ValueError:  # an integer of over 4,300 digits
+        return hex(key) if type(key) is int else shown(key)
+
+
+@lru_cache(maxsize=256)
+def named_tuple_type(name: str, fields: tuple[str, ...]) -> type[tuple[Any, ...]]:
+    """Return a new namedtuple type.
+
+    Parameters
+    ----------
+    fields
+        Names that ``collections.namedtuple`` takes, or gives with ``rename=True`` (``_0``, ``_1``, ...).
+
+    Raises
+    ------
+    ValueError
+        If there is no such type.
+    """
+    reason = ""
+    try:
+        cls = collections.namedtuple(name, fields, rename=True, module=__name__)  # type: ignore[misc]
+        if cls._fields == fields:
+            return cls
+    except (ValueError, SyntaxError) as error:  # two names may be the same identifier: Python normalises them
+        reason = f": {error}"
+    raise ValueError(f"there is no namedtuple type {name!r:.80} with the fields {', '.join(fields)!r:.200}{reason}")
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -202,16 +235,16 @@ class _Parser:
                 raise Malformed(f"not a [key, value] pair: {excerpt(pair)}")
             key = self.key(pair[0])
             if key in seen:
-                raise Malformed(f"key {key!r} occurs twice")
+                raise Malformed(f"key {shown(key)} occurs twice")
             seen.add(key)
-            items.append((key, self._child(pair[1], f"[{key!r}]")))
+            items.append((key, self._child(pair[1], key)))
         return MappingNode(kind, items, extra)
 
     def sequence(self, kind: str, node: Json) -> SequenceNode:
-        return SequenceNode(kind, [self._child(item, f"[{i}]") for i, item in enumerate(as_list(node[kind]))])
+        return SequenceNode(kind, [self._child(item, i) for i, item in enumerate(as_list(node[kind]))])
 
     def ordered_dict(self, node: Json) -> MappingNode:
-        metadata = self._child(node["metadata"], "._metadata") if "metadata" in node else None
+        metadata = self._member(node["metadata"], "_metadata") if "metadata" in node else None
         return self.mapping("ordereddict", node, metadata)
 
     def default_dict(self, node: Json) -> MappingNode:
@@ -221,7 +254,7 @@ class _Parser:
 
     def deque(self, node: Json) -> SequenceNode:
         sequence, maxlen = self.sequence("deque", node), node["maxlen"]
-        if maxlen is not None and (type(maxlen) is not int or maxlen < len(sequence.items)):
+        if maxlen is not None and (type(maxlen) is not int or not len(sequence.items) <= maxlen <= sys.maxsize):
             raise Malformed(f"a deque of {len(sequence.items)} elements with maxlen {excerpt(maxlen)}")
         return replace(sequence, extra=maxlen)
 
@@ -230,10 +263,10 @@ class _Parser:
         if any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
             raise Malformed("the fields of a namedtuple are no pairs")
         try:
-            cls = _named_tuple_type(_name(node["name"]), tuple([_name(pair[0]) for pair in pairs]))
-        except ValueError as error:  # a field occurs twice
+            cls = named_tuple_type(as_text(node["name"]), tuple([as_text(pair[0]) for pair in pairs]))
+        except ValueError as error:
             raise Malformed(str(error)) from error
-        return SequenceNode("namedtuple", [self._child(value, f".{field}") for field, value in pairs], cls)
+        return SequenceNode("namedtuple", [self._member(value, field) for field, value in pairs], cls)
 
     def generator(self, node: Json) -> GeneratorRef:
         return GeneratorRef(self._tensor(node["torch.Generator"]), str(decode_device(node["device"])))
@@ -241,11 +274,18 @@ class _Parser:
     def pickled(self, node: Json) -> Pickled:
         return Pickled(as_bytes(node["pickle"]), as_text(node["type"]))
 
-    def _child(self, node: Json, segment: str) -> Tree:
+    def _child(self, node: Json, key: Hashable) -> Tree:
         try:
             return self.tree(node)
         except Malformed as error:
-            error.path.append(segment)
+            error.path.append(f"[{shown(key)}]")
+            raise
+
+    def _member(self, node: Json, name: str) -> Tree:
+        try:
+            return self.tree(node)
+        except Malformed as error:
+            error.path.append(f".{name}")
             raise
 
     def _tensor(self, index: Json) -> int:
@@ -255,18 +295,6 @@ class _Parser:
             raise Malformed(f"tensor {index} occurs twice")
         self._seen.add(index)
         return index
-
-
-def _name(node: Json) -> str:
-    name = as_text(node)
-    if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
-        raise Malformed(f"not a name for a namedtuple or a field of one: {excerpt(node)}")
-    return name
-
-
-@lru_cache(maxsize=256)
-def _named_tuple_type(name: str, fields: tuple[str, ...]) -> type[tuple[Any, ...]]:
-    return collections.namedtuple(name, fields, module=__name__)
 
 
 FORMS: dict[frozenset[str], Callable[[_Parser, Json], Tree]] = {

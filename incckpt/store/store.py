@@ -26,7 +26,7 @@ from incckpt.store.manifest import Manifest
 from incckpt.store.objects import ObjectKey, Objects
 from incckpt.store.refs import CondemnedLists, Ref, RefName, create_once
 
-__all__ = ["Store"]
+__all__ = ["MAX_MANIFEST", "Store"]
 
 log = logging.getLogger(__name__)
 

@@ -141,6 +141,66 @@ def test_a_namedtuple_is_made_from_its_fields_and_nothing_is_imported() -> None:
     assert type(restored) is type(Stored(system(1, 2)).load())
 
 
+@pytest.mark.parametrize(
+    "system",
+    [
+        namedtuple("_S", "a b"),
+        namedtuple("Renamed", ["class", "b"], rename=True),
+        namedtuple("match", ["type", "ﬁx"]),
+        namedtuple("Größe", ["count", "index"]),
+    ],
+)
+def test_every_name_that_a_namedtuple_may_have_comes_back(system: Any) -> None:
+    state = {"s": [system(1, torch.ones(2))]}
+    assert_same_state(state, Stored(state).load())
+
+
+def tuple_with(name: str, fields: Any, *values: Any) -> Any:
+    return type(name, (tuple,), {"_fields": fields})(values)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        tuple_with("A", ("a", "ａ"), 1, 2),
+        tuple_with("A", ("a", "a"), 1, 2),
+        tuple_with("A", ("class",), 1),
+        tuple_with("A", ("_x",), 1),
+        tuple_with("A", ("__debug__",), 1),
+        tuple_with("A", ("a\ud800",), 1),
+        tuple_with("class", ("a",), 1),
+        tuple_with("A.b", ("a",), 1),
+        tuple_with("A", ("a",), 1, 2),
+        tuple_with("A", ["a"], 1),
+        tuple_with("A", "a", 1),
+        tuple_with("A", (1,), 1),
+    ],
+    ids=lambda value: f"{type(value).__name__} {value._fields!a}",
+)
+def test_what_no_namedtuple_can_be_made_of_is_refused_at_save(value: Any) -> None:
+    with pytest.raises(StateError, match=r"cannot save state\['s'\]\[0\]: .*save tuple\(value\)"):
+        flatten({"s": [value]})
+
+
+def test_integers_too_long_for_python_to_write_are_kept_as_keys_too() -> None:
+    huge = 10**5000
+    state = {huge: 1, (huge, "a"): [huge, {huge}]}
+    assert Stored(state).load() == state
+    with pytest.raises(StateError, match=r"cannot save state\[<int>\]: .* cannot be saved"):
+        flatten({huge: object()}, allow_pickle=False)
+
+
+def test_depth_and_dimensions_beyond_what_is_read_are_refused_at_save() -> None:
+    dtype: Any = np.dtype("<f4")
+    for _ in range(9):
+        dtype = np.dtype([("a", dtype)])
+    for value in (dtype, np.zeros(1, dtype), np.zeros(1, dtype)[0], torch.zeros([1] * 65)):
+        with pytest.raises(StateError, match=r"cannot save state\['x'\]: .*(deep|dimensions)"):
+            flatten({"x": value})
+    deepest = [np.zeros(1, dtype["a"]), torch.zeros([1] * 64)]
+    assert_same_state(deepest, Stored(deepest).load())
+
+
 def test_subclasses_of_parameter_types_and_flags() -> None:
     leaf = torch.nn.Parameter(torch.randn(3), requires_grad=False)
     state = {

@@ -180,10 +180,13 @@ MALFORMED: list[tuple[Any, str]] = [
     ({"set": [1, 1]}, "twice"),
     ({"set": [{"list": []}]}, "not a key"),
     ({"deque": [1, 2], "maxlen": 1}, "maxlen"),
-    ({"namedtuple": [["class", 1]], "name": "A"}, "not a name"),
-    ({"namedtuple": [["a", 1], ["a", 2]], "name": "A"}, "duplicate"),
-    ({"namedtuple": [["a", 1]], "name": "__import__('os')"}, "not a name"),
-    ({"namedtuple": [["_a", 1]], "name": "A"}, "not a name"),
+    ({"deque": [], "maxlen": 2**63}, "maxlen"),
+    ({"namedtuple": [["class", 1]], "name": "A"}, "no namedtuple type"),
+    ({"namedtuple": [["a", 1], ["a", 2]], "name": "A"}, "no namedtuple type"),
+    ({"namedtuple": [["a", 1], ["ａ", 2]], "name": "A"}, "no namedtuple type.*duplicate"),
+    ({"namedtuple": [["a", 1]], "name": "__import__('os')"}, "no namedtuple type"),
+    ({"namedtuple": [["_a", 1]], "name": "A"}, "no namedtuple type"),
+    ({"namedtuple": [[1, 1]], "name": "A"}, "not a string"),
     ({"defaultdict": [], "factory": "eval"}, "factory"),
     ({"defaultdict": [], "factory": []}, "factory"),
     ({"torch.dtype": "save"}, "has no dtype 'save'"),
@@ -334,6 +337,7 @@ def selectable() -> Any:
         "pair": states.Point(4, (5, torch.zeros(5))),
         "epoch": 7,
         "none": {},
+        "odd[0]": 1,
     }
 
 
@@ -350,6 +354,7 @@ def selectable() -> Any:
         ("optimizer.state.0.step", {"optimizer": {"state": {0: {"step": 3}}}}),
         ("pair.label.1", {"pair": states.Point(None, (None, torch.zeros(5)))}),
         (["epoch", "none"], {"epoch": 7, "none": {}}),
+        ("odd[0]", {"odd[0]": 1}),
         (["model", "model.head"], {"model": selectable()["model"]}),
     ],
 )
