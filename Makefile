@@ -9,9 +9,10 @@ BIN := $(VENV)/bin
 EXTRAS := dev,gcs,azure,http
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
+PEERS := .venv-peers
 CEPH_PORT ?= 8055
 
-.PHONY: help demo test test-ceph sanitize soak lint types bench clean
+.PHONY: help demo test test-ceph sanitize soak peers chaos lint types bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -44,6 +45,17 @@ sanitize: $(VENV)/built ## The kernels' and the codec's tests with the compiler'
 soak: $(VENV)/built ## Processes killed at random on one store, for ten minutes and 2,000 kills
 	$(BIN)/python -m tests.soak
 
+peers: $(PEERS)/installed $(VENV)/built ## Other people's optimizers, modules, metrics and weight files, restored as by hand
+	TORCHAO_FORCE_SKIP_LOADING_SO_FILES=1 $(PEERS)/bin/python -m tests.peers
+
+CHAOS := build/chaos
+chaos: $(PEERS)/installed $(VENV)/built ## ckpt-chaos: training killed at every file event, and resumed
+	rm -rf $(CHAOS)
+	$(PEERS)/bin/ckpt-chaos run --work $(CHAOS) --jobs $(JOBS) --max-points 1000 \
+		--step-regex 'resumed from step (\d+)' --checkpoint-glob '{out}/announced-*' --result-file '{out}/final.pt' \
+		--fail-on HARD_FAIL,SILENT_DIVERGENCE,LOST_WORK,CONTROL_FAIL \
+		-- $(PEERS)/bin/python -m tests.children.train_loop '{out}'
+
 lint: $(VENV)/built ## Style, formatting, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,7 +74,7 @@ bench: $(VENV)/built ## All benchmarks, each at its small size
 	$(BIN)/python benchmarks/bench_scale.py --checkpoints 1000 --objects 20000
 
 clean: ## Remove what was built or downloaded, the environment included
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .ruff_cache .import_linter_cache .bench .demo
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .hypothesis .mypy_cache .ruff_cache .import_linter_cache .bench .demo
 	rm -f incckpt/*/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -73,6 +85,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools cython
 	$(PIP) --no-build-isolation --editable ".[$(EXTRAS)]"
+	touch $@
+
+# Packages that only judge, in an environment of their own over the first one: PyTorch is not installed twice.
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(PEERS)/installed: tests/peers/requirements.txt $(VENV)/installed
+	rm -rf $(PEERS) && $(BIN)/python -m venv $(PEERS)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$($(PEERS)/bin/python $(PURELIB))/over.pth"
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check --quiet \
+		--constraint constraints.txt --requirement tests/peers/requirements.txt
 	touch $@
 
 # The kernels, built in place: an editable install does not notice that their sources changed.
