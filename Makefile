@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 PEERS := .venv-peers
 CEPH_PORT ?= 8055
 
-.PHONY: help demo test test-ceph sanitize soak peers chaos lint types bench clean
+.PHONY: help demo test test-ceph docs sanitize soak peers chaos lint types bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -64,6 +64,10 @@ lint: $(VENV)/built ## Style, formatting, layers
 types: $(VENV)/built ## mypy, strict
 	$(BIN)/mypy
 
+docs: $(VENV)/built $(VENV)/docs ## The pages with the reference, into build/docs; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs -b html . build/docs
+	@echo "The pages begin at build/docs/docs/index.html"
+
 bench: $(VENV)/built ## All benchmarks, each at its small size
 	$(BIN)/python benchmarks/bench_save.py --scale 0.2
 	$(BIN)/python benchmarks/bench_detect.py
@@ -94,6 +98,10 @@ $(PEERS)/installed: tests/peers/requirements.txt $(VENV)/installed
 	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$($(PEERS)/bin/python $(PURELIB))/over.pth"
 	$(PEERS)/bin/python -m pip install --disable-pip-version-check --quiet \
 		--constraint constraints.txt --requirement tests/peers/requirements.txt
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(PIP) --no-build-isolation --editable ".[$(EXTRAS),docs]"
 	touch $@
 
 # The kernels, built in place: an editable install does not notice that their sources changed.
