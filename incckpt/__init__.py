@@ -11,7 +11,7 @@ from incckpt.manager import CheckpointManager
 from incckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast
 from incckpt.run.checkpoint import Checkpoint
 from incckpt.run.report import SaveReport
-from incckpt.run.verify import verify
+from incckpt.run.verify import Verified, VerifyResult, verify
 from incckpt.state.rng import RngState
 
 __version__ = "0.1.0"
@@ -26,6 +26,8 @@ __all__ = [
     "KeepLast",
     "RngState",
     "SaveReport",
+    "Verified",
+    "VerifyResult",
     "__version__",
     "errors",
     "load",

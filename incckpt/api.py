@@ -25,7 +25,7 @@ from incckpt.staging.detect import default_threads
 from incckpt.staging.hostmem import HostPool
 from incckpt.staging.layout import DEFAULT_CHUNK_BYTES, Layout
 from incckpt.state.flatten import flatten
-from incckpt.store.location import DEFAULT_RUN, Location, parse_location
+from incckpt.store.location import locate
 from incckpt.store.manifest import Manifest
 from incckpt.store.refs import checked_step
 from incckpt.store.store import Store
@@ -116,20 +116,19 @@ def save(
     >>> incckpt.load(store)
     {'w': tensor([0., 0., 0.]), 'epoch': 1}
     """
-    location = parse_location(os.fspath(url))
+    location = locate(url, run=run, step=None if step is None else checked_step(step))
     if isinstance(location.step, str):
-        raise OptionError(f"{os.fspath(url)!r}: a save needs a number after '@', not {location.step!r}")
-    number: int | None = _agreed("step", location.step, None if step is None else checked_step(step))
-    name = _agreed("run", location.run, run) or DEFAULT_RUN
-    refuse_other_ranks()
+        raise OptionError(f"a save needs a number after '@' in the URL, not {location.step!r}")
+    if not location.named:
+        refuse_other_ranks()
     numbers = checked_metrics(metrics)
     with _saving:
-        key = (location.store, name)
+        key = (location.store, location.run)
         session = _sessions.get(key)
         if session is None or session.pid != os.getpid():
-            session = _sessions[key] = _Session(location.store, name, storage_options)
+            session = _sessions[key] = _Session(location.store, location.run, storage_options)
         try:
-            return session.save(state, number, numbers, allow_pickle)
+            return session.save(state, location.step, numbers, allow_pickle)
         except SupersededError:
             del _sessions[key]  # so that a save that is meant to takes the run back
             session.close()
@@ -187,16 +186,11 @@ def load(
     StateMismatchError
         If `keys` match nothing.
     """
-    location = Location(url.url) if isinstance(url, Backend) else parse_location(os.fspath(url))
-    which = _agreed("step", location.step, checked_which(step))
-    name = _agreed("run", location.run, run) or DEFAULT_RUN
+    location = locate(url, run=run, step=checked_which(step))
     with ExitStack() as stack:
-        if isinstance(url, Backend):
-            store = Store(url)
-        else:
-            store = stack.enter_context(Store.open(location.store, storage_options))
+        store = stack.enter_context(Store.lent(url, location.store, storage_options))
         view = stack.enter_context(
-            RunView(store, name, threads=threads or default_threads(), verify=verify, metric=metric, mode=mode)
+            RunView(store, location.run, threads=threads or default_threads(), verify=verify, metric=metric, mode=mode)
         )
 
         def read(reader: Reader, manifest: Manifest) -> Any:
@@ -204,13 +198,7 @@ def load(
                 reader, manifest, keys=keys, map_location=map_location, allow_pickle=allow_pickle, progress=progress
             )
 
-        found = view.read(which, read)
+        found = view.read(location.step, read)
         if found is None:
             raise not_found(view.run)
         return found[2]
-
-
-def _agreed(option: str, in_url: Any, given: Any) -> Any:
-    if in_url is not None and given is not None and in_url != given:
-        raise OptionError(f"the {option} is {in_url!r} in the URL and {given!r} in {option}=; give one of them")
-    return in_url if given is None else given

@@ -37,7 +37,7 @@ from incckpt.staging.baseline import Base
 from incckpt.staging.detect import default_threads
 from incckpt.staging.threshold import Thresholds
 from incckpt.state.flatten import flatten
-from incckpt.store.location import DEFAULT_RUN, Location, parse_location
+from incckpt.store.location import locate
 from incckpt.store.manifest import Manifest
 from incckpt.store.refs import RefName, checked_step
 from incckpt.store.store import Store
@@ -106,7 +106,7 @@ class CheckpointManager:
     OptionError
         If an argument is not usable.
     DistributedError
-        On ranks other than 0 of a ``torch.distributed`` job, unless `read_only`.
+        On ranks other than 0 of a ``torch.distributed`` job, unless `read_only` or given a run of their own by name.
     """
 
     def __init__(
@@ -131,18 +131,16 @@ class CheckpointManager:
         verify: bool = True,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        location = Location(url.url) if isinstance(url, Backend) else parse_location(os.fspath(url))
+        location = locate(url, run=run)
         if location.step is not None:
-            raise OptionError(f"{url!r}: a manager writes a whole run; give the step to restore()")
-        if run is not None and location.run not in (None, run):
-            raise OptionError(f"the run is {location.run!r} in the URL and {run!r} in run=; give one of them")
+            raise OptionError(f"a manager writes a whole run; give step {location.step!r} to restore(), not in the URL")
         if max_pending < 1:
             raise OptionError(f"max_pending must be at least 1, not {max_pending}")
         if on_backlog not in ("wait", "skip"):
             raise OptionError(f"on_backlog must be 'wait' or 'skip', not {on_backlog!r}")
         if threads is not None and threads < 1:
             raise OptionError(f"threads must be at least 1, not {threads}")
-        if not read_only:
+        if not (read_only or location.named):
             refuse_other_ranks()
         self.read_only = read_only
         self._policy = policy_of(keep_last_n, keep_best_n, metric, mode, retention)
@@ -157,7 +155,7 @@ class CheckpointManager:
         self._base = Base(chunk_bytes, keep=base and not read_only, threads=self._threads, thresholds=thresholds)
         self._delta = delta and not thresholds.active
         self._store = Store(url) if isinstance(url, Backend) else Store.open(location.store, storage_options)
-        self._run_name = run or location.run or DEFAULT_RUN
+        self._run_name = location.run
         self._view = RunView(
             self._store, self._run_name, threads=self._threads, verify=verify, metric=metric, mode=mode
         )

@@ -21,7 +21,6 @@ from incckpt.errors import (
     BackendError,
     BacklogFullError,
     CheckpointNotFoundError,
-    DistributedError,
     ManagerClosedError,
     OptionError,
     ReadOnlyError,
@@ -488,16 +487,6 @@ def test_saving_from_many_threads(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
     assert incckpt.load(tmp_path)["x"][0] == 20
-
-
-def test_other_ranks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    with pytest.raises(DistributedError, match="rank 1"):
-        incckpt.CheckpointManager(tmp_path)
-    with pytest.raises(DistributedError, match=r"torch\.distributed\.checkpoint"):
-        incckpt.save({}, tmp_path)
-    incckpt.CheckpointManager(tmp_path, read_only=True).close()
 
 
 def test_requests_of_a_save_do_not_grow_with_history(tmp_path: Path) -> None:

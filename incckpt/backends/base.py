@@ -95,14 +95,25 @@ def validate_prefix(prefix: str) -> str:
     return prefix
 
 
+_FRAGMENT = re.compile(r"#[A-Za-z0-9._=+-]*(@[A-Za-z0-9]*)?$")  # ours, of a run and step
+_NO_PORT = re.compile(r"^[^\[].*:[0-9]*[^0-9]")
+
+
 def redact(url: str) -> str:
     """Return `url` without what may be secret: the user and password before the host, the query, the fragment."""
     head, separator, rest = url.partition("://")
     if not separator:
         return url
+    rest = _FRAGMENT.sub("", rest)
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if "@" in authority:
+        rest = authority.rpartition("@")[2] + rest[len(authority) :]
+    elif ":" in authority and "@" in rest:
+        rest = rest.rpartition("@")[2]  # a password with a '/', '?' or '#' in it
+    elif _NO_PORT.search(authority):
+        rest = "…" + rest[len(authority) :]  # a password cut at its '#'
     rest = re.split(r"[?#]", rest, maxsplit=1)[0]
-    authority, slash, path = rest.partition("/")
-    return f"{head}://{authority.rpartition('@')[2]}{slash}{path}".rstrip("/")
+    return f"{head}://{rest}".rstrip("/")
 
 
 class PagedListing(Iterator[Entry]):

@@ -103,7 +103,7 @@ class GenericBackend(Backend):
     def list(self, prefix: str = "") -> Iterator[Entry]:
         folder, _, begin = validate_prefix(prefix).rpartition("/")
         fs, root = self._open()
-        pending = [(f"{root}/{folder}" if folder else root, begin)]
+        pending = [(root + folder if folder else root.rstrip("/"), begin)]
         while pending:
             current, begin = pending.pop()
             try:
@@ -115,8 +115,8 @@ class GenericBackend(Backend):
             for info in found:
                 path = str(info["name"]).rstrip("/")
                 name = path.rpartition("/")[2]
-                here = f"{current}/{name}"
-                key = here[len(root) + 1 :]
+                here = f"{current}/{name}" if current or root else name
+                key = here[len(root) :]
                 if path == current.rstrip("/") or not name.startswith(begin) or not is_key(key):
                     continue
                 if info["type"] == "directory":
@@ -142,7 +142,7 @@ class GenericBackend(Backend):
         return True
 
     def _open(self) -> tuple[Any, str]:
-        """Return this process's file system and the root's path in it: an instance does not survive a fork."""
+        """Return this process's file system and what its paths begin with: an instance does not survive a fork."""
         if self._instance is None or self._instance[0] != os.getpid():
             try:
                 fs, root = fsspec.core.url_to_fs(self._full_url, **self._options)
@@ -152,13 +152,14 @@ class GenericBackend(Backend):
                 raise OptionError(f"{self.url}: {self._scrub(str(exc))}") from exc
             except Exception as exc:
                 raise self._error(exc, "open", "") from exc
-            self._instance = os.getpid(), fs, str(root).rstrip("/")
+            # The root of an archive is "", that of a server "/".
+            self._instance = os.getpid(), fs, f"{str(root).rstrip('/')}/" if root else ""
         return self._instance[1], self._instance[2]
 
     def _at(self, key: str) -> tuple[Any, str]:
         validate_key(key)
         fs, root = self._open()
-        return fs, f"{root}/{key}"
+        return fs, root + key
 
     def _entry(self, key: str, info: Mapping[str, Any]) -> Entry:
         modified = next((info[name] for name in _TIMES if info.get(name) is not None), None)

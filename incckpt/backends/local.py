@@ -18,6 +18,7 @@ import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from urllib.parse import quote
 
 from incckpt.backends.base import Backend, Entry, Leftover, ReadableBuffer, is_key, validate_key, validate_prefix
 from incckpt.backends.system import NativeCalls, SystemCalls, UnsyncedCalls
@@ -80,7 +81,7 @@ class LocalBackend(Backend):
         self._place_new: Callable[[str, str], None] = self._link
         self._probed = False
         self._folder_sync_refused = False
-        self.url = f"file://{self._root}"
+        self.url = "file://" + quote(os.fsencode(self._root))
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         with self._open(key) as (fd, size):

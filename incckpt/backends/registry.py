@@ -8,18 +8,24 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, TypeAlias
+from urllib.parse import unquote
 
 from incckpt.backends.base import Backend, redact
 from incckpt.backends.retry import RetryBackend
 from incckpt.errors import MissingExtraError, OptionError
 
-__all__ = ["BackendFactory", "open_backend"]
+__all__ = ["BackendFactory", "check_url", "open_backend"]
 
 BackendFactory: TypeAlias = Callable[[str, Mapping[str, Any]], Backend]
 
 ENTRY_POINT_GROUP = "incckpt.backends"
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+# Two letters at least: `C:` is a drive.
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_CHAIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)::")
+_ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/?)")
+_FILE = re.compile(r"(?i)file:(//(localhost)?/|/(?!/))")
+_CACHES = frozenset({"blockcache", "cached", "filecache", "simplecache"})
 
 # scheme -> module below this package, the packages it needs, the extra that brings them (s3fs is always there)
 _REMOTE = {
@@ -33,6 +39,7 @@ _REMOTE = {
     "http": ("http", ("aiohttp",), "http"),
     "https": ("http", ("aiohttp",), "http"),
 }
+_SCHEMES = ("file", "memory", *_REMOTE)
 
 
 def open_backend(url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Backend:
@@ -41,8 +48,9 @@ def open_backend(url: str | os.PathLike[str], storage_options: Mapping[str, Any]
     Parameters
     ----------
     url
-        A path; ``file://``, ``memory://``, ``s3://``, ``gs://``, ``gcs://``, ``az://``, ``abfs://``, ``abfss://``,
-        ``http://``, ``https://``; a scheme that an installed package registers in the entry-point group
+        A path; ``file://`` (percent-encoded, as `pathlib.Path.as_uri` gives it), ``memory://``, ``s3://``, ``gs://``,
+        ``gcs://``, ``az://``, ``abfs://``, ``abfss://``, ``http://``, ``https://``, each taken whole, a ``#`` in it
+        included; a scheme that an installed package registers in the entry-point group
         ``incckpt.backends`` (a callable taking the URL and the options, named after the scheme); or any other
         protocol that fsspec knows, which can be written by one process only. What fails on the way to a remote store
         and may pass is tried again, for up to three minutes.
@@ -63,16 +71,48 @@ def open_backend(url: str | os.PathLike[str], storage_options: Mapping[str, Any]
     return backend
 
 
+def check_url(text: str) -> None:
+    """Check that `text` is a path or a URL, and not what is left of one.
+
+    Raises
+    ------
+    OptionError
+        Naming it, and what would be one.
+    """
+    if not text or "\0" in text:
+        raise OptionError(f"not a store: {text!r}; give a path or a URL such as s3://bucket/prefix")
+    stripped = text.strip()
+    if _SCHEME.match(stripped) and (text != stripped or not stripped.isprintable()):
+        raise OptionError(f"spaces or control characters around or in the URL: {redact(text)!r}")
+    if _FILE.match(text):
+        return
+    if text[:7].lower() == "file://":
+        raise OptionError(f"a file URL needs an absolute path, as file:///data/run: {redact(text)}")
+    chain = _CHAIN.match(text)
+    if chain is not None and chain[1].lower() in _CACHES:
+        raise OptionError(f"{redact(text)}: a cache shows what has been; give the URL behind {chain[1]}:: itself")
+    match = _ONE_SLASH.match(text)
+    if match is None or chain is not None or _SCHEME.match(text):
+        return
+    if match[2] or match[1].lower() in _SCHEMES:
+        raise OptionError(
+            f"{text!r:.200}: a URL has two slashes after '{match[1]}:', as {match[1]}://bucket/prefix; known are "
+            f"{', '.join(f'{scheme}://' for scheme in _SCHEMES)} and fsspec's protocols. (To name a folder "
+            f"{match[1]}:, begin with './')"
+        )
+
+
 def _open(text: str, options: dict[str, Any]) -> Backend:
-    match = _SCHEME.match(text)
+    check_url(text)
+    file = _FILE.match(text)
+    if file is not None:
+        return _open_local(unquote("/" + text[file.end() :], errors="surrogateescape"), options)
+    match = _CHAIN.match(text) or _SCHEME.match(text)
     if match is None:
         return _open_local(text, options)
     scheme = match[1].lower()
     rest = text[match.end() :]
-    if scheme == "file":
-        if not rest.startswith("/"):
-            raise OptionError(f"a file URL needs an absolute path, as file:///data/run: {redact(text)}")
-        return _open_local(rest, options)
+    text = scheme + text[match.end(1) :]
     if scheme == "memory":
         from incckpt.backends.memory import MemoryBackend
 
@@ -94,7 +134,7 @@ def _open(text: str, options: dict[str, Any]) -> Backend:
 def _open_local(path: str, options: dict[str, Any]) -> Backend:
     from incckpt.backends.local import LocalBackend
 
-    if not path or "\0" in path:
+    if "\0" in path:
         raise OptionError(f"not a path: {path!r}")
     _refuse_options(path, options)
     return LocalBackend(os.path.expanduser(path))

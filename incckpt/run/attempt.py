@@ -276,7 +276,7 @@ class Attempt:
 
 
 def refuse_other_ranks() -> None:
-    """Refuse to write from several processes of one job.
+    """Refuse to write to a run that every process of a job would write to: one whose name none of them has given.
 
     Raises
     ------
@@ -284,7 +284,9 @@ def refuse_other_ranks() -> None:
         On ranks other than 0 of a ``torch.distributed`` job.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        rank = dist.get_rank()
         raise DistributedError(
-            f"rank {dist.get_rank()} of a torch.distributed job: for now incckpt saves and restores on rank 0 alone, "
-            "whose state has to be whole. Support for sharded state through torch.distributed.checkpoint is to come"
+            f"rank {rank} of a torch.distributed job would write to the same run as rank 0. Save on rank 0 alone, if "
+            f"its state is whole; or give each rank a run of its own, as run='rank{rank}' or '#rank{rank}' in the URL. "
+            "To read on every rank, pass read_only=True. Sharded state is not supported yet"
         )

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 @contextmanager
 def progress_bar(total: int, step: int, show: bool | None) -> Iterator[Callable[[int], None]]:
     """Show how many of `total` bytes are read, if asked to or if a terminal watches; give what counts them."""
-    shown = sys.stderr.isatty() if show is None else show
+    watched = sys.stderr is not None and sys.stderr.isatty()  # a service has no stderr
+    shown = watched if show is None else show and sys.stderr is not None
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=f"step {step}", disable=not shown) as bar:
         yield bar.update
 

@@ -1,33 +1,38 @@
-"""Checking a run's checkpoints: that their objects are there, have the right sizes, and hold the right bytes."""
+"""Checking a run's checkpoints: that they parse, and that their objects are there and hold the right bytes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from incckpt.backends.base import Backend
-from incckpt.errors import CorruptionError, FormatError
+from incckpt.errors import CheckpointNotFoundError, CorruptionError, FormatError, OptionError
+from incckpt.retention import Mode
 from incckpt.run.checkpoint import read_refs
+from incckpt.run.choose import Which, checked_which, choose, not_found, place
 from incckpt.run.contents import Contents
 from incckpt.run.reader import ChunkRead, Reader
+from incckpt.run.restore import progress_bar
+from incckpt.run.view import TRIES, stands
 from incckpt.staging.detect import default_threads
-from incckpt.store.location import DEFAULT_RUN, Location, parse_location
+from incckpt.store.lineage import Lineage, Run
+from incckpt.store.location import locate
 from incckpt.store.manifest import Chunk, Manifest
 from incckpt.store.objects import DELTAS, OBJECTS, chunk_keys
-from incckpt.store.refs import Ref
+from incckpt.store.refs import Ref, RefName
 from incckpt.store.store import Store
 
-__all__ = ["Level", "Verified", "verify"]
+__all__ = ["Level", "Verified", "VerifyResult", "verify"]
 
 Level: TypeAlias = Literal["list", "sizes", "hashes"]
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found out about a checkpoint.
+    """What was found out about one checkpoint.
 
     Attributes
     ----------
@@ -36,7 +41,7 @@ class Verified:
     problems
         What is wrong with it; empty if nothing is.
     keys
-        Keys of the objects found good, those that were skipped included; give them as `skip` to go on after a break.
+        Keys of the objects found sound so far, those that were skipped included: what `verify` may `skip`.
     """
 
     step: int
@@ -45,117 +50,222 @@ class Verified:
 
     @property
     def ok(self) -> bool:
-        """Whether the checkpoint restores, as far as was looked."""
+        """Whether the checkpoint restores, as far as `verify` looked."""
         return not self.problems
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What `verify` found out; true if every checkpoint is sound, and printable.
+
+    Attributes
+    ----------
+    url, run, level
+        What was looked at, and how closely.
+    checkpoints
+        The results by checkpoint, the latest first; never empty.
+    """
+
+    url: str
+    run: str
+    level: Level
+    checkpoints: tuple[Verified, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every checkpoint restores, as far as `verify` looked."""
+        return all(checkpoint.ok for checkpoint in self.checkpoints)
+
+    @property
+    def problems(self) -> dict[int, tuple[str, ...]]:
+        """What is wrong, by step; only steps that have problems."""
+        return {checkpoint.step: checkpoint.problems for checkpoint in self.checkpoints if checkpoint.problems}
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        total = len(self.checkpoints)
+        sound = f"{total - len(self.problems)} of {total} checkpoint{'s' if total > 1 else ''} sound"
+        lines = [f"run {self.run!r} at {self.url}: {sound} (level {self.level!r})"]
+        lines += [f"step {step}: {problem}" for step, found in self.problems.items() for problem in found]
+        return "\n".join(lines)
 
 
 def verify(
     url: str | os.PathLike[str] | Backend,
     *,
     level: Level = "hashes",
-    step: int | None = None,
+    step: Which | None = None,
     run: str | None = None,
+    metric: str | None = None,
+    mode: Mode = "min",
     skip: Collection[str] = (),
+    report: Callable[[Verified], None] = lambda checkpoint: None,
     threads: int | None = None,
-    progress: Callable[[int], None] = lambda nbytes: None,
+    progress: bool | None = None,
     storage_options: Mapping[str, Any] | None = None,
-) -> Iterator[Verified]:
-    """Check the checkpoints of a run, the latest first; yield what was found out about each as it is known.
+) -> VerifyResult:
+    """Check the checkpoints of a run, the latest first.
+
+    Checkpoints that are pruned meanwhile are left out.
 
     Parameters
     ----------
-    url, run, step
+    url, step, run, metric, mode, storage_options
         As for `load`; every checkpoint of the run where no step is given.
     level
-        ``"list"``: every object that a checkpoint needs is there; ``"sizes"``: and of the right size (both by listing
-        the store's objects once); ``"hashes"``: every object is read, decoded and hashed, each once.
+        How closely to look. ``"list"``: the checkpoint parses, and every object that it needs is there; ``"sizes"``:
+        and of the right size (both by listing the store's objects once); ``"hashes"``: every object is read, decoded
+        and hashed, each once.
     skip
-        Keys of objects that need not be looked at again.
+        Keys of objects that need not be looked at again: `Verified.keys` of an earlier call.
+    report
+        Called with the result of each checkpoint as soon as it is known.
+    threads
+        For decoding; all cores this process may use where not given.
     progress
-        Called with the raw bytes of what was checked, at level ``"hashes"``.
+        Whether to show a progress bar for each checkpoint, at level ``"hashes"``; by default if a terminal watches.
+
+    Returns
+    -------
+    VerifyResult
+        True if all is well; printing it says what is not.
 
     Raises
     ------
-    StoreNotFoundError
-        If there is no store.
+    StoreNotFoundError, CheckpointNotFoundError
+        If there is no such store, run or step; never for damage, which is in the result.
+
+    Examples
+    --------
+    >>> import incckpt, tempfile, torch
+    >>> store = tempfile.mkdtemp()
+    >>> _ = incckpt.save({"w": torch.zeros(3)}, store)
+    >>> result = incckpt.verify(store)
+    >>> bool(result), result.problems
+    (True, {})
     """
-    location = Location(url.url) if isinstance(url, Backend) else parse_location(os.fspath(url))
-    wanted = location.step if step is None else step
+    if level not in get_args(Level):
+        raise OptionError(f"level must be 'list', 'sizes' or 'hashes', not {level!r}")
+    location = locate(url, run=run, step=checked_which(step))
     with ExitStack() as stack:
-        if isinstance(url, Backend):
-            store = Store(url)
-        else:
-            store = stack.enter_context(Store.open(location.store, storage_options))
+        store = stack.enter_context(Store.lent(url, location.store, storage_options))
         store.check()
-        owner = store.run(run or location.run or DEFAULT_RUN)
-        lineage = owner.lineage()
+        owner = store.run(location.run)
         reader = stack.enter_context(Reader(store, threads=threads or default_threads()))
-        sizes = None if level == "hashes" else _listed(store)
-        good = set(skip)
-        for name in reversed(lineage.live):
-            if wanted not in (None, "latest", name.step):
+        for _ in range(TRIES):
+            lineage = owner.lineage()
+            if location.step is None:
+                names: Sequence[RefName] = lineage.live[::-1]
+                if not names:
+                    raise not_found(owner)
+            else:
+                names = [choose(owner, lineage, location.step, metric, mode)]
+            checker = _Checker(store, reader, level, set(skip), progress)
+            found: list[Verified] = []
+            for name in names:
+                problems = checker.check(owner, lineage, name)
+                if problems is not None:
+                    found.append(Verified(name.step, tuple(problems), frozenset(checker.good)))
+                    report(found[-1])
+            if found:
+                return VerifyResult(store.backend.url, location.run, level, tuple(found))
+    raise CheckpointNotFoundError(f"{place(owner)}: {TRIES} times what there was had been pruned before it was checked")
+
+
+class _Checker:
+    """Checks checkpoints of a store, each object once.
+
+    Attributes
+    ----------
+    good
+        Keys of objects found sound.
+    """
+
+    def __init__(self, store: Store, reader: Reader, level: Level, good: set[str], progress: bool | None) -> None:
+        self.good = good
+        self._store = store
+        self._reader = reader
+        self._level = level
+        self._progress = progress
+        self._sizes: dict[str, int] = {}
+        if level != "hashes":
+            self._sizes = {entry.key: entry.size for space in (OBJECTS, DELTAS) for entry in store.backend.list(space)}
+
+    def check(self, run: Run, lineage: Lineage, name: RefName) -> list[str] | None:
+        """Return what is wrong with a checkpoint; ``None`` if it was pruned meanwhile."""
+        try:
+            refs = read_refs(run, lineage, [name])
+        except (CorruptionError, FormatError) as error:
+            return [str(error)]
+        problems = [problem for ref in refs for problem in self._check(ref)]
+        return problems if refs and (not problems or stands(run, name)) else None
+
+    def _check(self, ref: Ref) -> list[str]:
+        try:
+            manifest = self._store.manifest(ref)
+        except (CorruptionError, FormatError) as error:
+            return [str(error)]
+        problems: list[str] = []
+        names: list[list[str]] = [[] for _ in manifest.ranges]
+        try:
+            names = Contents.of(manifest).names()
+        except (CorruptionError, FormatError) as error:
+            problems.append(f"the manifest of step {ref.step} cannot be restored: {error}")
+        reads = _reads(manifest, names)
+        if self._level != "hashes":
+            return problems + [problem for read in reads for problem in self._check_listed(read)]
+        left = [read for read in reads if not self.good.issuperset(map(str, chunk_keys(read.chunk)))]
+        with progress_bar(sum(read.chunk.nbytes for read in left), ref.step, self._progress) as count:
+            return problems + self._read(left, count)
+
+    def _check_listed(self, read: ChunkRead) -> Iterable[str]:
+        chunk = read.chunk
+        for key, size in zip(
+            map(str, chunk_keys(chunk)),
+            [chunk.size] if chunk.base is None else [chunk.size, chunk.base.size],
+            strict=True,
+        ):
+            if key in self.good:
                 continue
-            try:
-                refs = read_refs(owner, lineage, [name])
-            except (CorruptionError, FormatError) as error:
-                yield Verified(name.step, (str(error),), frozenset(good))
-                continue
-            for ref in refs:
-                problems = _check(store, reader, ref, sizes, level, good, progress)
-                yield Verified(ref.step, tuple(problems), frozenset(good))
-            if wanted == "latest":
-                return
+            needed_by = f" (needed by tensor {', '.join(read.names[:3])})" if read.names else ""
+            if key not in self._sizes:
+                yield f"object {key} is missing{needed_by}"
+            elif self._level == "sizes" and self._sizes[key] != size:
+                yield f"object {key} has {self._sizes[key]} bytes, not {size}{needed_by}"
+            else:
+                self.good.add(key)
 
-
-def _listed(store: Store) -> dict[str, int]:
-    return {entry.key: entry.size for space in (OBJECTS, DELTAS) for entry in store.backend.list(space)}
-
-
-def _check(
-    store: Store,
-    reader: Reader,
-    ref: Ref,
-    sizes: Mapping[str, int] | None,
-    level: Level,
-    good: set[str],
-    progress: Callable[[int], None],
-) -> list[str]:
-    """Return what is wrong with a checkpoint; add the keys of its good objects to `good`."""
-    try:
-        manifest = store.manifest(ref)
-    except (CorruptionError, FormatError) as error:
-        return [str(error)]
-    problems: list[str] = []
-    try:
-        Contents.of(manifest)
-    except (CorruptionError, FormatError) as error:
-        problems.append(str(error))
-    for chunk in _distinct(manifest):
-        keys = [str(key) for key in chunk_keys(chunk)]
-        if all(key in good for key in keys):
-            continue
-        if sizes is None:
-            found = _read(reader, chunk, progress)
+    def _read(self, reads: Sequence[ChunkRead], count: Callable[[int], None]) -> list[str]:
+        """Read and check chunks, all together; one by one only to find out what is wrong."""
+        problems: list[str] = []
+        try:
+            self._reader.read(reads, count)
+        except CorruptionError:
+            for read in reads:
+                try:
+                    self._reader.read([read])
+                except CorruptionError as error:
+                    problems.append(str(error))
+                else:
+                    self.good.update(map(str, chunk_keys(read.chunk)))
         else:
-            stored = [chunk.size] if chunk.base is None else [chunk.size, chunk.base.size]
-            found = [
-                f"object {key} " + ("is missing" if key not in sizes else f"has {sizes[key]} bytes, not {size}")
-                for key, size in zip(keys, stored, strict=True)
-                if key not in sizes or (level == "sizes" and sizes[key] != size)
-            ]
-        problems += found
-        if not found:
-            good.update(keys)
-    return problems
+            self.good.update(str(key) for read in reads for key in chunk_keys(read.chunk))
+        return problems
 
 
-def _distinct(manifest: Manifest) -> list[Chunk]:
-    return list({chunk_keys(chunk)[0]: chunk for chunk in manifest.chunks}.values())
-
-
-def _read(reader: Reader, chunk: Chunk, progress: Callable[[int], None]) -> list[str]:
-    try:
-        reader.read([ChunkRead(chunk)], progress)
-    except CorruptionError as error:
-        return [str(error)]
-    return []
+def _reads(manifest: Manifest, names: Sequence[Sequence[str]]) -> list[ChunkRead]:
+    """Return how to read every object of a checkpoint: a delta's base on its own, too, since all of it is relied on."""
+    reads: dict[str, ChunkRead] = {}
+    needed_by: list[list[str]] = [[] for _ in manifest.chunks]
+    for item, tensors in zip(manifest.ranges, names, strict=True):
+        for index, _, _ in item.pieces:
+            needed_by[index] += tensors[:3]
+    for chunk, tensors in zip(manifest.chunks, needed_by, strict=True):
+        reads[str(chunk_keys(chunk)[0])] = ChunkRead(chunk, names=tuple(tensors))
+        base = chunk.base
+        if base is not None:
+            whole = Chunk(base.identity, chunk.nbytes, chunk.itemsize, base.nonce, base.size)
+            reads.setdefault(str(chunk_keys(whole)[0]), ChunkRead(whole, names=tuple(tensors)))
+    return list(reads.values())

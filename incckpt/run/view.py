@@ -17,13 +17,13 @@ from incckpt.store.manifest import Manifest
 from incckpt.store.refs import Ref, RefName
 from incckpt.store.store import Store
 
-__all__ = ["RunView", "stands"]
+__all__ = ["TRIES", "RunView", "stands"]
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-_TRIES = 30  # a reader that takes as long as a save meets a pruned checkpoint in a third of its tries
+TRIES = 30  # a reader that takes as long as a save meets a pruned checkpoint in a third of its tries
 
 
 class RunView:
@@ -59,7 +59,7 @@ class RunView:
         self._reader: Reader | None = None
 
     def read(
-        self, which: Which | None, read: Callable[[Reader, Manifest], _T], *, fall_back: bool = False
+        self, which: Which | str | None, read: Callable[[Reader, Manifest], _T], *, fall_back: bool = False
     ) -> tuple[RefName, Manifest, _T] | None:
         """Choose a checkpoint and `read` it; where it is pruned meanwhile, choose again.
 
@@ -128,10 +128,10 @@ class RunView:
     ) -> None:
         self.close()
 
-    def _read_standing(self, which: Which | None, read: Callable[[Ref], _T], fall_back: bool) -> _T | None:
+    def _read_standing(self, which: Which | str | None, read: Callable[[Ref], _T], fall_back: bool) -> _T | None:
         wanted = checked_which(which)
         pruned: RefName | None = None
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             lineage = self.run.lineage()
             if lineage.latest is None and wanted is None and pruned is None:
                 return None
@@ -147,7 +147,7 @@ class RunView:
                 return found
             log.debug("step %d of run %r was pruned while it was read; choosing again", pruned.step, self.run.name)
         raise CheckpointNotFoundError(
-            f"{place(self.run)}: {_TRIES} times the checkpoint was pruned while it was read; let its writer keep more "
+            f"{place(self.run)}: {TRIES} times the checkpoint was pruned while it was read; let its writer keep more "
             "of them (keep_last_n=)"
         )
 

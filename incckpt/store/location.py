@@ -2,56 +2,110 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
+from incckpt.backends.base import Backend, redact
+from incckpt.backends.registry import check_url
 from incckpt.errors import OptionError
 from incckpt.store.refs import validate_run
 
-__all__ = ["DEFAULT_RUN", "Location", "parse_location"]
+__all__ = ["DEFAULT_RUN", "Location", "locate"]
 
 DEFAULT_RUN = "default"
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A URL taken apart: ``store#run@step``.
+    """A store, a run and a step, as a URL and arguments beside it name them.
 
     Attributes
     ----------
     store
-        URL or path of the store.
+        URL or path of the store, for `open_backend`.
     run
-        The run named in the fragment, or ``None``.
+        Name of the run.
     step
         A step, ``"latest"``, ``"best"`` or ``None``.
+    named
+        Whether the run was named, in the URL or beside it.
     """
 
     store: str
-    run: str | None = None
+    run: str = DEFAULT_RUN
     step: int | str | None = None
+    named: bool = False
 
 
-def parse_location(url: str) -> Location:
+def locate(url: str | os.PathLike[str] | Backend, *, run: str | None = None, step: int | str | None = None) -> Location:
     """Take a URL with an optional fragment ``#run``, ``#run@step`` or ``#@step`` apart.
+
+    Only a string has a fragment: a path object or a backend is a store whole, whatever its name. Messages show no
+    passwords or signatures.
+
+    Parameters
+    ----------
+    url
+        As users give it.
+    run, step
+        What they name beside it.
 
     Raises
     ------
     OptionError
-        Naming the URL and what is wrong with it.
+        If it is not the URL of a store, or its fragment and the arguments contradict each other.
     """
-    store, mark, fragment = url.partition("#")
-    if not store:
-        raise OptionError(f"not a store: {url!r}; give a path or a URL such as s3://bucket/prefix")
-    run, at, step = fragment.partition("@")
-    if mark and not fragment:
-        raise OptionError(f"{url!r} ends in an empty fragment; a run is named as in {store}#my-run@500")
-    if not at:
-        return Location(store, validate_run(run) if run else None)
-    if re.fullmatch(r"[0-9]{1,12}", step):
-        chosen: int | str = int(step)
-    elif step in ("latest", "best"):
-        chosen = step
+    in_url: tuple[str | None, int | str | None] = (None, None)
+    if isinstance(url, Backend):
+        store = shown = url.url
+    elif isinstance(url, str):
+        store, mark, fragment = url.partition("#")
+        shown = redact(store)
+        if mark:
+            in_url = _parse_fragment(shown, fragment)
+        check_url(store)
+    elif isinstance(url, os.PathLike):
+        store = _path_text(url)
+        shown = store
     else:
-        raise OptionError(f"{url!r}: after '@' comes a step, 'latest' or 'best', not {step!r}")
-    return Location(store, validate_run(run) if run else None, chosen)
+        raise OptionError(f"not a path or URL: {url!r:.80}")
+    given = None if run is None else validate_run(run), step
+    for option, one, other in zip(("run", "step"), in_url, given, strict=True):
+        if one is not None and other is not None and one != other:
+            raise OptionError(
+                f"{shown}: the {option} is {one!r} in the URL and {other!r} in {option}=; give one of them"
+            )
+    name = in_url[0] or given[0]
+    return Location(store, name or DEFAULT_RUN, in_url[1] if step is None else step, name is not None)
+
+
+def _path_text(path: os.PathLike[str]) -> str:
+    text = os.fsdecode(path)
+    collapsed = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", text)
+    if collapsed is not None:
+        raise OptionError(
+            f"{path!r} was a URL before it became a path object, which makes one slash of two: give the URL as a "
+            f"string, as '{collapsed[1]}://…'. (To name a folder {collapsed[1]}:, give its absolute path.)"
+        )
+    return os.path.join(".", text) if ":" in text else text  # keeps `open_backend` from taking it for a URL
+
+
+def _parse_fragment(store: str, fragment: str) -> tuple[str | None, int | str | None]:
+    run, at, step = fragment.partition("@")
+    if not fragment:
+        raise OptionError(f"{store}#: the fragment is empty; a run is named as in {store}#my-run@500. {_PATH_ADVICE}")
+    try:
+        name = validate_run(run) if run else None
+    except OptionError as error:
+        raise OptionError(f"{store}#…: {error}. {_PATH_ADVICE}") from error
+    if not at:
+        return name, None
+    if re.fullmatch(r"[0-9]{1,12}", step):
+        return name, int(step)
+    if step in ("latest", "best"):
+        return name, step
+    raise OptionError(f"{store}#…: after '@' comes a step, 'latest' or 'best', not {step!r:.80}. {_PATH_ADVICE}")
+
+
+_PATH_ADVICE = "If the folder's name has a '#', give a pathlib.Path, or a file:// URL with '%23' for it"

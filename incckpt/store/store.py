@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -70,6 +71,24 @@ class Store:
     def open(cls, url: str, storage_options: Mapping[str, Any] | None = None) -> Store:
         """Open the store at `url` (without a fragment); nothing is read or written yet."""
         return cls(open_backend(url, storage_options))
+
+    @classmethod
+    @contextmanager
+    def lent(cls, url: object, store: str, storage_options: Mapping[str, Any] | None = None) -> Iterator[Self]:
+        """Give the store that a caller named, for the length of a block; a `Backend` of theirs stays open after it.
+
+        Parameters
+        ----------
+        url
+            What the caller gave.
+        store
+            The part of it that names the store.
+        """
+        if isinstance(url, Backend):
+            yield cls(url)
+        else:
+            with cls(open_backend(store, storage_options)) as opened:
+                yield opened
 
     def run(self, name: str) -> Run:
         """Return a run, whether it exists or not."""

@@ -242,7 +242,7 @@ def read_everything(backend: Backend) -> None:
             attempted(lambda: reader.checkpoints(abandoned=True))
         for step in (1, 2, 3, 5):
             attempted(lambda: incckpt.load(backend, run=run, step=step, progress=False))  # noqa: B023
-    attempted(lambda: list(verify(backend)))
+    attempted(lambda: verify(backend))
 
 
 def save_and_prune(backend: Backend, run: str) -> None:
