@@ -69,9 +69,9 @@ class Stored:
         buffers = [self._copy(index) if index in wanted else None for index in range(len(self.ranges))]
         return build(tree, entries, buffers, map_location=map_location, allow_pickle=allow_pickle)
 
-    def restore(self, target: Any, *, in_place: bool = True, allow_pickle: bool = False) -> tuple[Any, Assignment]:
+    def restore(self, target: Any, *, in_place: bool = True, **options: Any) -> tuple[Any, Assignment]:
         """Restore into `target`; with `in_place`, straight into its memory wherever it offers that."""
-        assignment = Assignment(self.tree(), self.entries(), self.sizes, target, allow_pickle=allow_pickle)
+        assignment = Assignment(self.tree(), self.entries(), self.sizes, target, **options)
         for index in assignment.ranges:
             buffer = assignment.destination(index) if in_place else None
             if buffer is None:

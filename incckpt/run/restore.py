@@ -18,6 +18,7 @@ from incckpt.staging.hostmem import new_buffer
 from incckpt.state.assign import Assignment
 from incckpt.state.build import MapLocation, build
 from incckpt.state.entries import range_kinds
+from incckpt.state.selection import Patterns
 from incckpt.store.manifest import Chunk, Manifest
 
 __all__ = ["MapLocation", "load_state", "restore_into"]
@@ -60,22 +61,37 @@ def restore_into(
     target: Any,
     *,
     base: Base,
+    keys: Patterns = None,
+    ignore: Patterns = None,
     allow_pickle: bool = False,
     progress: bool | None = None,
 ) -> None:
     """Restore a checkpoint into `target`, in place, and keep its contents in `base` if that keeps any.
 
+    Parameters
+    ----------
+    keys, ignore
+        Globs of dotted names: only what `keys` match is restored, and nothing that `ignore` matches; see `Assignment`.
+
     Raises
     ------
     StateMismatchError
-        If it does not fit; nothing was touched.
+        If it does not fit, or `target` cannot be written to; nothing was touched.
     MissingObjectError, CorruptionError
         If it is damaged; `target` is undefined until another restore succeeds.
+    Exception
+        What an object's own ``load_state_dict`` raises, with a note of its path; `target` is undefined then as well.
     """
     contents = Contents.of(manifest)
     sizes = [(item.nbytes, item.itemsize) for item in manifest.ranges]
     assignment = Assignment(
-        contents.tree, contents.entries, [nbytes for nbytes, _ in sizes], target, allow_pickle=allow_pickle
+        contents.tree,
+        contents.entries,
+        [nbytes for nbytes, _ in sizes],
+        target,
+        keys=keys,
+        ignore=ignore,
+        allow_pickle=allow_pickle,
     )
     buffers: list[Bytes | None] = [None] * len(sizes)
     for index in assignment.ranges:

@@ -2,48 +2,57 @@
 
 First everything is matched, and nothing touched: what does not fit is an error that names all of it. Then the bytes
 come, straight into the memory of the live tensors where that is laid out as it was; then the objects are told.
+
+Only where loading is torch's own, and would copy and do nothing else, are bytes written to an object's tensors behind
+its back. Every other object gets a state dict of its own memory, and its ``load_state_dict`` decides.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from incckpt.errors import PickleRefusedError, StateMismatchError
-from incckpt.state.build import Buffer, Builder, Bytes, MapLocation, device_available, set_generator_state
+from incckpt.state.build import Buffer, Builder, Bytes, set_generator_state
 from incckpt.state.entries import TensorEntry
+from incckpt.state.inplace import Live, copy_into, find_destinations, mark_changed, overlaps_itself, why_not_writable
+from incckpt.state.optimizers import (
+    existing_tensors,
+    is_torch_optimizer,
+    load_optimizer,
+    loads_as_torch_optimizer,
+    optimizer_problems,
+    reordered,
+)
 from incckpt.state.plain import type_name
 from incckpt.state.rng import RngState
+from incckpt.state.selection import UNSELECTED, Patterns, Selection
 from incckpt.state.targets import (
-    Live,
-    Place,
-    addresses,
-    copy_into,
-    find_destinations,
     is_stateful,
     load_and_compare,
-    load_module,
-    load_optimizer,
-    overlaps_itself,
-    tensors_in,
+    loads_only_itself,
+    renaming,
+    torch_module_tensors,
 )
 from incckpt.state.tree import (
     GeneratorRef,
     MappingNode,
     Pickled,
-    Plain,
     SequenceNode,
     TensorRef,
     Tree,
     children,
+    describe,
+    join_name,
     leaves,
 )
+from incckpt.state.values import is_value, needs_matching, replace_contents, takes_contents
 
 __all__ = ["Assignment"]
 
@@ -51,7 +60,30 @@ log = logging.getLogger(__name__)
 
 _Restore: TypeAlias = Callable[[], Any]  # restores one place of the target; returns the value that belongs there
 
+_TOP = "state"
 _SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _At:
+    """A place in the target.
+
+    Attributes
+    ----------
+    path
+        As Python writes it, for messages.
+    name
+        Dotted, what patterns are matched with.
+    chosen
+        Whether this place is to be restored, and not only something in it.
+    settable
+        Whether what contains the place can be given another value for it.
+    """
+
+    path: str
+    name: str
+    chosen: bool
+    settable: bool
 
 
 class Assignment:
@@ -82,16 +114,23 @@ class Assignment:
         the checkpoint has besides is left out, which is logged. In detail:
 
         - A tensor or array is written in place; shape and dtype must be the same. Its device and stride may differ.
-        - ``nn.Module``: names, shapes and dtypes must be the same; written in place, then ``load_state_dict`` is
-          called. If a module has hooks that rewrite what is loaded, it is all left to ``load_state_dict``.
-        - ``Optimizer``: the numbers of parameters must be the same. What its ``load_state_dict`` casts (to the dtype of
-          the parameter) is put right afterwards, bit for bit.
-        - Other objects with ``load_state_dict``: it is called. Tensors that come back in another dtype are logged.
-        - `RngState` is restored last.
+        - ``nn.Module``: names, shapes and dtypes must be the same; written in place.
+        - ``Optimizer`` of ``torch.optim``: the numbers of parameters must be the same, and moments have their shapes.
+          State that exists is written in place. What ``load_state_dict`` would cast (to the dtype of the parameter)
+          is restored as it was, bit for bit.
+        - Any other object with ``load_state_dict`` is given a new state dict to load: modules and optimizers too of
+          which a class, a hook or a tensor takes part in loading. Nothing is checked before; what it raises is raised.
+          It may keep the tensors. Optimizers that load by torch's own method are corrected as above; of others, it is
+          logged which tensors come back in another dtype.
+        - Objects load in the order of the target, but for `RngState`, which is last.
         - A dict, list or other container that holds none of these is replaced in its contents, whatever those were; a
-          plain value is replaced.
+          plain value is replaced where what contains it can be written to. At the top, containers are matched item by
+          item, and an empty one is refused.
     allow_pickle
         Whether pickled objects are loaded.
+    keys, ignore
+        Globs of dotted names, as ``"model.*"``: only what `keys` match is restored, and nothing that `ignore` matches;
+        the rest of the target is left as it is. An object that loads itself is restored whole or not at all.
 
     Attributes
     ----------
@@ -101,7 +140,7 @@ class Assignment:
     Raises
     ------
     StateMismatchError
-        If the checkpoint does not fit; names every place.
+        If the checkpoint does not fit, or the target cannot be written to; names every place.
     PickleRefusedError
         If the target needs a pickled object and `allow_pickle` is not set.
     """
@@ -114,37 +153,50 @@ class Assignment:
         target: Any,
         *,
         allow_pickle: bool = False,
+        keys: Patterns = None,
+        ignore: Patterns = None,
     ) -> None:
         self._entries = entries
         self._allow_pickle = allow_pickle
+        self._selection = Selection(keys, ignore)
         self._problems: list[str] = []
-        self._ignored: list[str] = []
+        self._left_out: list[str] = []
         self._needed: set[int] = set()
-        self._live: dict[int, Live] = {}
+        self._live: dict[int, Live] = {}  # by entry, what may be written to before anything else is restored
+        self._foreign = False  # whether an object was matched that may write to others while it loads
         self._last: list[_Restore] = []
         self._buffers: dict[int, Buffer] = {}
         self._delivered: set[int] = set()
-        self._builder = self._new_builder(_saved_device_or_cpu)
+        self._builder = self._new_builder(None)
         self._host_builder = self._new_builder("cpu")  # modules and optimizers move what they load
-        self._restore = self._match(tree, target, "state")
+        top = _At(_TOP, "", self._selection.chooses(""), settable=False)
+        self._restore = self._match(self._selection.part_of(tree), target, top)
         if self._problems:
             more = f"\n  and {len(self._problems) - _SHOWN} more" if len(self._problems) > _SHOWN else ""
             raise StateMismatchError(
                 "the checkpoint does not fit, nothing was restored:\n  " + "\n  ".join(self._problems[:_SHOWN]) + more
             )
-        if self._ignored:
-            log.warning("in the checkpoint, but not in the target, so not restored: %s", _listing(self._ignored))
+        if self._left_out:
+            log.warning("in the checkpoint, but not in the target, so not restored: %s", _listing(self._left_out))
         self._members: dict[int, list[int]] = {}
         for index in sorted(self._needed):
             if entries[index].range >= 0:
                 self._members.setdefault(entries[index].range, []).append(index)
         self.ranges = sorted(self._members)
-        self._destinations = find_destinations(entries, sizes, self._live)
+        destinations, contested = find_destinations(entries, sizes, self._live)
+        for index in contested:
+            del self._live[index]  # restored in the order of the target, as by hand
+        self._destinations = {
+            number: memory
+            for number, memory in destinations.items()
+            if all(index in self._live for index in self._members[number])  # others need memory of their own
+        }
 
     def destination(self, index: int) -> Bytes | None:
         """Return the target's own memory for a range, ``uint8[sizes[index]]``, of any alignment.
 
-        ``None`` if the target has none, has it on a device, in another layout, or for more than one range.
+        ``None`` if the target has none, has it on a device, in another layout, or for more than one range; or if an
+        object is to load a tensor of this range, which gets memory of its own.
         """
         return self._destinations.get(index)
 
@@ -167,46 +219,82 @@ class Assignment:
         if missing := set(self.ranges) - self._delivered:
             raise RuntimeError(f"finish() was called before ranges {sorted(missing)} were delivered")
         for live in self._live.values():
-            if isinstance(live, torch.Tensor) and not live.is_inference():
-                torch.autograd.graph.increment_version(live)
+            mark_changed(live)
         value = self._restore()
         for restore in self._last:
             restore()
         return value
 
-    def _new_builder(self, map_location: MapLocation) -> Builder:
+    def _new_builder(self, map_location: str | None) -> Builder:
         return Builder(
-            self._entries, self._buffers, map_location=map_location, allow_pickle=self._allow_pickle, live=self._live
+            self._entries,
+            self._buffers,
+            map_location=map_location,
+            allow_pickle=self._allow_pickle,
+            live=self._live,
+            lenient=True,
         )
 
     # -- matching: each method checks one place of the target and returns what restores it
 
-    def _match(self, tree: Tree, target: Any, path: str) -> _Restore:
+    def _match(self, tree: Tree, target: Any, at: _At) -> _Restore:
         if isinstance(target, (torch.Tensor, np.ndarray)):
-            return self._match_tensor(tree, target, path)
+            return self._match_tensor(tree, target, at)
         if isinstance(target, torch.Generator):
-            return self._match_generator(tree, target, path)
+            return self._match_generator(tree, target, at)
         if is_stateful(target):
-            return self._match_object(tree, target, path)
-        if not _holds_live(target, set()):
-            self._need(tree, path)
-            return lambda: _replace_contents(target, self._builder.value(tree))
-        if isinstance(target, dict):
-            return self._match_dict(tree, target, path)
-        return self._match_sequence(tree, target, path)
+            return self._match_object(tree, target, at)
+        container = isinstance(target, (dict, list, tuple, deque))
+        if container and (at.path == _TOP or self._selection.is_partial(tree) or needs_matching(target, set())):
+            if isinstance(target, dict):
+                return self._match_dict(tree, target, at)
+            return self._match_sequence(tree, target, at)
+        return self._match_value(tree, target, at)
 
-    def _match_tensor(self, tree: Tree, target: Live, path: str) -> _Restore:
-        problem = self._misfit(tree, target)
-        if problem:
-            self._problems.append(f"{path} {problem}")
-        elif isinstance(tree, TensorRef):
-            self._needed.add(tree.index)
-            self._live[tree.index] = target
-        return lambda: target
+    def _match_value(self, tree: Tree, target: Any, at: _At) -> _Restore:
+        if not isinstance(tree, Pickled) and not is_value(target):
+            self._problems.append(
+                f"{at.path} is a {type_name(target)}, which cannot be restored in place: give it state_dict() and "
+                f"load_state_dict(), or put None there to be given {describe(tree)}"
+            )
+        elif not at.settable and not takes_contents(target, tree):
+            self._problems.append(
+                f"{at.path} is a {type_name(target)}, which cannot be written to here: "
+                + ("restore into a dict" if at.path == _TOP else "put it into a dict or list")
+            )
+        else:
+            self._need(tree, at)
+        return lambda: replace_contents(target, self._builder.value(tree))
 
-    def _match_generator(self, tree: Tree, target: torch.Generator, path: str) -> _Restore:
+    def _match_tensor(self, tree: Tree, target: Live, at: _At) -> _Restore:
+        if problem := self._misfit(tree, target):
+            self._problems.append(f"{at.path} {problem}")
+            return lambda: target
+        assert isinstance(tree, TensorRef)
+        write = self._write(tree.index, target)
+
+        def restore() -> Live:
+            write()
+            return target
+
+        return restore
+
+    def _write(self, index: int, target: Live) -> Callable[[], None]:
+        """Note that entry `index` goes into `target`; return what writes it unless it has been written by then."""
+        self._needed.add(index)
+        if not self._foreign:
+            self._live[index] = target
+
+        def write() -> None:
+            if index not in self._live:
+                copy_into(target, self._host_builder.tensor(index))
+                mark_changed(target)
+
+        return write
+
+    def _match_generator(self, tree: Tree, target: torch.Generator, at: _At) -> _Restore:
         if not isinstance(tree, GeneratorRef):
-            self._problems.append(f"{path} is a torch.Generator here and {_describe(tree)} in the checkpoint")
+            self._problems.append(f"{at.path} is a torch.Generator here and {describe(tree)} in the checkpoint")
             return lambda: target
         self._needed.add(tree.index)
 
@@ -217,18 +305,31 @@ class Assignment:
 
         return restore
 
-    def _match_dict(self, tree: Tree, target: dict[Any, Any], path: str) -> _Restore:
+    def _child(self, at: _At, key: Any, part: object, *, settable: bool) -> _At | None:
+        """Return the place `key` of a container at `at`, or ``None`` if nothing in it is selected."""
+        name = join_name(at.name, key if part is None else part)
+        if self._selection.ignores(name):
+            return None
+        return _At(f"{at.path}[{key!r}]", name, self._selection.chooses(name) or at.chosen, settable)
+
+    def _match_dict(self, tree: Tree, target: dict[Any, Any], at: _At) -> _Restore:
         if not isinstance(tree, MappingNode):
-            self._problems.append(f"{path} is a dict here and {_describe(tree)} in the checkpoint")
+            self._problems.append(f"{at.path} is a dict here and {describe(tree)} in the checkpoint")
             return lambda: target
+        if not target and tree.items:
+            self._problems.append(f"{at.path} is an empty dict, so nothing says what to restore into: use load()")
         stored = dict(tree.items)
         restores: list[tuple[Any, _Restore]] = []
         for key, value in target.items():
-            if key in stored:
-                restores.append((key, self._match(stored.pop(key), value, f"{path}[{key!r}]")))
-            else:
-                self._problems.append(f"{path}[{key!r}] is not in the checkpoint")
-        self._ignored += [f"{path}[{key!r}]" for key in stored]
+            place = self._child(at, key, None, settable=True)
+            child = stored.pop(key, None)
+            if place is None:
+                continue
+            if child is not None:
+                restores.append((key, self._match(child, value, place)))
+            elif place.chosen:
+                self._problems.append(f"{place.path} is not in the checkpoint")
+        self._left_out += [f"{at.path}[{key!r}]" for key in stored]
 
         def restore() -> dict[Any, Any]:
             for key, step in restores:
@@ -237,111 +338,131 @@ class Assignment:
 
         return restore
 
-    def _match_sequence(self, tree: Tree, target: Any, path: str) -> _Restore:
+    def _match_sequence(self, tree: Tree, target: Any, at: _At) -> _Restore:
+        kind = type(target).__name__
         if not isinstance(tree, SequenceNode) or len(tree.items) != len(target):
-            kind = type(target).__name__
-            self._problems.append(f"{path} is a {kind} of {len(target)} here and {_describe(tree)} in the checkpoint")
+            self._problems.append(f"{at.path} is a {kind} of {len(target)} here and {describe(tree)} in the checkpoint")
             return lambda: target
-        restores = [
-            self._match(child, value, f"{path}[{index}]")
-            for index, (child, value) in enumerate(zip(tree.items, target, strict=True))
-        ]
+        immutable = isinstance(target, tuple)
+        restores: list[tuple[int, _Restore]] = []
+        for index, ((part, child), value) in enumerate(zip(children(tree), target, strict=True)):
+            place = self._child(at, index, part, settable=at.settable or not immutable)
+            if place is not None and child is not UNSELECTED:
+                restores.append((index, self._match(child, value, place)))
 
         def restore() -> Any:
-            values = [step() for step in restores]
-            if isinstance(target, tuple):
-                return type(target)(*values) if hasattr(target, "_fields") else tuple(values)
-            for index, value in enumerate(values):
-                target[index] = value
-            return target
+            values = list(target)
+            for index, step in restores:
+                values[index] = step()
+                if not immutable:
+                    target[index] = values[index]
+            if not immutable:
+                return target
+            return type(target)(*values) if hasattr(target, "_fields") else tuple(values)
 
         return restore
 
-    def _match_object(self, tree: Tree, target: Any, path: str) -> _Restore:
-        self._need(tree, path)
-        load: Callable[[Any, Any, str], None] = load_and_compare
+    def _match_object(self, tree: Tree, target: Any, at: _At) -> _Restore:
+        if isinstance(target, torch.nn.Module) and (tensors := torch_module_tensors(target)) is not None:
+            return self._match_module(tree, target, tensors, at)
+        if self._selection.is_partial(tree):
+            self._problems.append(
+                f"{at.path} loads itself, so it is restored whole or not at all; load() with keys=, and load it by hand"
+            )
+        self._need(tree, at)
         builder = self._builder
+        load: Callable[[Any, Any, str], None] = load_and_compare
         if isinstance(target, torch.nn.Module):
-            self._match_module(tree, target, path)
-            load, builder = load_module, self._host_builder
-        elif isinstance(target, torch.optim.Optimizer):
-            self._match_optimizer(tree, target, path)
-            load, builder = load_optimizer, self._host_builder
+            builder = self._host_builder
+        elif isinstance(target, torch.optim.Optimizer) and loads_as_torch_optimizer(target):
+            load = load_optimizer
+            if moved := reordered(tree, target):
+                log.warning(
+                    "%s has its parameters in another order than the checkpoint, and optimizers go by the order: the "
+                    "state of one parameter goes to another: %s",
+                    at.path,
+                    _listing(moved),
+                )
+            if is_torch_optimizer(target):
+                self._match_optimizer(tree, target, at)
 
         def restore() -> Any:
-            load(target, builder.value(tree), path)
+            load(target, builder.value(tree), at.path)
             return target
 
         if isinstance(target, RngState):
             self._last.append(restore)
             return lambda: target
+        if not loads_only_itself(target):
+            self._foreign = True
         return restore
 
-    def _match_module(self, tree: Tree, module: torch.nn.Module, path: str) -> None:
+    def _match_module(self, tree: Tree, module: torch.nn.Module, tensors: dict[str, torch.Tensor], at: _At) -> _Restore:
         if not isinstance(tree, MappingNode):
-            self._problems.append(f"{path} is a {type_name(module)} here and {_describe(tree)} in the checkpoint")
-            return
-        if any(part._load_state_dict_pre_hooks for part in module.modules()):
-            return  # the hooks may rename, add or convert what is loaded: only load_state_dict can tell
-        own = addresses(chain(module.parameters(), module.buffers()))
-        live = module.state_dict()
+            self._problems.append(f"{at.path} is a {type_name(module)} here and {describe(tree)} in the checkpoint")
+            return lambda: module
         stored = dict(tree.items)
-        if missing := [str(name) for name in live if name not in stored]:
-            self._problems.append(f"{path}: not in the checkpoint: {_listing(missing)}")
-        if unexpected := [str(name) for name in stored if name not in live]:
-            self._problems.append(f"{path}: in the checkpoint, but not in the module: {_listing(unexpected)}")
-        for name, value in live.items():
-            node = stored.get(name)
-            if node is None or not isinstance(value, torch.Tensor):
+        missing: list[str] = []
+        writes: list[Callable[[], None]] = []
+        for name, tensor in tensors.items():
+            place = self._child(at, name, None, settable=True)
+            node = stored.pop(name, None)
+            if place is None:
                 continue
-            if problem := self._misfit(node, value):
-                self._problems.append(f"{path}: {name} {problem}")
-            elif isinstance(node, TensorRef) and addresses([value]) <= own:
-                self._live[node.index] = value
+            if node is None:
+                if place.chosen:
+                    missing.append(name)
+            elif problem := self._misfit(node, tensor):
+                self._problems.append(f"{at.path}: {name} {problem}")
+            else:
+                assert isinstance(node, TensorRef)
+                writes.append(self._write(node.index, tensor))
+        unexpected = [str(name) for name in stored]
+        hint = renaming([str(name) for name, _ in tree.items], list(tensors)) if missing and unexpected else ""
+        if hint:
+            self._problems.append(f"{at.path}: {hint}")
+        if missing:
+            self._problems.append(f"{at.path}: not in the checkpoint: {_listing(missing)}")
+        if unexpected:
+            self._problems.append(f"{at.path}: in the checkpoint, but not in the module: {_listing(unexpected)}")
 
-    def _match_optimizer(self, tree: Tree, optimizer: torch.optim.Optimizer, path: str) -> None:
-        numbers = _parameter_numbers(tree)
-        state = dict(children(tree)).get("state")
-        if numbers is None or not isinstance(state, MappingNode):
-            self._problems.append(f"{path} is an optimizer here; in the checkpoint, {_describe(tree)} that is none")
-            return
-        sizes, here = [len(group) for group in numbers], [len(group["params"]) for group in optimizer.param_groups]
-        if sizes != here:
-            self._problems.append(f"{path} has groups of {here} parameters here, and of {sizes} in the checkpoint")
-        if list(chain(*numbers)) != list(range(sum(here))):
-            return  # load_state_dict sorts it out
-        # Of a state that exists already, the tensors that fit are written in place.
-        own = addresses(tensor for parameter in optimizer.state.values() for _, tensor in tensors_in(parameter))
-        live = dict(tensors_in(optimizer.state_dict()["state"]))
-        for place, node in _tensor_refs(state):
-            tensor = live.get(place)
-            if tensor is not None and not self._misfit(node, tensor) and addresses([tensor]) <= own:
-                self._live[node.index] = tensor
+        def restore() -> torch.nn.Module:
+            for write in writes:
+                write()
+            return module
 
-    def _need(self, tree: Tree, path: str) -> None:
+        return restore
+
+    def _match_optimizer(self, tree: Tree, optimizer: torch.optim.Optimizer, at: _At) -> None:
+        if problems := optimizer_problems(tree, self._entries, optimizer):
+            self._problems += [f"{at.path}{problem}" for problem in problems]
+        elif not self._foreign:  # of a state that exists already, the tensors that fit are written in place
+            for index, tensor in existing_tensors(tree, optimizer):
+                if not self._misfit(TensorRef(index), tensor):
+                    self._live[index] = tensor
+
+    def _need(self, tree: Tree, at: _At) -> None:
         for leaf in leaves(tree):
             if isinstance(leaf, (TensorRef, GeneratorRef)):
                 self._needed.add(leaf.index)
             elif isinstance(leaf, Pickled) and not self._allow_pickle:
                 raise PickleRefusedError(
-                    f"{path} holds a pickled {leaf.type} in the checkpoint; loading it can run any code. If you trust "
-                    "whoever wrote it, pass allow_pickle=True"
+                    f"{at.path} holds a pickled {leaf.type} in the checkpoint; loading it can run any code. If you "
+                    "trust whoever wrote it, pass allow_pickle=True"
                 )
 
     def _misfit(self, tree: Tree, live: Live) -> str:
         """Return why the tensor `tree` cannot be written into `live`, or an empty string."""
         if not isinstance(tree, TensorRef):
-            return f"is a tensor here and {_describe(tree)} in the checkpoint"
+            return f"is a tensor here and {describe(tree)} in the checkpoint"
+        if problem := why_not_writable(live):
+            return f"{problem}: cannot be restored in place"
         entry = self._entries[tree.index]
         if isinstance(live, np.ndarray):
             kind, dtype, stride = "numpy", str(live.dtype), live.strides
-            if type(live) not in (np.ndarray, np.memmap) or not live.flags.writeable:
-                return f"is a read-only array, or a {type_name(live)}: cannot be restored in place"
             same = entry.kind == kind and entry.numpy_dtype == live.dtype
         else:
             kind, dtype, stride = "torch", str(live.dtype).removeprefix("torch."), live.stride()
-            if not addresses([live]):
-                return f"is a {type_name(live)} of layout {live.layout} on {live.device}: cannot be restored in place"
             same = entry.kind == kind and entry.dtype == dtype
         shape = tuple(live.shape)
         if not same or shape != entry.shape:
@@ -351,75 +472,6 @@ class Assignment:
                 f"has stride {tuple(stride)} here, so that elements share memory, and {entry.stride} in the checkpoint"
             )
         return ""
-
-
-def _saved_device_or_cpu(saved: str) -> str:
-    if device_available(torch.device(saved)):
-        return saved
-    log.warning("tensors saved on %s go to the CPU where nothing in the target tells their device", saved)
-    return "cpu"
-
-
-def _replace_contents(target: Any, value: Any) -> Any:
-    """Give the container `target` the contents of `value` if they are of one kind; return what belongs in its place."""
-    if isinstance(target, dict) and isinstance(value, dict):
-        target.clear()
-        for key, item in value.items():
-            target[key] = item
-    elif isinstance(target, list) and isinstance(value, list):
-        target[:] = value
-    elif isinstance(target, set) and isinstance(value, set):
-        target.clear()
-        target.update(value)
-    elif isinstance(target, deque) and isinstance(value, deque):
-        target.clear()
-        target.extend(value)
-    else:
-        return value
-    return target
-
-
-def _holds_live(value: object, seen: set[int]) -> bool:
-    """Whether `value` is, or contains, something that is restored in place."""
-    if isinstance(value, (torch.Tensor, np.ndarray, torch.Generator)) or is_stateful(value):
-        return True
-    if not isinstance(value, (dict, list, tuple, deque)) or id(value) in seen:
-        return False
-    seen.add(id(value))
-    return any(_holds_live(item, seen) for item in (value.values() if isinstance(value, dict) else value))
-
-
-def _tensor_refs(tree: Tree, place: Place = ()) -> Iterator[tuple[Place, TensorRef]]:
-    if isinstance(tree, TensorRef):
-        yield place, tree
-    for key, child in children(tree):
-        yield from _tensor_refs(child, (*place, key))
-
-
-def _parameter_numbers(tree: Tree) -> list[list[Any]] | None:
-    """Return the numbers of the parameters in each group of an optimizer's state, or ``None`` if it is none."""
-    groups = dict(children(tree)).get("param_groups")
-    numbers = []
-    for _, group in children(groups) if groups is not None else ():
-        params = dict(children(group)).get("params")
-        if not isinstance(params, SequenceNode) or not all(isinstance(item, Plain) for item in params.items):
-            return None
-        numbers.append([item.value for item in params.items if isinstance(item, Plain)])
-    return numbers if groups is not None else None
-
-
-def _describe(tree: Tree) -> str:
-    match tree:
-        case TensorRef():
-            return "a tensor"
-        case GeneratorRef():
-            return "a torch.Generator"
-        case Pickled(_, name):
-            return f"a pickled {name}"
-        case Plain(value):
-            return f"a value of type {type_name(value)}"
-        case MappingNode(kind, items) | SequenceNode(kind, items):
-            return f"a {kind} of {len(items)}"
 
 
 def _listing(names: Sequence[str]) -> str:

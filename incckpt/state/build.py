@@ -36,16 +36,22 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 Buffer: TypeAlias = Bytes | torch.Tensor
 """The bytes of a range: a writable ``uint8[nbytes]`` array, aligned to 64 bytes; or a flat ``uint8`` tensor."""
 
+Location: TypeAlias = str | torch.device
 MapLocation: TypeAlias = (
-    str | torch.device | Mapping[str, str | torch.device] | Callable[[str], str | torch.device] | None
+    Location
+    | Mapping[str, Location]
+    | Callable[[torch.UntypedStorage, str], torch.UntypedStorage | torch.TypedStorage | None]
+    | None
 )
-"""Where torch tensors go: one device for all, or the new device by (or a function of) the saved one's name."""
+"""Where torch tensors go, as for ``torch.load``: one device for all; the new device by the name of the saved one; or a
+function that is given each storage, on the CPU, and the name of its device, and returns the storage to use. What a
+mapping lacks, or a function returns ``None`` for, goes to where it was."""
 
 
 def device_available(device: torch.device) -> bool:
     """Whether tensors can be made on `device` here."""
     if device.type in ("cpu", "meta"):
-        return device.type == "cpu"
+        return True
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -53,23 +59,14 @@ def device_available(device: torch.device) -> bool:
     return True
 
 
-def device_for(saved: str, map_location: MapLocation) -> torch.device:
-    """Return where a tensor saved on the device `saved` goes.
+def device_for(saved: str, chosen: Location | None) -> torch.device:
+    """Return the device `chosen` for a tensor saved on the device `saved`; by default that one.
 
     Raises
     ------
     OptionError
         If that device is not available here.
     """
-    chosen: str | torch.device | None = None
-    if isinstance(map_location, (str, torch.device)):
-        chosen = map_location
-    elif isinstance(map_location, Mapping):
-        chosen = map_location.get(saved, saved)
-    elif callable(map_location):
-        chosen = map_location(saved)
-    elif map_location is not None:
-        raise OptionError(f"map_location must be a device, a mapping or a function, not {map_location!r}")
     try:
         device = torch.device(saved if chosen is None else chosen)
     except (RuntimeError, TypeError) as error:
@@ -125,6 +122,13 @@ class Builder:
         By range.
     live
         Tensors that exist already, by entry: they stand in for what would be built.
+    lenient
+        Whether what was saved on a device that is not available here goes to the CPU, which is logged.
+
+    Raises
+    ------
+    OptionError
+        If `map_location` is of another type.
     """
 
     def __init__(
@@ -135,15 +139,25 @@ class Builder:
         map_location: MapLocation = None,
         allow_pickle: bool = False,
         live: Mapping[int, Any] | None = None,
+        lenient: bool = False,
     ) -> None:
+        if not (
+            map_location is None or isinstance(map_location, (str, torch.device, Mapping)) or callable(map_location)
+        ):
+            raise OptionError(
+                f"map_location must be a device, a mapping of devices or a function of a storage and the name of its "
+                f"device, not {map_location!r}"
+            )
         self._entries = entries
         self._buffers = buffers
         self._map_location = map_location
         self._allow_pickle = allow_pickle
         self._live = {} if live is None else live
+        self._lenient = lenient
         self._devices: dict[str, torch.device] = {}
         self._memory: dict[tuple[int, torch.device], Buffer] = {}
         self._storages: dict[tuple[int, torch.device, int], torch.UntypedStorage] = {}
+        self._relocated: dict[tuple[int, str, int], torch.UntypedStorage] = {}
 
     def value(self, tree: Tree) -> Any:
         """Return the value of `tree`."""
@@ -164,6 +178,8 @@ class Builder:
     def tensor(self, index: int) -> torch.Tensor | npt.NDArray[Any]:
         """Return the tensor or array of entry `index`, new, over the memory of its range."""
         entry = self._entries[index]
+        if entry.kind == "torch" and callable(self._map_location):
+            self._relocate(entry)  # whatever the function raises is raised
         try:
             return self._numpy(entry) if entry.kind == "numpy" else self._torch(entry)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
@@ -191,8 +207,11 @@ class Builder:
         return deque(items, extra) if kind == "deque" else extra(*items)
 
     def _generator(self, index: int, saved: str) -> torch.Generator:
-        generator = torch.Generator(self._device(saved))
-        set_generator_state(generator, self.tensor(index), saved, self._entries[index].name)
+        asked = self._call(_no_storage(), saved) if callable(self._map_location) else None
+        device = self._device(saved) if asked is None else asked.device
+        generator = torch.Generator(_CPU if device.type == "meta" else device)
+        state = Builder(self._entries, self._buffers, map_location="cpu").tensor(index)
+        set_generator_state(generator, state, saved, self._entries[index].name)
         return generator
 
     def _unpickle(self, data: bytes, name: str) -> Any:
@@ -212,7 +231,15 @@ class Builder:
     def _device(self, saved: str) -> torch.device:
         device = self._devices.get(saved)
         if device is None:
-            device = self._devices[saved] = device_for(saved, self._map_location)
+            chosen: Location | None = None
+            if isinstance(self._map_location, (str, torch.device)):
+                chosen = self._map_location
+            elif isinstance(self._map_location, Mapping):
+                chosen = self._map_location.get(_tag(saved))
+            if self._lenient and not device_available(torch.device(saved if chosen is None else chosen)):
+                log.warning("tensors saved on %s go to the CPU where nothing in the target tells their device", saved)
+                chosen = _CPU
+            device = self._devices[saved] = device_for(saved, chosen)
         return device
 
     def _numpy(self, entry: TensorEntry) -> npt.NDArray[Any]:
@@ -222,7 +249,11 @@ class Builder:
         return np.ndarray(entry.shape, entry.numpy_dtype, memory, _offset(entry), entry.stride)  # type: ignore[arg-type]
 
     def _torch(self, entry: TensorEntry) -> torch.Tensor:
-        device = self._device(entry.device)
+        # All views of a range share one storage, but for those at an odd place in it: these get one of their own, over
+        # the same bytes.
+        shift = _offset(entry) % entry.itemsize if entry.range >= 0 else 0
+        storage = self._relocated.get((entry.range, entry.device, shift))
+        device = self._device(entry.device) if storage is None else storage.device
         dtype = getattr(torch, entry.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise FormatError(f"tensor {entry.name!r}: torch {torch.__version__} has no dtype {entry.dtype}")
@@ -231,10 +262,8 @@ class Builder:
         if entry.range < 0:
             tensor.as_strided_(entry.shape, entry.stride)
         else:
-            # All views of a range share one storage, but for those at an odd place in it: these get one of their own,
-            # over the same bytes.
-            shift = _offset(entry) % entry.itemsize
-            storage = self._storage(entry, device, shift)
+            if storage is None:
+                storage = self._storage(entry, device, shift)
             tensor.set_(storage, _offset(entry) // entry.itemsize, entry.shape, entry.stride)
         if entry.conj:
             tensor = tensor.conj()
@@ -243,6 +272,35 @@ class Builder:
         if entry.parameter:
             return torch.nn.Parameter(tensor, requires_grad=entry.requires_grad)
         return tensor.requires_grad_() if entry.requires_grad else tensor
+
+    def _relocate(self, entry: TensorEntry) -> None:
+        """Ask the function `map_location` for the storage of `entry`, once for all views of it."""
+        shift = _offset(entry) % entry.itemsize if entry.range >= 0 else 0
+        key = (entry.range, entry.device, shift)
+        if key not in self._relocated:
+            given = self._storage(entry, _CPU, shift) if entry.range >= 0 else _no_storage()
+            placed = self._call(given, entry.device)
+            if placed.nbytes() < given.nbytes():
+                raise OptionError(
+                    f"map_location returned a storage of {placed.nbytes()} bytes for one of {given.nbytes()}, which "
+                    f"tensor {entry.name!r} needs"
+                )
+            self._relocated[key] = placed
+
+    def _call(self, storage: torch.UntypedStorage, saved: str) -> torch.UntypedStorage:
+        assert callable(self._map_location)
+        placed = self._map_location(storage, _tag(saved))
+        if placed is None:
+            device = device_for(saved, None)
+            return storage if device.type == "cpu" else storage.to(device=device)
+        if isinstance(placed, torch.TypedStorage):
+            placed = placed._untyped_storage
+        if not isinstance(placed, torch.UntypedStorage):
+            raise OptionError(
+                f"map_location is called as torch.load calls it, with a storage and its device ({saved!r}), and "
+                f"returns a storage or None; it returned {placed!r}"
+            )
+        return placed
 
     def _storage(self, entry: TensorEntry, device: torch.device, shift: int) -> torch.UntypedStorage:
         key = (entry.range, device, shift)
@@ -274,6 +332,15 @@ class Builder:
                 memory = _unpack_on_device(entry, flat) if entry.packed else flat
             self._memory[key] = memory
         return memory
+
+
+def _no_storage() -> torch.UntypedStorage:
+    return torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+
+
+def _tag(device: str) -> str:
+    """Return the name that torch gives to storages on `device`: there is but one MPS device, so it has no number."""
+    return "mps" if device.startswith("mps:") else device
 
 
 def _offset(entry: TensorEntry) -> int:

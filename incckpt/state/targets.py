@@ -1,4 +1,4 @@
-"""What a checkpoint is restored into: objects that load themselves, and the memory of live tensors and arrays."""
+"""Objects that load themselves: which of them load just as torch does, and how their own loaders are called."""
 
 from __future__ import annotations
 
@@ -6,28 +6,23 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from incckpt.errors import StateMismatchError
-from incckpt.state.entries import TensorEntry, byte_extent, byte_strides
-from incckpt.state.plain import MAX_DEPTH
-from incckpt.state.ranges import overlap_groups, raw_array, raw_view
+from incckpt.state.plain import MAX_DEPTH, type_name
 
 __all__ = [
-    "Live",
+    "OPTIMIZER_HOOKS",
     "Place",
-    "addresses",
-    "copy_into",
-    "find_destinations",
     "is_stateful",
     "load_and_compare",
-    "load_module",
     "load_object",
-    "load_optimizer",
-    "overlaps_itself",
+    "loads_by",
+    "loads_only_itself",
+    "renaming",
     "tensors_in",
+    "torch_module_tensors",
 ]
 
 log = logging.getLogger(__name__)
@@ -59,192 +54,183 @@ def tensors_in(value: object, place: Place = ()) -> Iterator[tuple[Place, torch.
             yield from tensors_in(child, (*place, key))
 
 
-def addresses(tensors: Iterable[torch.Tensor]) -> set[tuple[torch.device, int]]:
-    """Return where the first elements of `tensors` are; those that have no address are left out."""
-    return {
-        (tensor.device, tensor.data_ptr())
-        for tensor in tensors
-        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
-    }
+# --- torch's own loading ----------------------------------------------------------------------------------------------
+# What takes part in it, as it was when this module was imported: whatever replaces it, in a class or an instance, is
+# somebody else's.
+
+_MODULE_METHODS = {
+    name: getattr(torch.nn.Module, name)
+    for name in (
+        "load_state_dict",
+        "_load_from_state_dict",
+        "state_dict",
+        "_save_to_state_dict",
+        "get_extra_state",
+        "set_extra_state",
+        "__getattribute__",
+    )
+}
+MODULE_HOOKS = (
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+)
+OPTIMIZER_HOOKS = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+# These only add or refuse names of older checkpoints; where all names are there they do what torch's own does.
+_HARMLESS = (_NormBase._load_from_state_dict, _InstanceNorm._load_from_state_dict)
 
 
-def load_module(module: torch.nn.Module, state: Mapping[str, Any], path: str) -> None:
-    """Load a module's state.
+def torch_module_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """Return the tensors of a module's state by name if loading would copy into them and do nothing else.
 
-    Raises
-    ------
-    StateMismatchError
-        If the module refuses it; it may have taken a part by then.
+    Returns
+    -------
+    tensors
+        ``None`` if anything in the tree of modules takes part in loading: an override, a hook, extra state, a tensor
+        of a class of its own. Then only ``load_state_dict`` can tell what becomes of a checkpoint.
     """
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise StateMismatchError(f"{path} cannot be restored: {error}") from error
+    found: dict[str, torch.Tensor] = {}
+    for prefix, part in _parts(module, ""):
+        if not _is_untouched(part):
+            return None
+        buffers = {name: item for name, item in part._buffers.items() if name not in part._non_persistent_buffers_set}
+        for name, tensor in (*part._parameters.items(), *buffers.items()):
+            if tensor is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+                return None
+            if tensor is not None:
+                found[prefix + name] = tensor
+    return found
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: str) -> None:
-    """Load an optimizer's state exactly.
+def _parts(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield every module with the prefix of its names, as ``load_state_dict`` walks them: a shared one repeatedly."""
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _parts(child, f"{prefix}{name}.")
 
-    ``Optimizer.load_state_dict`` casts floating-point state to the dtype of the parameter: the float32 moments of a
-    bfloat16 parameter would lose half their bits. What comes back in another dtype is replaced by what was stored.
-    """
-    stored = list(tensors_in(state["state"]))
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    load_object(optimizer, state, path)
-    parameters = dict(zip(numbers, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
-    for (number, *keys), tensor in stored:
-        container: Any = optimizer.state
-        *way, last = (parameters.get(number, number), *keys)
-        for key in way:
-            container = container[key] if _has(container, key) else None
-        now = container[last] if _has(container, last) else None
-        if isinstance(now, torch.Tensor) and now.dtype != tensor.dtype and now.shape == tensor.shape:
-            container[last] = tensor.to(now.device)
+
+def _is_untouched(module: torch.nn.Module) -> bool:
+    own = vars(module)
+    return (
+        loads_by(type(module), own, _MODULE_METHODS)
+        and not any(getattr(module, hooks) for hooks in MODULE_HOOKS)
+        and all(isinstance(own.get(name), dict) for name in ("_parameters", "_buffers", "_modules"))  # not scripted
+    )
+
+
+def loads_by(kind: type, own: Mapping[str, Any], methods: Mapping[str, Any]) -> bool:
+    """Whether `methods` are those of class `kind`, and no attribute of the instance hides one."""
+    return all(
+        (method := getattr(kind, name)) is known or (name == "_load_from_state_dict" and method in _HARMLESS)
+        for name, known in methods.items()
+    ) and not any(name in own for name in methods)
+
+
+def loads_only_itself(target: object) -> bool:
+    """Whether the loader of `target` is known to write to nothing but what `target` itself consists of."""
+    parts = target.modules() if isinstance(target, torch.nn.Module) else [target]
+    return all(
+        _is_of_ours(part) and not any(getattr(part, hooks, None) for hooks in MODULE_HOOKS + OPTIMIZER_HOOKS)
+        for part in parts
+    )
+
+
+def _is_of_ours(target: object) -> bool:
+    """Whether everything that loads `target` is code of torch or of this package."""
+    loading = ("load_state_dict", "_load_from_state_dict", "set_extra_state", "__setstate__")
+    owners = [next((kind for kind in type(target).__mro__ if name in vars(kind)), None) for name in loading]
+    return all(
+        kind is None or kind.__module__.partition(".")[0] in ("torch", "incckpt") for kind in owners
+    ) and not any(name in getattr(target, "__dict__", {}) for name in loading)
+
+
+# --- calling loaders --------------------------------------------------------------------------------------------------
 
 
 def load_object(target: Any, state: Any, path: str) -> None:
     """Call ``target.load_state_dict(state)``; what it raises says where that was."""
     try:
-        target.load_state_dict(state)
+        verdict = target.load_state_dict(state)
     except Exception as error:
-        error.add_note(f"raised while incckpt restored {path}")
+        error.add_note(
+            f"raised by load_state_dict() of {path}, a {type_name(target)}, in the middle of a restore: the target is "
+            "undefined until another restore succeeds"
+        )
         raise
+    for what in ("missing_keys", "unexpected_keys"):
+        names = getattr(verdict, what, None)
+        if isinstance(names, Sequence) and names:
+            log.warning(
+                "%s was restored, but its load_state_dict() reports %s: %s", path, what, ", ".join(map(str, names))
+            )
 
 
 def load_and_compare(target: Any, state: Any, path: str) -> None:
-    """Load `state` into an object of unknown kind, and log which tensors it then gives back in another dtype."""
+    """Let `target` load `state`, and log which tensors it then gives back in another dtype."""
     dtypes = {place: tensor.dtype for place, tensor in tensors_in(state)}
     load_object(target, state, path)
     if not any(dtype.is_floating_point or dtype.is_complex for dtype in dtypes.values()):
         return
+    try:
+        loaded = list(tensors_in(target.state_dict()))
+    except Exception as error:  # noqa: BLE001 -- the object has loaded, and its word counts; this was to help
+        log.warning("%s was restored, but its state_dict() raises %r: it cannot be saved now", path, error)
+        return
     changed = [
         f"{''.join(f'[{key!r}]' for key in place)} ({dtypes[place]} to {tensor.dtype})"
-        for place, tensor in tensors_in(target.state_dict())
+        for place, tensor in loaded
         if dtypes.get(place, tensor.dtype) != tensor.dtype
     ]
     if changed:
         log.warning("%s converted what it loaded, so it is not as it was saved: %s", path, ", ".join(changed))
 
 
-def _has(container: Any, key: Any) -> bool:
-    if isinstance(container, dict):
-        return key in container
-    return isinstance(container, list) and isinstance(key, int) and key < len(container)
+# --- names ------------------------------------------------------------------------------------------------------------
+
+_WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "module": "DistributedDataParallel, DataParallel or AveragedModel",
+    "_fsdp_wrapped_module": "FullyShardedDataParallel",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+}
 
 
-Live: TypeAlias = torch.Tensor | npt.NDArray[Any]
-
-
-def find_destinations(
-    entries: Sequence[TensorEntry], sizes: Sequence[int], live: Mapping[int, Live]
-) -> dict[int, npt.NDArray[np.uint8]]:
-    """Return, by range, live memory that is laid out as the range is, and belongs to no other range.
+def renaming(stored: Sequence[str], here: Sequence[str]) -> str:
+    """Return what one wrapper around a model, or one prefix, does to make names differ; empty if it is not that.
 
     Parameters
     ----------
-    entries
-        All entries of a checkpoint.
-    sizes
-        Bytes of each range.
-    live
-        By entry, the tensor that it is restored into.
-
-    Returns
-    -------
-    destinations
-        ``uint8[sizes[range]]`` each, of any alignment.
+    stored, here
+        The names of a module's tensors in the checkpoint, and in the target.
     """
-    spans: list[tuple[int, int, int, int]] = []  # entry, range, address of the first byte and of the one after the last
-    for index, target in live.items():
-        if entries[index].range >= 0 and (isinstance(target, np.ndarray) or target.is_cpu):
-            start, strides, itemsize = _memory_of(target)
-            low, high = byte_extent(target.shape, strides, itemsize)
-            spans.append((index, entries[index].range, start + low, start + high))
-    table = np.array(spans, np.uint64).reshape(-1, 4)
-    groups = overlap_groups(table[:, 2], table[:, 3], np.zeros(len(spans), np.int64)).tolist()
-    ranges_at: dict[int, set[int]] = {}
-    for group, (_, number, _, _) in zip(groups, spans, strict=True):
-        ranges_at.setdefault(group, set()).add(number)
-    found: dict[int, npt.NDArray[np.uint8]] = {}
-    for group, (index, number, low, high) in zip(groups, spans, strict=True):
-        size = sizes[number]
-        if number not in found and ranges_at[group] == {number} and high - low == size:
-            target = live[index]
-            if _is_laid_out_alike(entries[index], target):
-                found[number] = np.asarray(_Memory(target, low, size))
-    return found
+    for segment, wrapper in _WRAPPERS.items():
+        if {_without(name, segment) for name in stored} == {_without(name, segment) for name in here}:
+            with_it, without, advice = ("the checkpoint", "the target", "wrap the target in the same way")
+            if sum(map(len, stored)) < sum(map(len, here)):
+                with_it, without, advice = (
+                    "the target",
+                    "the checkpoint",
+                    f"restore into the model inside (.{segment})",
+                )
+            return f"names of {with_it} have {segment + '.'!r}, from {wrapper}, those of {without} have not: {advice}"
+    for longer, shorter, owner in ((stored, here, "the checkpoint"), (here, stored, "the target")):
+        some = next(iter(longer), "")
+        for name in shorter:
+            prefix = some.removesuffix(name)
+            if prefix not in ("", some) and {prefix + other for other in shorter} == set(longer):
+                return (
+                    f"the names of {owner} begin with {prefix!r}, and are the same after it: restore into the module "
+                    "that was saved, or load() the state and rename it"
+                )
+    return ""
 
 
-def overlaps_itself(live: Live) -> bool:
-    """Whether several elements of `live` share one place in memory (expanded tensors, sliding windows)."""
-    _, strides, reach = _memory_of(live)
-    for step, size in sorted((abs(step), size) for size, step in zip(live.shape, strides, strict=True) if size > 1):
-        if step < reach:
-            return True
-        reach += (size - 1) * step
-    return False
-
-
-def copy_into(live: Live, source: Live) -> None:
-    """Copy `source`, of the same shape and dtype, bit for bit, unless it is that memory itself.
-
-    If `live` overlaps itself, `source` must do so in the same way.
-    """
-    if isinstance(live, np.ndarray):
-        assert isinstance(source, np.ndarray)
-        if _memory_of(live) != _memory_of(source):
-            raw_array(live)[...] = raw_array(source)
-        return
-    assert isinstance(source, torch.Tensor)
-    if live.is_cpu and _memory_of(live) == _memory_of(source):
-        return
-    if (live.is_conj(), live.is_neg()) != (source.is_conj(), source.is_neg()):
-        with torch.no_grad():
-            live.copy_(source)
-        return
-    once = tuple(slice(0, 1) if step == 0 else slice(None) for step in live.stride())
-    target, origin = raw_view(live)[once], raw_view(source)[once]
-    if live.is_cpu and overlaps_itself(target):
-        target.numpy()[...] = origin.numpy()  # torch refuses
-    else:
-        target.copy_(origin)
-
-
-def _is_laid_out_alike(entry: TensorEntry, live: Live) -> bool:
-    """Whether `live`, which spans as many bytes as the range of `entry`, has just those bytes in the same order."""
-    _, strides, itemsize = _memory_of(live)
-    old = byte_strides(entry)
-    bits = (live.is_conj(), live.is_neg()) if isinstance(live, torch.Tensor) else (False, False)
-    return (
-        not entry.packed
-        and bits == (entry.conj, entry.neg)
-        and all(count == 1 or a == b for count, a, b in zip(live.shape, strides, old, strict=True))
-        and entry.offset + byte_extent(entry.shape, old, itemsize)[0] == 0
-        and _is_dense(live.shape, strides, itemsize)
-    )
-
-
-def _is_dense(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
-    """Whether every byte between the first and the last belongs to exactly one element."""
-    reach = itemsize
-    for step, size in sorted((abs(step), size) for size, step in zip(shape, strides, strict=True) if size > 1):
-        if step != reach:
-            return False
-        reach *= size
-    return True
-
-
-def _memory_of(live: Live) -> tuple[int, tuple[int, ...], int]:
-    """Return the address of the first element of `live`, its strides in bytes, and its element size."""
-    if isinstance(live, np.ndarray):
-        return live.__array_interface__["data"][0], live.strides, live.itemsize
-    itemsize = live.element_size()
-    return live.data_ptr(), tuple(step * itemsize for step in live.stride()), itemsize
-
-
-class _Memory:
-    """Bytes of `owner`, which it keeps alive, as numpy sees them."""
-
-    def __init__(self, owner: Live, address: int, nbytes: int) -> None:
-        self.owner = owner
-        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (nbytes,), "data": (address, False)}
+def _without(name: str, segment: str) -> str:
+    return ".".join(part for part in name.split(".") if part != segment)

@@ -26,6 +26,7 @@ from incckpt.state.plain import (
     decode_numpy_scalar,
     excerpt,
     shown,
+    type_name,
 )
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "TensorRef",
     "Tree",
     "children",
+    "describe",
     "join_name",
     "leaves",
     "named_tuple_type",
@@ -345,3 +347,18 @@ def leaves(tree: Tree) -> Iterator[Plain | TensorRef | GeneratorRef | Pickled]:
 def references(tree: Tree) -> list[int]:
     """Return the indexes of all tensors that `tree` needs, ascending."""
     return sorted(leaf.index for leaf in leaves(tree) if isinstance(leaf, (TensorRef, GeneratorRef)))
+
+
+def describe(tree: Tree) -> str:
+    """Return what `tree` is, for messages."""
+    match tree:
+        case TensorRef():
+            return "a tensor"
+        case GeneratorRef():
+            return "a torch.Generator"
+        case Pickled(_, name):
+            return f"a pickled {name}"
+        case Plain(value):
+            return f"a value of type {type_name(value)}"
+        case MappingNode(kind, items) | SequenceNode(kind, items):
+            return f"a {kind} of {len(items)}"

@@ -114,4 +114,4 @@ def test_any_number_of_threads(tmp_path: Path, threads: int) -> None:
 def test_map_location(tmp_path: Path) -> None:
     save({"w": torch.ones(3)}, tmp_path)
     assert incckpt.load(tmp_path, map_location="cpu")["w"].device.type == "cpu"
-    assert incckpt.load(tmp_path, map_location=lambda device: torch.device("cpu"))["w"].tolist() == [1, 1, 1]
+    assert incckpt.load(tmp_path, map_location=lambda storage, device: storage)["w"].tolist() == [1, 1, 1]

@@ -645,17 +645,6 @@ def test_pickles_need_to_be_allowed_twice() -> None:
 # --- devices ----------------------------------------------------------------------------------------------------------
 
 
-def test_map_location_is_that_of_torch_load() -> None:
-    stored = Stored({"w": torch.ones(3), "a": np.ones(3)})
-    for location in ("cpu", torch.device("cpu"), {"cpu": "cpu"}, {}, lambda saved: saved, None):
-        assert_same_state({"w": torch.ones(3), "a": np.ones(3)}, stored.load(map_location=location))
-    for location in ("meta", lambda saved: "nonsense:0", {"cpu": "xpu:77"}):
-        with pytest.raises(OptionError, match="map_location"):
-            stored.load(map_location=location)
-    with pytest.raises(OptionError, match="map_location must be"):
-        stored.load(map_location=3)  # type: ignore[arg-type]
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device must not be there")
 def test_a_device_that_is_not_there_is_named() -> None:
     stored = Stored({"w": torch.ones(3), "g": torch.Generator()})

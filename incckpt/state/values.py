@@ -1,0 +1,69 @@
+"""Plain values and containers of a target: what stands for itself, and what is replaced by what was stored."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+
+from incckpt.state.targets import is_stateful
+from incckpt.state.tree import MappingNode, Plain, SequenceNode, Tree
+
+__all__ = ["is_value", "needs_matching", "replace_contents", "takes_contents"]
+
+_VALUES = (
+    type(None), bool, int, float, complex, str, bytes, bytearray, set, frozenset, dict, list, tuple, deque,
+    np.generic, np.dtype, torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+
+
+def is_value(target: object) -> bool:
+    """Whether another value may stand in the place of `target`, as nothing else can be meant by restoring it."""
+    return isinstance(target, _VALUES)
+
+
+def takes_contents(target: Any, tree: Tree) -> bool:
+    """Whether `target` itself can be given the value of `tree`; see `replace_contents`."""
+    match tree:
+        case MappingNode():
+            return isinstance(target, dict)
+        case SequenceNode(kind="list"):
+            return isinstance(target, list)
+        case SequenceNode(kind="deque"):
+            return isinstance(target, deque)
+        case Plain(value):
+            return isinstance(target, set) and isinstance(value, set)
+    return False
+
+
+def replace_contents(target: Any, value: Any) -> Any:
+    """Give the container `target` the contents of `value` if they are of one kind; return what belongs in its place."""
+    if isinstance(target, dict) and isinstance(value, dict):
+        target.clear()
+        for key, item in value.items():
+            target[key] = item
+    elif isinstance(target, list) and isinstance(value, list):
+        target[:] = value
+    elif isinstance(target, set) and isinstance(value, set):
+        target.clear()
+        target.update(value)
+    elif isinstance(target, deque) and isinstance(value, deque):
+        target.clear()
+        target.extend(value)
+    else:
+        return value
+    return target
+
+
+def needs_matching(value: object, seen: set[int]) -> bool:
+    """Whether `value` is, or contains, something that is restored in place, or cannot simply be replaced."""
+    if isinstance(value, (torch.Tensor, np.ndarray, torch.Generator)) or is_stateful(value):
+        return True
+    if not isinstance(value, (dict, list, tuple, deque)):
+        return not is_value(value)
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    return any(needs_matching(item, seen) for item in (value.values() if isinstance(value, dict) else value))
