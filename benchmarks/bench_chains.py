@@ -30,10 +30,8 @@ from torch import nn
 from torch.nn import functional
 
 from incckpt.codec import objects as codec
-from incckpt.staging.baseline import contents_of
+from incckpt.staging.baseline import Baseline, StageReport
 from incckpt.staging.content import DeltaHistory
-from incckpt.staging.hostmem import HostPool
-from incckpt.staging.layout import Layout
 from incckpt.state.flatten import flatten
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -94,10 +92,9 @@ def contents(states: Iterator[State], saves: int) -> tuple[list[list[Bytes]], li
     found: list[list[Bytes]] = []
     sizes: list[int] = []
     for state, _ in zip(states, range(saves), strict=False):
-        flat = flatten(state)
-        chunks = contents_of(flat, Layout.of(flat.sizes, flat.kinds, 16 << 20), HostPool())
+        _, chunks = Baseline(16 << 20, keep=False).stage(flatten(state), StageReport())
         sizes = [chunk.itemsize for chunk in chunks]
-        found.append([chunk.raw.copy() for chunk in chunks if chunk.raw is not None])
+        found.append([chunk.raw for chunk in chunks if chunk.raw is not None])
     return found, sizes
 
 

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, SupportsIndex
 
 from incckpt.backends.base import Backend
-from incckpt.errors import OptionError, SupersededError
+from incckpt.errors import OptionError
 from incckpt.retention import Mode
-from incckpt.run.attempt import Attempt, refuse_other_ranks
+from incckpt.run.attempt import refuse_other_ranks
 from incckpt.run.checkpoint import Checkpoint, checked_metrics
 from incckpt.run.choose import Which, checked_which, not_found
 from incckpt.run.reader import Reader
-from incckpt.run.report import SaveReport
 from incckpt.run.restore import MapLocation, load_state
-from incckpt.run.snapshot import Snapshot
+from incckpt.run.session import save_state
 from incckpt.run.view import RunView
-from incckpt.staging.baseline import contents_of
 from incckpt.staging.detect import default_threads
-from incckpt.staging.hostmem import HostPool
-from incckpt.staging.layout import DEFAULT_CHUNK_BYTES, Layout
 from incckpt.state.flatten import flatten
 from incckpt.store.location import locate
 from incckpt.store.manifest import Manifest
@@ -31,36 +25,6 @@ from incckpt.store.refs import checked_step
 from incckpt.store.store import Store
 
 __all__ = ["load", "save"]
-
-
-class _Session:
-    """This process's attempt at a run, kept from one `save` to the next."""
-
-    def __init__(self, store_url: str, run: str, storage_options: Mapping[str, Any] | None) -> None:
-        self.pid = os.getpid()
-        self.store = Store.open(store_url, storage_options)
-        self.attempt = Attempt(self.store, run, threads=default_threads())
-        self.attempt.continue_from(self.attempt.lineage.latest)
-
-    def save(self, state: Any, step: int | None, metrics: Mapping[str, float], allow_pickle: bool) -> Checkpoint:
-        last = self.attempt.last_step
-        if step is None:
-            step = 0 if last is None else last + 1
-        self.attempt.check_step(step, last)
-        report = SaveReport(step=step)
-        flat = flatten(state, allow_pickle=allow_pickle)
-        layout = Layout.of(flat.sizes, flat.kinds, DEFAULT_CHUNK_BYTES)
-        contents = contents_of(flat, layout, HostPool())
-        snapshot = Snapshot.of(step, metrics, time.time(), flat.structure, flat.tensors, layout, contents)
-        return Checkpoint.of(self.attempt.run, self.attempt.write(snapshot, report))
-
-    def close(self) -> None:
-        self.attempt.close()
-        self.store.close()
-
-
-_sessions: dict[tuple[str, str], _Session] = {}
-_saving = threading.Lock()
 
 
 def save(
@@ -76,7 +40,8 @@ def save(
     """Save `state` as a new checkpoint at `url`, and return when it is durable. Only what is new there is written.
 
     Nothing is pickled, and no copy of the state is kept: what changed is found by hashing. Training loops are better
-    off with a `CheckpointManager`, which does not make them wait.
+    off with a `CheckpointManager`, which does not make them wait. A state that other threads write to meanwhile is
+    saved as it was read, a part at a time: readable, but not of one moment.
 
     Parameters
     ----------
@@ -122,17 +87,8 @@ def save(
     if not location.named:
         refuse_other_ranks()
     numbers = checked_metrics(metrics)
-    with _saving:
-        key = (location.store, location.run)
-        session = _sessions.get(key)
-        if session is None or session.pid != os.getpid():
-            session = _sessions[key] = _Session(location.store, location.run, storage_options)
-        try:
-            return session.save(state, location.step, numbers, allow_pickle)
-        except SupersededError:
-            del _sessions[key]  # so that a save that is meant to takes the run back
-            session.close()
-            raise
+    flat = flatten(state, allow_pickle=allow_pickle)
+    return save_state(location.store, location.run, storage_options, flat, location.step, numbers)
 
 
 def load(

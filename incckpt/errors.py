@@ -31,6 +31,7 @@ __all__ = [
     "StateError",
     "StateMismatchError",
     "StoreNotFoundError",
+    "StoreReplacedError",
     "SupersededError",
     "UnsupportedOperationError",
 ]
@@ -100,6 +101,10 @@ class UnsupportedOperationError(BackendError, NotImplementedError):
 
 class StoreNotFoundError(IncckptError, FileNotFoundError):
     """There is no store at the URL."""
+
+
+class StoreReplacedError(StoreNotFoundError):
+    """The store that was there is gone, and another one stands in its place."""
 
 
 class CheckpointNotFoundError(IncckptError, FileNotFoundError):

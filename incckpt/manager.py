@@ -33,7 +33,7 @@ from incckpt.run.report import SaveReport
 from incckpt.run.restore import MapLocation, load_state, restore_into
 from incckpt.run.snapshot import Snapshot
 from incckpt.run.view import RunView
-from incckpt.staging.baseline import Base
+from incckpt.staging.baseline import Baseline
 from incckpt.staging.detect import default_threads
 from incckpt.staging.threshold import Thresholds
 from incckpt.state.flatten import flatten
@@ -152,8 +152,13 @@ class CheckpointManager:
             raise OptionError(
                 "a threshold needs base=True: without a copy of what is stored there is no distance to it"
             )
-        self._base = Base(chunk_bytes, keep=base and not read_only, threads=self._threads, thresholds=thresholds)
-        self._delta = delta and not thresholds.active
+        self._base = Baseline(
+            chunk_bytes,
+            keep=base and not read_only,
+            delta=delta and not thresholds.active,
+            threads=self._threads,
+            thresholds=thresholds,
+        )
         self._store = Store(url) if isinstance(url, Backend) else Store.open(location.store, storage_options)
         self._run_name = location.run
         self._view = RunView(
@@ -347,14 +352,11 @@ class CheckpointManager:
         started = time.perf_counter()
         flat = flatten(app, allow_pickle=self._allow_pickle)
         flattened = time.perf_counter()
-        layout, contents, staged = self._base.stage(flat)
+        layout, contents = self._base.stage(flat, report)
         report.spent("flatten", flattened - started)
         report.spent("stage", time.perf_counter() - flattened)
-        report.chunks, report.changed_chunks = staged.chunks, staged.changed
-        report.nbytes, report.changed_bytes = staged.nbytes, staged.changed_bytes
         structure, tensors, now = flat.structure, flat.tensors, time.time()
-        report.norms = staged.norms
-        norms = staged.norms or None
+        norms = report.norms or None
         return lambda: Snapshot.of(step, metrics, now, structure, tensors, layout, contents, norms)
 
     def _continue_latest(self) -> Attempt:
@@ -369,14 +371,7 @@ class CheckpointManager:
         if self._attempt is not None:
             self._attempt.close()
             self._attempt = None
-        return Attempt(
-            self._store,
-            self._run_name,
-            policy=self._policy,
-            threads=self._threads,
-            settle=self._base.settle,
-            base_of=self._base.full if self._delta else lambda layout, index: None,
-        )
+        return Attempt(self._store, self._run_name, policy=self._policy, threads=self._threads, baseline=self._base)
 
     # -- the background
 

@@ -179,6 +179,11 @@ class Backend(ABC):
     writable: bool = True
     remote: bool = True
 
+    @property
+    def place(self) -> str:
+        """The same for every spelling of one root, as far as can be told without a request. May hold credentials."""
+        return self.url
+
     @abstractmethod
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """Return bytes ``[start, end)`` of the value, clipped at its end; all of it by default.

@@ -60,6 +60,10 @@ class GenericBackend(Backend):
             self.url,
         )
 
+    @property
+    def place(self) -> str:
+        return self._full_url.rstrip("/")
+
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         fs, path = self._at(key)
         size = self.head(key).size

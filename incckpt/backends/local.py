@@ -83,6 +83,10 @@ class LocalBackend(Backend):
         self._folder_sync_refused = False
         self.url = "file://" + quote(os.fsencode(self._root))
 
+    @property
+    def place(self) -> str:
+        return f"file://{os.path.realpath(self._root)}"
+
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         with self._open(key) as (fd, size):
             return self._read(fd, start, size if end is None else min(end, size), key)

@@ -25,6 +25,10 @@ class WrapperBackend(Backend):
         self.remote = inner.remote
 
     @property
+    def place(self) -> str:
+        return self.inner.place
+
+    @property
     def exclusive(self) -> bool:
         """Whether the inner backend's `create` is exclusive."""
         return self.inner.exclusive

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch.distributed as dist
 
 from incckpt.errors import BackendError, CollectionError, DistributedError, IncckptError, OptionError, SupersededError
 from incckpt.retention import KeepAll, Policy, steps_kept, undecided
 from incckpt.run.checkpoint import read_refs, to_record
+from incckpt.run.discards import Discards
 from incckpt.run.pipeline import Pipeline
 from incckpt.run.report import SaveReport
 from incckpt.run.snapshot import Snapshot
 from incckpt.run.writer import Writer
-from incckpt.staging.content import Content
-from incckpt.staging.layout import Layout
+from incckpt.staging.baseline import Baseline
 from incckpt.store.gc import Collector
 from incckpt.store.lineage import Lineage
 from incckpt.store.manifest import Manifest
@@ -42,7 +42,7 @@ class Attempt:
         Which checkpoints to keep.
     threads
         For hashing and encoding.
-    settle, base_of, pipeline
+    baseline, pipeline
         See `Writer`.
     """
 
@@ -53,8 +53,7 @@ class Attempt:
         *,
         policy: Policy | None = None,
         threads: int = 1,
-        settle: Callable[[Layout, int, Content], None] = lambda layout, index, content: None,
-        base_of: Callable[[Layout, int], Content | None] = lambda layout, index: None,
+        baseline: Baseline | None = None,
         pipeline: Pipeline | None = None,
     ) -> None:
         store.create()
@@ -74,10 +73,11 @@ class Attempt:
         self._unreadable: set[RefName] = set()
         self._sealed = False
         self._said: set[str] = set()  # why nothing was pruned; each reason is told once
+        self._discards = Discards(store.backend)
         self._writer = Writer(
-            store, self._run, self.number, threads=threads, settle=settle, base_of=base_of, pipeline=pipeline
+            store, self._run, self.number, self._discards, threads=threads, baseline=baseline, pipeline=pipeline
         )
-        self._collector = Collector(store, discard=self._writer.spent.extend)
+        self._collector = Collector(store, discard=self._discards.spend)
 
     @property
     def last_step(self) -> int | None:
@@ -173,15 +173,15 @@ class Attempt:
     def _leave(self) -> None:
         """Leave the run to its new writer, with a list of what this one has put for nothing."""
         if self._condemn_wasted():
-            self._writer.delete_spent()
+            self._discards.delete_spent()
 
     def _condemn_wasted(self) -> bool:
         try:
-            self._collector.condemn_keys(self._writer.wasted)
+            self._collector.condemn_keys(self._discards.wasted)
         except BackendError as error:
             log.warning("could not tell what failed saves have put; their pins stay for now, as a sign: %s", error)
             return False
-        self._writer.wasted.clear()
+        self._discards.note_condemned()
         return True
 
     def _tidy(self, step: int) -> None:
@@ -193,8 +193,8 @@ class Attempt:
         except Exception as error:  # whatever it is: the checkpoint is committed, and has to be announced
             message = "pruning or collecting after step %d failed; nothing needed was touched: %s"
             log.warning(message, step, error, exc_info=None if isinstance(error, IncckptError) else error)
-        self._writer.spent += self._run.take_tombstones()
-        self._writer.delete_spent()
+        self._discards.spend(self._run.take_tombstones())
+        self._discards.delete_spent()
 
     def _prune(self, step: int) -> None:
         """Expire what the policy does not keep, and what was abandoned and is passed by now."""
@@ -245,7 +245,7 @@ class Attempt:
 
     def _collect(self) -> None:
         if self._sweep:
-            self._writer.delete_spent()  # the pins of failed saves would be waited for
+            self._discards.delete_spent()  # the pins of failed saves would be waited for
         if not self._collects:
             return
         collected = self._collector.sweep() if self._sweep else self._collector.finish()
@@ -267,7 +267,7 @@ class Attempt:
             self._collect()
         finally:
             if self._condemn_wasted():
-                self._writer.delete_spent()
+                self._discards.delete_spent()
         return bool(names)
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ LOCAL_REQUESTS: Final = 4
 
 
 class Pipeline:
-    """A pool of workers, each of which takes an item through all its steps.
+    """A pool of workers, each of which takes an item through all its steps. Used by one thread at a time.
 
     Parameters
     ----------
@@ -32,13 +32,17 @@ class Pipeline:
     """
 
     def __init__(self, *, requests: int, threads: int, bytes_in_flight: int, name: str) -> None:
-        self._workers = ThreadPoolExecutor(max(requests, threads), name)
-        # Another pool, since those who wait for its results are workers. Without it each does its requests by itself.
-        self._requests = ThreadPoolExecutor(requests, f"{name}-request") if requests > threads else None
+        self._size = max(requests, threads)
+        self._name = name
+        self._workers: ThreadPoolExecutor | None = None
+        # A separate pool avoids deadlock: workers block on its results. Without it each makes its requests by itself.
+        self._separate = requests > threads
+        self._requests: ThreadPoolExecutor | None = None
         self.cpu = threading.BoundedSemaphore(threads)
         self._limit = bytes_in_flight
         self._used = 0
         self._freed = threading.Condition()
+        self._starting = threading.Lock()
 
     def each(self, items: Iterable[_T], weight: Callable[[_T], int], work: Callable[[_T], None]) -> None:
         """Call `work` with every item; return when all are done.
@@ -65,6 +69,8 @@ class Pipeline:
             finally:
                 self._release(nbytes)
 
+        if self._workers is None:
+            self._workers = ThreadPoolExecutor(self._size, self._name)
         under_way: list[Future[None]] = []
         try:
             for item in items:
@@ -90,17 +96,22 @@ class Pipeline:
         BaseException
             The first that `function` raised; none is under way any more.
         """
-        if self._requests is None or len(items) == 1:
+        if not self._separate or len(items) < 2:
             return [function(item) for item in items]
-        under_way = [self._requests.submit(function, item) for item in items]
+        with self._starting:
+            if self._requests is None:
+                self._requests = ThreadPoolExecutor(self._size, f"{self._name}-request")
+            requests = self._requests
+        under_way = [requests.submit(function, item) for item in items]
         wait(under_way)
         return [future.result() for future in under_way]
 
     def close(self) -> None:
-        """Let go of the threads."""
-        self._workers.shutdown()
-        if self._requests is not None:
-            self._requests.shutdown()
+        """Let go of the threads; the next call starts others."""
+        for pool in (self._workers, self._requests):
+            if pool is not None:
+                pool.shutdown()
+        self._workers = self._requests = None
 
     def _acquire(self, nbytes: int) -> None:
         with self._freed:

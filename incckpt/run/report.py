@@ -6,14 +6,15 @@ import threading
 from dataclasses import dataclass, field, fields
 
 from incckpt.codec.objects import Encoded, WayBytes
+from incckpt.staging.baseline import StageReport
 from incckpt.store.document import Json, encode_float
 
 __all__ = ["SaveReport"]
 
 
 @dataclass
-class SaveReport:
-    """What a save did.
+class SaveReport(StageReport):
+    """What a save did; the first five figures are what its caller waited for.
 
     Attributes
     ----------
@@ -35,14 +36,9 @@ class SaveReport:
     """
 
     step: int = 0
-    chunks: int = 0
-    changed_chunks: int = 0
-    nbytes: int = 0
-    changed_bytes: int = 0
     put_objects: int = 0
     put_bytes: int = 0
     manifest_bytes: int = 0
-    norms: dict[str, tuple[float, float]] = field(default_factory=dict)
     by_way: dict[str, WayBytes] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)

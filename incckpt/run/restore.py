@@ -12,14 +12,14 @@ from tqdm import tqdm
 
 from incckpt.run.contents import Contents
 from incckpt.run.reader import Bytes, Reader, reads_for
-from incckpt.staging.baseline import Base
+from incckpt.staging.baseline import Baseline
 from incckpt.staging.content import Content
 from incckpt.staging.hostmem import new_buffer
 from incckpt.state.assign import Assignment
 from incckpt.state.build import MapLocation, build
 from incckpt.state.entries import range_kinds
 from incckpt.state.selection import Patterns
-from incckpt.store.manifest import Chunk, Manifest
+from incckpt.store.manifest import Manifest
 
 __all__ = ["MapLocation", "load_state", "restore_into"]
 
@@ -60,7 +60,7 @@ def restore_into(
     manifest: Manifest,
     target: Any,
     *,
-    base: Base,
+    base: Baseline,
     keys: Patterns = None,
     ignore: Patterns = None,
     allow_pickle: bool = False,
@@ -122,16 +122,4 @@ def restore_into(
         assignment.deliver(index, delivered)
     assignment.finish()
     if layout is not None:
-        base.adopt(layout, [_full_content(chunk, kept[index]) for index, chunk in enumerate(manifest.chunks)])
-
-
-def _full_content(chunk: Chunk, buffer: Bytes) -> Content:
-    """Return the content of the full object that `chunk` is, or is a delta against."""
-    content = Content(buffer, chunk.itemsize)
-    stored = chunk.base
-    if stored is not None:
-        content.deltas.add(chunk.size)
-    content.stored = (
-        chunk if stored is None else Chunk(stored.identity, chunk.nbytes, chunk.itemsize, stored.nonce, stored.size)
-    )
-    return content
+        base.adopt(layout, [Content.of_full(kept[index], chunk) for index, chunk in enumerate(manifest.chunks)])

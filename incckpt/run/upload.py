@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from incckpt.codec import objects as codec
+from incckpt.run.chunk_index import process_index
 from incckpt.run.pipeline import REMOTE_REQUESTS, Pipeline
 from incckpt.run.report import SaveReport
 from incckpt.run.snapshot import Snapshot
-from incckpt.staging.content import Content
+from incckpt.staging.baseline import Baseline
+from incckpt.staging.content import Content, compute_digests
 from incckpt.staging.hostmem import HostPool
 from incckpt.staging.layout import Layout, batches
 from incckpt.store.manifest import Chunk, Stored
@@ -20,11 +22,9 @@ from incckpt.store.store import Store
 
 __all__ = ["Known", "Uploader"]
 
-_REMEMBERED = 1 << 16  # chunks of the past; forgetting one costs at most that it is put again
 _LOCAL_BATCH = 64 << 20  # bytes hashed, coded, put, without the interpreter's lock changing hands (docs/decisions/007)
 _REMOTE_BATCH = 16 << 20  # the same, but for the putting, which should begin soon
 _IN_FLIGHT = 256 << 20  # bytes
-_DELTA_WORTHWHILE = 0.95  # of a full object's size; above, store in full: a second read costs more than it saves
 
 
 @dataclass
@@ -47,9 +47,8 @@ class Uploader:
         Where to.
     threads
         For hashing and encoding.
-    base_of
-        Given layout and chunk index, returns the content of the chunk's last full object, or ``None``; deltas are made
-        against it.
+    baseline
+        What deltas are made against; without, there are none.
     pipeline
         What takes chunks through hashing, encoding and putting; a new one, with 256 MiB in flight, if none is given.
 
@@ -58,7 +57,7 @@ class Uploader:
     tried
         Keys that this save has put, or tried to.
     look_up
-        Whether to look in the store for content that no checkpoint of this run is known to hold.
+        Whether to look in the store for content that this process does not know of.
     """
 
     def __init__(
@@ -66,13 +65,13 @@ class Uploader:
         store: Store,
         *,
         threads: int,
-        base_of: Callable[[Layout, int], Content | None] = lambda layout, index: None,
+        baseline: Baseline | None = None,
         pipeline: Pipeline | None = None,
     ) -> None:
         self.tried: list[str] = []
         self.look_up = True
         self._store = store
-        self._base_of = base_of
+        self._baseline = baseline
         # On this machine's own disk a put is work for its cores, the syncing included, not waiting to be filled.
         remote = store.backend.remote
         requests = REMOTE_REQUESTS if remote else threads
@@ -83,26 +82,20 @@ class Uploader:
         self._threads = threads
         self._spare_bytes = min(threads * self._batch_bytes, _IN_FLIGHT)
         self._buffers = HostPool()  # for objects: fresh memory would be slow, and giving it back interrupts all cores
-        self._by_identity: dict[str, Chunk] = {}
+        self._index = process_index()
 
     def remember(self, chunks: Iterable[Chunk]) -> None:
-        """Note what a checkpoint of the lineage holds: it need not be put again."""
-        self._by_identity.update((chunk.identity, chunk) for chunk in chunks)
-        for identity in list(self._by_identity)[:-_REMEMBERED]:
-            del self._by_identity[identity]
+        """Note what a checkpoint holds: it need not be put again."""
+        self._index.add(self._store.id, chunks)
 
     def forget(self, keys: Iterable[str]) -> None:
         """Forget objects that were collected."""
-        gone = frozenset(keys)
-        self._by_identity = {
-            identity: chunk
-            for identity, chunk in self._by_identity.items()
-            if not any(str(key) in gone for key in chunk_keys(chunk))
-        }
+        self._index.forget(self._store.id, keys)
 
     def close(self) -> None:
-        """Let go of the threads."""
+        """Let go of threads and memory, until the next save."""
         self.pipeline.close()
+        self._buffers.trim(0)
 
     def put(self, key: ObjectKey, data: bytes) -> None:
         """Put an object that is no chunk."""
@@ -118,18 +111,22 @@ class Uploader:
         def look(index: int) -> Content | None:
             content = contents[index]
             content.stored = self._reusable(content, known)
-            if content.stored is not None:
-                return None
-            return self._base(content, self._base_of(snapshot.layout, index), index, known)
+            return None if content.stored is not None else self._base(content, snapshot.layout, index, known)
 
         def store_batch(batch: Sequence[int]) -> None:
-            self._hash([contents[index] for index in batch], report)
-            with claiming:
-                mine = [index for index in batch if claims.setdefault(contents[index].identity, index) == index]
-            bases = dict(zip(mine, self.pipeline.together(look, mine), strict=True))
-            new = [(contents[index], bases[index]) for index in mine if contents[index].stored is None]
-            if new:
-                self._put_all(new, self._encode(new, report), nonce, report)
+            try:
+                for index in batch:
+                    contents[index].hold()
+                self._hash([contents[index] for index in batch], report)
+                with claiming:
+                    mine = [index for index in batch if claims.setdefault(contents[index].identity, index) == index]
+                bases = dict(zip(mine, self.pipeline.together(look, mine), strict=True))
+                new = [(contents[index], bases[index]) for index in mine if contents[index].stored is None]
+                if new:
+                    self._put_all(new, self._encode(new, report), nonce, report)
+            finally:
+                for index in batch:
+                    contents[index].release()
 
         unsure = [
             index
@@ -138,7 +135,7 @@ class Uploader:
         ]
         sizes = [contents[index].nbytes for index in unsure]
         cut = batches(unsure, sizes, min(self._batch_bytes, sum(sizes) // (2 * self._threads)))
-        self.pipeline.each(cut, lambda batch: sum(contents[index].nbytes for index in batch), store_batch)
+        self.pipeline.each(cut, lambda batch: sum(contents[index].weight for index in batch), store_batch)
         self._buffers.trim(self._spare_bytes)
         chunks: list[Chunk] = []
         for content in contents:
@@ -151,13 +148,10 @@ class Uploader:
         return chunks
 
     def _hash(self, contents: Sequence[Content], report: SaveReport) -> None:
-        raws = [(content, content.raw) for content in contents if content.digest is None]
         with self.pipeline.cpu:
             started = time.perf_counter()
-            digests = codec.digest_many([raw for _, raw in raws if raw is not None])
+            compute_digests(contents)
             report.spent("hash", time.perf_counter() - started)
-        for (content, _), digest in zip(raws, digests, strict=True):
-            content.digest = digest
 
     def _encode(self, contents: Sequence[tuple[Content, Content | None]], report: SaveReport) -> list[codec.Encoded]:
         """Return the objects of contents, each with the one that it may be a delta against."""
@@ -176,11 +170,7 @@ class Uploader:
         with self.pipeline.cpu:
             started = time.perf_counter()
             encoded = codec.encode_many(sources)
-            poor_deltas = [
-                index
-                for index, one in enumerate(encoded)
-                if one.base is not None and len(one.data) > _DELTA_WORTHWHILE * one.full_nbytes
-            ]
+            poor_deltas = [index for index, one in enumerate(encoded) if not Content.is_worthwhile(one)]
             again = codec.encode_many([sources[index]._replace(base=None) for index in poor_deltas])
             report.spent("encode", time.perf_counter() - started)
         for index, one in zip(poor_deltas, again, strict=True):
@@ -199,7 +189,7 @@ class Uploader:
     def _reusable(self, content: Content, known: Known) -> Chunk | None:
         """Return where the content is stored already, if it is."""
         identity = content.identity
-        candidates = [content.stored, self._by_identity.get(identity)]
+        candidates = [content.stored, self._index.find(self._store.id, identity)]
         for chunk in candidates:
             if chunk is not None and self._usable(chunk, known):
                 return chunk
@@ -209,12 +199,11 @@ class Uploader:
                     return Chunk(identity, content.nbytes, content.itemsize, key.nonce, size)
         return None
 
-    def _base(self, content: Content, full: Content | None, index: int, known: Known) -> Content | None:
-        """Return `full`, the last full object of chunk `index`, if `content` may be stored as a delta against it."""
-        if full is None or full is content or full.raw is None or full.stored is None or full.stored.base is not None:
-            return None
-        due = full.deltas.is_over(full.stored.size, index)
-        return full if not due and self._usable(full.stored, known) else None
+    def _base(self, content: Content, layout: Layout, index: int, known: Known) -> Content | None:
+        """Return the content of chunk `index`'s last full object, if `content` should be a delta against it."""
+        full = None if self._baseline is None else self._baseline.full(layout, index)
+        stored = None if full is None else full.base_of(content, index)
+        return full if stored is not None and self._usable(stored, known) else None
 
     def _put_all(
         self,
@@ -231,14 +220,17 @@ class Uploader:
             if one.base is not None:
                 assert full is not None
                 assert full.stored is not None
-                full.deltas.add(size)
                 base = Stored(full.stored.identity, full.stored.nonce, full.stored.size)
             chunks.append(Chunk(content.identity, content.nbytes, content.itemsize, nonce, size, base))
         objects = [(chunk_keys(chunk)[0], one.data) for chunk, one in zip(chunks, encoded, strict=True)]
         self.tried += [str(key) for key, _ in objects]
 
         def note(index: int) -> None:
-            contents[index][0].stored = chunks[index]
+            content, full = contents[index]
+            content.stored = chunks[index]
+            if full is not None and chunks[index].base is not None:
+                full.deltas.add(chunks[index].size)
+            self._index.add(self._store.id, [chunks[index]])
             report.put(encoded[index])
 
         def put(index: int) -> None:

@@ -6,17 +6,18 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 
 from incckpt.codec import objects as codec
-from incckpt.errors import BackendError, StateError, SupersededError
+from incckpt.errors import BackendError, CorruptionError, StateError, StoreNotFoundError, SupersededError
 from incckpt.run.contents import ReadBack
+from incckpt.run.discards import Discards
 from incckpt.run.pipeline import Pipeline
 from incckpt.run.report import SaveReport
 from incckpt.run.snapshot import Snapshot
 from incckpt.run.upload import Known, Uploader
-from incckpt.staging.content import Content
-from incckpt.staging.layout import Layout
+from incckpt.staging.baseline import Baseline
 from incckpt.store.lineage import Run
 from incckpt.store.manifest import Chunk, Manifest
 from incckpt.store.objects import ObjectKey, manifest_keys
@@ -72,24 +73,16 @@ class Writer:
     ----------
     store, run, attempt
         Where to, and as whom.
+    discards
+        Takes what saves leave behind.
     threads
         For hashing and encoding.
-    settle
-        Called with layout, chunk index and content when the content is stored.
-    base_of
-        Given layout and chunk index, returns the content of the chunk's last full object, or ``None``; deltas are made
-        against it.
+    baseline
+        What deltas are made against; told of what is stored. Without, there are no deltas.
     pipeline
         What takes chunks through hashing, encoding and putting; a new one, with 256 MiB in flight, if none is given.
     heartbeat_seconds
         How often the pin of a save in flight is put again.
-
-    Attributes
-    ----------
-    spent
-        Keys that nobody needs any more, pins of saves that are over first of all; `delete_spent` deletes them.
-    wasted
-        Keys of objects put by saves that came to nothing, until they are condemned; later saves may use some of them.
     """
 
     def __init__(
@@ -97,20 +90,19 @@ class Writer:
         store: Store,
         run: Run,
         attempt: int,
+        discards: Discards,
         *,
         threads: int,
-        settle: Callable[[Layout, int, Content], None] = lambda layout, index, content: None,
-        base_of: Callable[[Layout, int], Content | None] = lambda layout, index: None,
+        baseline: Baseline | None = None,
         pipeline: Pipeline | None = None,
         heartbeat_seconds: float = 60.0,
     ) -> None:
-        self.spent: list[str] = []
-        self.wasted: set[str] = set()
+        self._discards = discards
         self._store = store
         self._run = run
         self.attempt = attempt
-        self._settle = settle
-        self._uploader = Uploader(store, threads=threads, base_of=base_of, pipeline=pipeline)
+        self._baseline = baseline
+        self._uploader = Uploader(store, threads=threads, baseline=baseline, pipeline=pipeline)
         self._heartbeat_seconds = heartbeat_seconds
         self._read_back = ReadBack()
         self._previous: tuple[RefName, frozenset[str]] | None = None
@@ -126,7 +118,7 @@ class Writer:
         self._uploader.forget(keys)
 
     def close(self) -> None:
-        """Let go of the threads."""
+        """Let go of threads and memory, until the next save."""
         self._uploader.close()
 
     def write(self, snapshot: Snapshot, report: SaveReport) -> tuple[Ref, Manifest]:
@@ -143,6 +135,8 @@ class Writer:
             If another process has taken over the run.
         StateError
             If no reader would take the checkpoint; nothing of it is committed.
+        StoreNotFoundError
+            If the store was removed, or another one stands in its place.
         BackendError
             If the store failed; the next save uploads what is missing.
         """
@@ -162,6 +156,8 @@ class Writer:
         report.restart()
         self._uploader.tried = []
         pin = self._run.pin_key(name)
+        if not self._store.backend.remote:
+            self._store.check_unchanged()  # the pin would make a folder that was moved away again
         try:
             self._run.pin(name)
             with _Heartbeat(self._run, name, self._heartbeat_seconds):
@@ -175,20 +171,23 @@ class Writer:
                 outcome = self._commit(ref, manifest)
         except _CommitUnknownError as unknown:
             raise unknown.error from unknown  # the pin has to stand: the commit may come yet, and needs its objects
-        except BaseException:
-            self.spent.append(pin)
-            self.wasted.update(self._uploader.tried)
+        except StoreNotFoundError:
+            self._discards.spend([pin])
+            self._discards.delete_spent()  # there will be no later save to do it
             raise
-        self.spent.append(pin)
+        except BaseException:
+            self._discards.spend([pin])
+            self._discards.waste(self._uploader.tried)
+            raise
+        self._discards.spend([pin])
         report.spent("commit", time.perf_counter() - started - stored)
         if outcome is Tombstone.ABORTED:
-            self.wasted.update(self._uploader.tried)
+            self._discards.waste(self._uploader.tried)
             return None
         self._previous = (name, manifest_keys(manifest))
-        self._uploader.remember(chunks)
         self._uploader.look_up = False
-        for index, content in enumerate(snapshot.contents):
-            self._settle(snapshot.layout, index, content)
+        if self._baseline is not None:
+            self._baseline.settle(snapshot.layout, snapshot.contents)
         return ref, manifest
 
     def _commit(self, ref: Ref, manifest: Manifest) -> Tombstone | None:
@@ -218,21 +217,11 @@ class Writer:
             ref, manifest, tried = self._unsettled[0]
             aborted = self._run.abort(ref.name)
             del self._unsettled[0]
-            self.spent.append(self._run.pin_key(ref.name))
+            self._discards.spend([self._run.pin_key(ref.name)])
             if aborted:
-                self.wasted.update(tried)
+                self._discards.waste(tried)
             else:
                 yield ref, manifest
-
-    def delete_spent(self) -> None:
-        """Delete what is `spent`; if that fails, the next call tries again."""
-        if self.spent:
-            try:
-                self._store.backend.delete(self.spent)
-            except BackendError as error:
-                log.warning("could not remove %s, trying again after the next save: %s", ", ".join(self.spent), error)
-            else:
-                self.spent.clear()
 
     def _look_around(self) -> Known:
         """Return what may be reused; to be called once the pin is put. In which order it looks does not matter."""
@@ -241,7 +230,11 @@ class Writer:
         return Known(condemned, vouched)
 
     def _not_superseded(self) -> frozenset[str]:
-        self._run.check_not_superseded(self.attempt)
+        try:
+            self._run.check_not_superseded(self.attempt)
+        except CorruptionError:
+            self._store.check_unchanged()  # a store that was removed or replaced explains it
+            raise
         return frozenset()
 
     def _vouched(self) -> frozenset[str]:
@@ -283,7 +276,9 @@ class Writer:
         digest = codec.digest(document)
         data = codec.encode_document(document, digest=digest)
         key = ObjectKey(digest.identity.hex(), name.nonce)
-        self._uploader.put(key, data)
+        # The store is looked at last, so that its removal during the save is noticed, too.
+        acts: Sequence[Callable[[], None]] = (partial(self._uploader.put, key, data), self._store.check_unchanged)
+        self._uploader.pipeline.together(lambda act: act(), acts)
         report.manifest_bytes = len(data)
         return Ref(
             name=name,

@@ -2,16 +2,18 @@
 
 The *base* is the content of each chunk's last full object, kept in host memory. Contents are immutable: a buffer is
 never written while anything refers to it, so saves that wait behind one another cannot see each other's data.
+
+The state's memory is read to find what changed, and read once more to copy it. Another thread may write to it all the
+while: what is stored is always the copy, and everything else about it is computed from the copy.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,14 +21,14 @@ import numpy.typing as npt
 import torch
 
 from incckpt.staging import detect
-from incckpt.staging.content import Bytes, Content
+from incckpt.staging.content import Bytes, Content, LiveContent
 from incckpt.staging.device import DeviceCopies
 from incckpt.staging.hostmem import HostPool
-from incckpt.staging.layout import Addresses, ChunkTable, Layout, check_chunk_bytes
+from incckpt.staging.layout import Addresses, ChunkTable, Layout, batches, check_chunk_bytes
 from incckpt.staging.threshold import RangeThresholds, Thresholds
 from incckpt.state.flatten import ByteRange, FlatState
 
-__all__ = ["Base", "StageReport", "contents_of"]
+__all__ = ["Baseline", "Slot", "StageReport", "live_contents"]
 
 log = logging.getLogger(__name__)
 
@@ -39,23 +41,23 @@ class StageReport:
 
     Attributes
     ----------
-    chunks, changed
-        Chunks there are, and chunks staged.
+    chunks, changed_chunks
+        Chunks of the state, and those that differed from the base.
     nbytes, changed_bytes
-        Their bytes.
+        Their raw bytes.
     norms
-        By tensor with a threshold: its relative change and the norm of what is stored.
+        With thresholds: by tensor, its relative change and the norm of what was stored before.
     """
 
     chunks: int = 0
-    changed: int = 0
+    changed_chunks: int = 0
     nbytes: int = 0
     changed_bytes: int = 0
     norms: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass
-class _Slot:
+class Slot:
     """A chunk's place in the base.
 
     `full` is the content of the last full object; `latest` a later content that is not (yet) one.
@@ -64,8 +66,18 @@ class _Slot:
     full: Content | None = None
     latest: Content | None = None
 
-    def rebase(self, content: Content) -> None:
-        """Take the content of a new full object."""
+    def settle(self, content: Content) -> None:
+        """Note that `content` is stored."""
+        assert content.stored is not None
+        is_full = content.stored.base is None
+        if self.latest is content:
+            self.latest = None
+            if is_full:
+                self._rebase(content)
+        elif self.latest is not None and is_full and self.full is not content:
+            self._rebase(content)
+
+    def _rebase(self, content: Content) -> None:
         content.deltas.first = self.full is None
         self.full = content
 
@@ -78,8 +90,8 @@ class _Slot:
 
 
 @dataclass
-class Base:
-    """The base of a run's writer.
+class Baseline:
+    """The base of a run's writer: what each save is compared with, and what deltas are against.
 
     Parameters
     ----------
@@ -87,6 +99,8 @@ class Base:
         Chunk size.
     keep
         Whether contents are kept to compare with. If not, every save stages everything.
+    delta
+        Whether what changed may be stored as a delta against its base.
     threads
         For comparing and copying.
     thresholds
@@ -95,17 +109,17 @@ class Base:
 
     chunk_bytes: int
     keep: bool = True
+    delta: bool = True
     threads: int = 1
     thresholds: Thresholds = field(default_factory=Thresholds)
-    _layout: Layout | None = None
-    _slots: list[_Slot] = field(default_factory=list)
+    _current: tuple[Layout, list[Slot]] = field(init=False)  # in one attribute: an interrupt may come at any time
     _lock: threading.Lock = field(default_factory=threading.Lock)
     pool: HostPool = field(default_factory=HostPool)
     _pinned: HostPool = field(default_factory=lambda: HostPool(pinned=torch.cuda.is_available()))
     _copies: DeviceCopies = field(default_factory=DeviceCopies)
 
     def __post_init__(self) -> None:
-        check_chunk_bytes(self.chunk_bytes)
+        self._current = Layout.of([], [], check_chunk_bytes(self.chunk_bytes)), []
 
     @property
     def host_bytes(self) -> tuple[int, int]:
@@ -120,17 +134,18 @@ class Base:
 
     def layout_for(self, sizes: list[tuple[int, int]], kinds: list[str]) -> Layout:
         """Return the layout of ranges of these ``(bytes, element size)``; another than the last forgets the base."""
-        if self._layout is None or sizes != self._layout.sizes or kinds != self._layout.kinds:
+        layout, _ = self._current
+        if sizes != layout.sizes or kinds != layout.kinds:
             layout = Layout.of(sizes, kinds, self.chunk_bytes)
             with self._lock:
-                self._layout = layout
-                self._slots = [_Slot() for _ in range(len(layout.table.chunk_nbytes))]
-        return self._layout
+                self._current = layout, _slots_of(layout)
+        return layout
 
     def forget(self) -> None:
         """Let go of all contents."""
         with self._lock:
-            self._slots = [_Slot() for _ in self._slots]
+            layout, _ = self._current
+            self._current = layout, _slots_of(layout)
 
     def adopt(self, layout: Layout, contents: Sequence[Content]) -> None:
         """Take a restored checkpoint's contents as the base, so that the next save is incremental already.
@@ -142,29 +157,34 @@ class Base:
         contents
             One per chunk; those whose object is a delta come with the content of the full object it is against.
         """
-        if self.keep and layout is self._layout:
-            with self._lock:
-                self._slots = [_Slot(full=content) for content in contents]
+        with self._lock:
+            if self.keep and layout is self._current[0]:
+                self._current = layout, [Slot(full=content) for content in contents]
 
-    def stage(self, flat: FlatState) -> tuple[Layout, list[Content], StageReport]:
-        """Compare the state with the base and copy what changed.
+    def stage(self, flat: FlatState, report: StageReport) -> tuple[Layout, list[Content]]:
+        """Compare the state with the base and copy what changed; when this returns the state may change.
+
+        Parameters
+        ----------
+        report
+            To be filled in.
 
         Returns
         -------
-        layout, contents, report
-            One content per chunk of the layout. What is in device memory is copied before it is compared; when this
-            returns the state may change.
+        layout, contents
+            One content per chunk of the layout.
         """
         layout = self.layout_for(flat.sizes, flat.kinds)
         table = layout.table
         with self._lock:
-            held = [slot.comparable for slot in self._slots]
+            slots = self._current[1]
+            held = [slot.comparable for slot in slots]
         on_device = np.fromiter((item.tensor is not None for item in flat.ranges), np.bool_, len(flat.ranges))
         device_chunks = np.unique(table.seg_chunk[on_device[table.seg_range]])
         host = np.ones(len(held), np.bool_)
         host[device_chunks] = False
 
-        report = StageReport(chunks=len(held), nbytes=int(table.chunk_nbytes.sum()))
+        report.chunks, report.nbytes = len(held), int(table.chunk_nbytes.sum())
         limits = None
         if self.thresholds.active:
             limits = self.thresholds.by_range(flat.tensors, [item.nbytes for item in flat.ranges])
@@ -179,35 +199,34 @@ class Base:
         if self.keep:
             with self._lock:
                 for index, content in staged.items():
-                    self._slots[index].latest = content
+                    slots[index].latest = content
         complete = [content for content in contents if content is not None]
         assert len(complete) == len(held)
-        report.changed = len(staged)
+        report.changed_chunks = len(staged)
         report.changed_bytes = sum(content.nbytes for content in staged.values())
-        return layout, complete, report
+        return layout, complete
 
-    def settle(self, layout: Layout, index: int, content: Content) -> None:
-        """Note that `content` of chunk `index` is stored: a full object becomes the base, a delta is let go of.
+    def settle(self, layout: Layout, contents: Sequence[Content]) -> None:
+        """Note that a save's contents are stored: full objects become the base, deltas are let go of.
 
         `layout` is that of the save; what was staged since may have another, with other chunks.
         """
-        stored = content.stored
-        assert stored is not None
         with self._lock:
-            if layout is not self._layout:
-                return
-            slot = self._slots[index]
-            if slot.latest is content:
-                slot.latest = None
-                if stored.base is None:
-                    slot.rebase(content)
-            elif slot.latest is not None and stored.base is None and slot.full is not content:
-                slot.rebase(content)
+            current, slots = self._current
+            if layout is current:
+                for slot, content in zip(slots, contents, strict=True):
+                    slot.settle(content)
 
     def full(self, layout: Layout, index: int) -> Content | None:
-        """Return the content of the last full object of chunk `index` of `layout`, if that is the layout still."""
+        """Return the content of the last full object of chunk `index`, if a delta may be against it.
+
+        ``None`` also if `layout` is no longer that of the base.
+        """
+        if not self.delta:
+            return None
         with self._lock:
-            return self._slots[index].full if layout is self._layout else None
+            current, slots = self._current
+            return slots[index].full if layout is current else None
 
     def _stage_host(
         self,
@@ -295,28 +314,15 @@ class Base:
         staged: dict[int, Content] = {}
         if not chunks:
             return staged
-        first = np.searchsorted(table.seg_chunk, np.arange(len(held) + 1))
-        batch: list[tuple[int, Bytes]] = []
-        pending = 0
-        for position, index in enumerate(chunks):
-            buffer = self._pinned.take(int(table.chunk_nbytes[index]))
-            host = torch.from_numpy(buffer)
-            for segment in range(int(first[index]), int(first[index + 1])):
-                offset, nbytes = int(table.seg_chunk_offset[segment]), int(table.seg_nbytes[segment])
-                item = ranges[int(table.seg_range[segment])]
-                if item.tensor is None:
-                    one = slice(segment, segment + 1)
-                    target = np.array([buffer.ctypes.data + offset], np.uintp)
-                    detect.copy(source[one], target, table.seg_nbytes[one], threads=1)
-                else:
-                    start = int(table.seg_range_offset[segment])
-                    self._copies.copy(host[offset : offset + nbytes], item.tensor[start : start + nbytes])
-            batch.append((index, buffer))
-            pending += buffer.nbytes
-            if pending >= _DEVICE_BATCH or position == len(chunks) - 1:
-                self._copies.synchronize()
-                staged.update(self._keep_changed(table, held, batch))
-                batch, pending = [], 0
+        segments = ChunkSegments(table, source, ranges)
+        for batch in batches(chunks, table.chunk_nbytes[list(chunks)].tolist(), _DEVICE_BATCH):
+            buffers = [(index, self._pinned.take(int(table.chunk_nbytes[index]))) for index in batch]
+            try:
+                for index, buffer in buffers:
+                    segments.copy(index, buffer, self._copies.copy)
+            finally:
+                self._copies.synchronize()  # also after an error: the buffers may be recycled from here on
+            staged.update(self._keep_changed(table, held, buffers))
         return staged
 
     def _keep_changed(
@@ -334,41 +340,67 @@ class Base:
         return staged
 
 
+def _slots_of(layout: Layout) -> list[Slot]:
+    return [Slot() for _ in range(len(layout.table.chunk_nbytes))]
+
+
 @functools.cache
 def _warn_exact_on_device() -> None:
     log.warning("thresholds do not apply to tensors on a device yet: these are stored whenever a bit of them changed")
 
 
-def contents_of(flat: FlatState, layout: Layout, pool: HostPool) -> list[Content]:
-    """Return the contents of a state that does not change while they are in use; one segment alone is not copied."""
+class ChunkSegments:
+    """Copies single chunks of a state out of its memory.
+
+    Parameters
+    ----------
+    source
+        ``uintp[m]``: the address of each segment; those in device memory have none.
+    """
+
+    def __init__(self, table: ChunkTable, source: Addresses, ranges: Sequence[ByteRange]) -> None:
+        self._table = table
+        self._source = source
+        self._ranges = ranges
+        self._first = np.searchsorted(table.seg_chunk, np.arange(len(table.chunk_nbytes) + 1))
+        self._on_device = np.fromiter((item.tensor is not None for item in ranges), np.bool_, len(ranges))
+
+    def copy(self, index: int, out: Bytes, copy_device: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
+        """Copy chunk `index` to `out`; `copy_device` is called with target and source for each part on a device."""
+        table = self._table
+        segments = np.arange(self._first[index], self._first[index + 1])
+        on_device = self._on_device[table.seg_range[segments]]
+        for segment in segments[on_device].tolist():
+            offset, start = int(table.seg_chunk_offset[segment]), int(table.seg_range_offset[segment])
+            nbytes = int(table.seg_nbytes[segment])
+            tensor = self._ranges[int(table.seg_range[segment])].tensor
+            assert tensor is not None
+            copy_device(torch.from_numpy(out[offset : offset + nbytes]), tensor[start : start + nbytes])
+        segments = segments[~on_device]
+        if len(segments):
+            target = out.ctypes.data + table.seg_chunk_offset[segments]
+            detect.copy(self._source[segments], target.astype(np.uintp), table.seg_nbytes[segments], threads=1)
+
+
+def live_contents(flat: FlatState, layout: Layout) -> list[Content]:
+    """Return the contents of a state that are copied from its memory only while they are held."""
     table = layout.table
-    first = np.searchsorted(table.seg_chunk, np.arange(len(table.chunk_nbytes) + 1))
+    segments = ChunkSegments(table, layout.addresses(flat.ranges), flat.ranges)
+    pool = HostPool()
+    for device in {item.device for item in flat.ranges if item.device.type == "cuda"}:
+        torch.cuda.current_stream(device).synchronize()  # the copies are made by threads with streams of their own
+
+    def read(index: int) -> Bytes:
+        out = pool.take(int(table.chunk_nbytes[index]))
+        segments.copy(index, out, torch.Tensor.copy_)
+        return out
+
     return [
-        _content_of(flat, table, index, int(first[index]), int(first[index + 1]), pool)
-        for index in range(len(first) - 1)
+        LiveContent(nbytes, itemsize, functools.partial(read, index))
+        for index, (nbytes, itemsize) in enumerate(
+            zip(table.chunk_nbytes.tolist(), table.chunk_itemsize.tolist(), strict=True)
+        )
     ]
-
-
-def _content_of(flat: FlatState, table: ChunkTable, index: int, first: int, last: int, pool: HostPool) -> Content:
-    itemsize = int(table.chunk_itemsize[index])
-    pieces: list[Bytes] = []
-    for segment in range(first, last):
-        item = flat.ranges[int(table.seg_range[segment])]
-        start, nbytes = int(table.seg_range_offset[segment]), int(table.seg_nbytes[segment])
-        if item.tensor is not None:
-            pieces.append(item.tensor[start : start + nbytes].cpu().numpy())
-        else:
-            pieces.append(_view(item.address + start, nbytes))
-    if len(pieces) == 1:
-        return Content(pieces[0], itemsize, flat)
-    buffer = pool.take(int(table.chunk_nbytes[index]))
-    np.concatenate(pieces, out=buffer)
-    return Content(buffer, itemsize)
-
-
-def _view(address: int, nbytes: int) -> Bytes:
-    """Return the memory at `address` as an array; whoever uses it keeps the memory alive."""
-    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
 
 def _address(content: Content | None) -> int:

@@ -1,18 +1,22 @@
-"""The bytes of a chunk at one moment, and whether the next ones are stored in full or as a delta."""
+"""The bytes of a chunk at one moment, and everything that decides whether it is stored in full or as a delta."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from incckpt.codec.objects import Digest
+from incckpt.codec.objects import Digest, Encoded, digest_many
 from incckpt.store.manifest import Chunk
 
-__all__ = ["Bytes", "Content", "DeltaHistory"]
+__all__ = ["Bytes", "Content", "DeltaHistory", "LiveContent", "compute_digests"]
 
 Bytes = npt.NDArray[np.uint8]
+
+_DELTA_WORTHWHILE = 0.95  # of a full object's size; above, a second read on restore costs more than it saves
+_NOTHING = np.empty(0, np.uint8)
 
 
 @dataclass
@@ -53,33 +57,123 @@ class DeltaHistory:
 class Content:
     """The bytes of one chunk at one moment, immutable, and what is known of them.
 
+    Parameters
+    ----------
+    raw
+        ``uint8[nbytes]``, which nothing writes to from now on.
+    itemsize
+        Element size for the codec.
+
     Attributes
     ----------
     nbytes, itemsize
         Raw length and element size.
     raw
-        ``uint8[nbytes]``, or ``None`` once only the stored copy is of use.
+        The bytes, or ``None`` while they are not in memory.
     digest
-        Of `raw`, when it has been computed.
+        Of `raw`, once `compute_digests` was called.
     stored
-        Where it is stored, as far as this process knows; a save checks that before it relies on it.
+        Where it is stored, as far as this process knows; set by the uploader, which checks it before relying on it.
     deltas
         The deltas against it, if it is a base.
     """
 
-    __slots__ = ("_memory", "deltas", "digest", "itemsize", "nbytes", "raw", "stored")
+    __slots__ = ("_digest", "deltas", "itemsize", "nbytes", "raw", "stored")
 
-    def __init__(self, raw: Bytes, itemsize: int, memory: object = None) -> None:
+    def __init__(self, raw: Bytes, itemsize: int) -> None:
         self.nbytes = raw.nbytes
         self.itemsize = itemsize
         self.raw: Bytes | None = raw
-        self._memory = memory  # kept alive, where `raw` does not do so itself
-        self.digest: Digest | None = None
         self.stored: Chunk | None = None
         self.deltas = DeltaHistory()
+        self._digest: Digest | None = None
+
+    @classmethod
+    def of_full(cls, raw: Bytes, chunk: Chunk) -> Content:
+        """Return the content of the full object that `chunk` is, or is a delta against; `raw` holds its bytes."""
+        content = cls(raw, chunk.itemsize)
+        base = chunk.base
+        if base is None:
+            content.stored = chunk
+        else:
+            content.stored = Chunk(base.identity, chunk.nbytes, chunk.itemsize, base.nonce, base.size)
+            content.deltas.add(chunk.size)
+        return content
+
+    @property
+    def digest(self) -> Digest | None:
+        return self._digest
 
     @property
     def identity(self) -> str:
         """Identity of `raw`, 64 hexadecimal digits, once there is a digest."""
-        assert self.digest is not None
-        return self.digest.identity.hex()
+        assert self._digest is not None
+        return self._digest.identity.hex()
+
+    @property
+    def weight(self) -> int:
+        """Bytes of memory that writing it takes: room for its object."""
+        return self.nbytes
+
+    def hold(self) -> None:
+        """Have `raw` in memory until `release`."""
+
+    def release(self) -> None:
+        """Let go of what `hold` has read."""
+
+    # -- full or delta?
+
+    def base_of(self, content: Content, index: int) -> Chunk | None:
+        """Return where this, chunk `index`'s last full object, is stored if `content` should be a delta against it."""
+        stored = self.stored
+        if self is content or self.raw is None or stored is None or stored.base is not None:
+            return None
+        return None if self.deltas.is_over(stored.size, index) else stored
+
+    @staticmethod
+    def is_worthwhile(encoded: Encoded) -> bool:
+        """Whether an object coded against a base is worth keeping as it is; if not, the chunk is stored in full."""
+        return encoded.base is None or len(encoded.data) <= _DELTA_WORTHWHILE * encoded.full_nbytes
+
+
+class LiveContent(Content):
+    """A chunk of memory that is copied for as long as it is held, and may change at any other time.
+
+    Everything is computed from the copy: memory that changes meanwhile makes a torn checkpoint at worst, never an
+    object that does not match its digest.
+
+    Parameters
+    ----------
+    nbytes, itemsize
+        Raw length and element size.
+    read
+        Returns a copy.
+    """
+
+    __slots__ = ("_read",)
+
+    def __init__(self, nbytes: int, itemsize: int, read: Callable[[], Bytes]) -> None:
+        super().__init__(_NOTHING, itemsize)
+        self.nbytes = nbytes
+        self.raw = None
+        self._read = read
+
+    @property
+    def weight(self) -> int:
+        """Bytes of memory that writing it takes: the copy, and room for its object."""
+        return 2 * self.nbytes
+
+    def hold(self) -> None:
+        """Copy the memory, which may have changed since it was held last."""
+        self.raw, self.stored, self._digest = self._read(), None, None
+
+    def release(self) -> None:
+        """Let go of the copy."""
+        self.raw = None
+
+
+def compute_digests(contents: Sequence[Content]) -> None:
+    """Compute the digests of contents that have none, all in one call."""
+    new = [(content, content.raw) for content in contents if content.digest is None and content.raw is not None]
+    for (content, _), digest in zip(new, digest_many([raw for _, raw in new]), strict=True):
+        content._digest = digest

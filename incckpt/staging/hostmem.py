@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import deque
@@ -38,6 +39,11 @@ class HostPool:
         self._free: dict[int, deque[memoryview]] = {}
         self.free_bytes = 0
         self.used_bytes = 0
+        self.renew_lock()
+        _pools.add(self)
+
+    def renew_lock(self) -> None:
+        """Replace the lock: in a forked child, a thread that the child does not have may hold it."""
         self._lock = threading.RLock()  # an array's finalizer may run inside any of these methods
 
     def take(self, nbytes: int) -> Bytes:
@@ -72,5 +78,17 @@ class HostPool:
 
     def _allocate(self, nbytes: int) -> memoryview:
         if self._pinned:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy().data
+            # The device is named, since a default device would not take `pin_memory`.
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True).numpy().data
         return new_buffer(nbytes).data
+
+
+_pools: weakref.WeakSet[HostPool] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for pool in list(_pools):
+        pool.renew_lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)

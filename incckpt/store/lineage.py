@@ -239,8 +239,15 @@ class Run:
         ------
         SupersededError
             If there is one.
+        CorruptionError
+            If `attempt` is not there any more.
         """
         highest = self.attempts()[0]
+        if highest < attempt:
+            raise CorruptionError(
+                f"attempt {attempt} of run {self.name!r} is gone from {self.backend.url}: the run's folder was removed "
+                "or replaced while it was being written. Make another CheckpointManager to go on"
+            )
         if highest > attempt:
             raise SupersededError(
                 f"run {self.name!r} at {self.backend.url} was taken over by attempt {highest} (this is attempt "

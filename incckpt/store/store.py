@@ -20,8 +20,9 @@ from incckpt.errors import (
     MissingObjectError,
     ReadOnlyError,
     StoreNotFoundError,
+    StoreReplacedError,
 )
-from incckpt.store.document import dump_document, parse_document
+from incckpt.store.document import Fields, dump_document, parse_document
 from incckpt.store.lineage import Run
 from incckpt.store.manifest import Manifest
 from incckpt.store.objects import ObjectKey, Objects
@@ -65,7 +66,14 @@ class Store:
         self.condemned = CondemnedLists(backend)
         self._clock = clock
         self._monotonic = monotonic
-        self._checked = self._created = False
+        self._created = False
+        self._id: str | None = None
+
+    @property
+    def id(self) -> str:
+        """What tells this store from any other at the same URL; known after `check` or `create`."""
+        assert self._id is not None
+        return self._id
 
     @classmethod
     def open(cls, url: str, storage_options: Mapping[str, Any] | None = None) -> Store:
@@ -130,7 +138,7 @@ class Store:
         ------
         StoreNotFoundError, FormatError, CorruptionError
         """
-        if not self._checked:
+        if self._id is None:
             try:
                 self._check_marker(self.backend.get(MARKER))
             except KeyNotFoundError as error:
@@ -148,6 +156,8 @@ class Store:
         """
         if not self.backend.writable:
             raise ReadOnlyError(f"{self.backend.url} can only be read")
+        if self._id is not None:
+            self.check_unchanged()
         if self._created:
             return
         if not self.backend.probe_exclusive():
@@ -156,18 +166,43 @@ class Store:
                 "of pruned checkpoints stay",
                 self.backend.url,
             )
+        if self._id is None:
+            try:
+                marker = self.backend.get(MARKER)
+            except KeyNotFoundError:
+                marker = dump_document("store", {"id": secrets.token_hex(16)})
+                found = create_once(self.backend, MARKER, marker)
+                if found is not None:
+                    marker = found
+            self._check_marker(marker)
+        self._created = True
+
+    def check_unchanged(self) -> None:
+        """Check that this is the store it was: what is remembered of it holds for no other (one request).
+
+        Raises
+        ------
+        StoreNotFoundError, StoreReplacedError
+        """
         try:
-            found: bytes | None = self.backend.get(MARKER)
-        except KeyNotFoundError:
-            marker = dump_document("store", {"id": secrets.token_hex(16)})
-            found = create_once(self.backend, MARKER, marker)
-        if found is not None:
-            self._check_marker(found)
-        self._checked = self._created = True
+            found = self._read_id(self.backend.get(MARKER))
+        except KeyNotFoundError as error:
+            raise StoreNotFoundError(
+                f"the store at {self.backend.url} is gone: it was removed or renamed while it was in use. Put it back, "
+                "or begin anew with another CheckpointManager"
+            ) from error
+        if found != self._id:
+            raise StoreReplacedError(
+                f"another store stands at {self.backend.url} than the one in use (its id is {found}, it was "
+                f"{self._id}). Make another CheckpointManager to write to it"
+            )
 
     def _check_marker(self, data: bytes) -> None:
-        parse_document(data, "store", f"{self.backend.url}/{MARKER}")
-        self._checked = True
+        self._id = self._read_id(data)
+
+    def _read_id(self, data: bytes) -> str:
+        where = f"{self.backend.url}/{MARKER}"
+        return Fields(parse_document(data, "store", where), where).string("id")
 
     def close(self) -> None:
         """Close the backend."""

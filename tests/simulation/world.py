@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import SimpleNamespace, TracebackType
@@ -16,14 +17,16 @@ from incckpt.codec import objects as codec
 from incckpt.errors import BackendError, CollectionError, MissingObjectError, SupersededError
 from incckpt.retention import KeepLast, Policy
 from incckpt.run.attempt import Attempt
+from incckpt.run.chunk_index import ChunkIndex
 from incckpt.run.reader import ChunkRead, Reader
 from incckpt.run.report import SaveReport
 from incckpt.run.snapshot import Snapshot
+from incckpt.staging.baseline import Baseline, Slot
 from incckpt.staging.content import Content
 from incckpt.staging.layout import Layout
 from incckpt.store.gc import Collector
 from incckpt.store.lineage import Lineage, Run
-from incckpt.store.manifest import Chunk, Manifest
+from incckpt.store.manifest import Manifest
 from incckpt.store.objects import DELTAS, OBJECTS, manifest_keys
 from incckpt.store.refs import CondemnedLists, Ref, RefName, Tombstone
 from incckpt.store.store import Store
@@ -123,6 +126,7 @@ def simulated() -> Iterator[None]:
         mock.patch("incckpt.store.refs.secrets", chance),
         mock.patch("incckpt.store.store.secrets", chance),
         mock.patch("incckpt.run.writer._Heartbeat", Heartbeat),
+        mock.patch("incckpt.run.upload.process_index", ChunkIndex),  # simulated processes share no memory
     ):
         yield
 
@@ -135,26 +139,34 @@ def open_store(process: Process) -> Store:
 # -- programs ----------------------------------------------------------------------------------------------------------
 
 
-class _Slot:
+class Base(Baseline):
+    """A baseline of chunks by name, without a state to cut them from."""
+
     def __init__(self) -> None:
-        self.full: Content | None = None
-        self.latest: Content | None = None
+        super().__init__(1 << 20)
+        self.slots: defaultdict[int, Slot] = defaultdict(Slot)
+
+    def full(self, layout: Layout, index: int) -> Content | None:
+        return self.slots[index].full
+
+    def settle(self, layout: Layout, contents: Sequence[Content]) -> None:
+        for index, content in enumerate(contents):
+            self.slots[index].settle(content)
 
 
 class Trainer:
-    """A process that saves: an `Attempt`, and in place of the base what it would give it."""
+    """A process that saves: an `Attempt`, and in place of the state the names of its chunks."""
 
     def __init__(self, process: Process, run: str = RUN, policy: Policy | None = None) -> None:
         self.process = process
         self.run = run
         self.store = open_store(process)
-        self._slots: dict[int, _Slot] = {}
+        self._base = Base()
         self.attempt = Attempt(
             self.store,
             run,
             policy=policy,
-            settle=self._settle,
-            base_of=lambda layout, index: self._slots[index].full,
+            baseline=self._base,
             pipeline=Inline(),  # type: ignore[arg-type]
         )
 
@@ -196,7 +208,7 @@ class Trainer:
         self.attempt.close()
 
     def _content(self, index: int, name: str) -> Content:
-        slot = self._slots.setdefault(index, _Slot())
+        slot = self._base.slots[index]
         raw = chunk_bytes(name)
         held = slot.latest or slot.full
         if held is not None and held.raw is not None and np.array_equal(held.raw, raw):
@@ -204,26 +216,10 @@ class Trainer:
         slot.latest = Content(raw, 4)
         return slot.latest
 
-    def _settle(self, layout: Layout, index: int, content: Content) -> None:
-        slot = self._slots[index]
-        assert content.stored is not None
-        if slot.latest is content:
-            slot.latest = None
-            if content.stored.base is None:
-                slot.full = content
-        elif slot.latest is not None and content.stored.base is None and slot.full is not content:
-            slot.full = content
-
     def _adopt(self, manifest: Manifest) -> None:
         for index, chunk in enumerate(manifest.chunks):
-            full = chunk
-            if chunk.base is not None:
-                full = Chunk(chunk.base.identity, chunk.nbytes, 4, chunk.base.nonce, chunk.base.size)
-            content = Content(chunk_bytes(_names[full.identity]), 4)
-            content.digest = codec.digest(chunk_bytes(_names[full.identity]))
-            content.stored = full
-            slot = self._slots.setdefault(index, _Slot())
-            slot.full = content
+            full = chunk.identity if chunk.base is None else chunk.base.identity
+            self._base.slots[index].full = Content.of_full(chunk_bytes(_names[full]), chunk)
 
 
 def saver(

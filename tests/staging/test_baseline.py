@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import incckpt
-from incckpt.staging.baseline import Base
+from incckpt.staging.baseline import Baseline, StageReport
 from incckpt.staging.content import Content, DeltaHistory
 from incckpt.staging.hostmem import HostPool
 from incckpt.state.flatten import FlatState, flatten
@@ -56,12 +56,13 @@ def test_contents_are_the_state_and_only_what_changed_is_new(
     sizes = data.draw(st.lists(st.sampled_from([1, 7, 1000, 300_000, 700_000]), min_size=1, max_size=5))
     dtypes = data.draw(st.lists(st.sampled_from([torch.float32, torch.int8]), min_size=len(sizes), max_size=len(sizes)))
     state = [torch.zeros(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
-    base, fresh = Base(MIB, threads=2), Base(MIB, threads=1)
+    base, fresh = Baseline(MIB, threads=2), Baseline(MIB, threads=1)
     before: list[Content] = []
     for _ in range(3):
-        _, contents, report = base.stage(where(flatten(state)))
+        report = StageReport()
+        _, contents = base.stage(where(flatten(state)), report)
         fresh.forget()
-        _, expected, _ = fresh.stage(flatten(state))
+        _, expected = fresh.stage(flatten(state), StageReport())
         assert chunks_of(contents) == chunks_of(expected)
         kept = sum(one is other for one, other in zip(before, contents, strict=False))
         same = sum(
@@ -69,7 +70,7 @@ def test_contents_are_the_state_and_only_what_changed_is_new(
             for one, other in zip(before, contents, strict=False)
         )
         assert kept == same
-        assert report.changed == len(contents) - kept
+        assert report.changed_chunks == len(contents) - kept
         before = contents
         for index in data.draw(st.sets(st.integers(0, len(sizes) - 1))):
             state[index][data.draw(st.integers(0, sizes[index] - 1))] += 1
@@ -178,7 +179,7 @@ def test_a_chunk_has_one_first_cycle(tmp_path: Path) -> None:
             weights += 1e-3 * torch.randn(1 << 16)
             manager.save(step, {"w": weights}).result()
             manager.wait()
-            full = manager._base._slots[0].full
+            full = manager._base._current[1][0].full
             assert full is not None
             firsts.append((full.deltas.first, full.deltas.count))
     starts = [first for first, count in firsts if count == 0]

@@ -1,0 +1,235 @@
+"""What `incckpt.save` keeps from one call to the next: the attempts at the few runs that it saved to last.
+
+A session only saves time. A call that finds one gives the same checkpoint as a call in a new process: the URL is looked
+up anew, options other than the session's make another, and so does a store that is no longer the one it was. Between
+calls a session has no threads and no buffers, and no more than `_MOST` are kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from incckpt.backends.base import Backend
+from incckpt.backends.registry import open_backend
+from incckpt.errors import BackendError, BackendPermissionError, OptionError, StateError, StoreNotFoundError
+from incckpt.run.attempt import Attempt
+from incckpt.run.checkpoint import Checkpoint
+from incckpt.run.report import SaveReport
+from incckpt.run.snapshot import Snapshot
+from incckpt.staging.baseline import live_contents
+from incckpt.staging.detect import default_threads
+from incckpt.staging.layout import DEFAULT_CHUNK_BYTES, Layout
+from incckpt.state.flatten import FlatState
+from incckpt.store.store import Store
+
+__all__ = ["save_state"]
+
+log = logging.getLogger(__name__)
+
+_MOST = 4
+
+_Key = tuple[str, str]  # place of the store, name of the run
+
+
+class Session:
+    """An attempt at a run, for saves whose callers wait until they are durable.
+
+    Parameters
+    ----------
+    backend
+        Of the store; closed with the session.
+    run
+        Name of the run.
+    options
+        The storage options that the backend was made with.
+    """
+
+    def __init__(self, backend: Backend, run: str, options: object) -> None:
+        self.options = options
+        self.store = Store(backend)
+        try:
+            self._attempt = Attempt(self.store, run, threads=default_threads())
+            self._attempt.continue_from(self._attempt.lineage.latest)
+        except BaseException:
+            backend.close()
+            raise
+        self.urls: set[str] = set()
+
+    def save(self, flat: FlatState, step: int | None, metrics: Mapping[str, float]) -> Checkpoint:
+        """Write a checkpoint; its memory is copied while it is written, a part at a time."""
+        last = self._attempt.last_step
+        if step is None:
+            step = 0 if last is None else last + 1
+        self._attempt.check_step(step, last)
+        layout = Layout.of(flat.sizes, flat.kinds, DEFAULT_CHUNK_BYTES)
+        contents = live_contents(flat, layout)
+        snapshot = Snapshot.of(step, metrics, time.time(), flat.structure, flat.tensors, layout, contents)
+        return Checkpoint.of(self._attempt.run, self._attempt.write(snapshot, SaveReport(step=step)))
+
+    def rest(self) -> None:
+        """Let go of threads and buffers until the next save."""
+        self._attempt.close()
+
+    def close(self) -> None:
+        """Let go of connections, too."""
+        self._attempt.close()
+        self.store.close()
+
+
+class Sessions:
+    """The sessions of this process; one thread at a time uses each.
+
+    Parameters
+    ----------
+    most
+        Sessions kept; the least recently used is closed first.
+    """
+
+    def __init__(self, most: int = _MOST) -> None:
+        self._most = most
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: in a forked child the sessions are the parent's, and whoever held the lock is gone."""
+        self._changed = threading.Condition()
+        self._idle: OrderedDict[_Key, Session] = OrderedDict()
+        self._busy: dict[_Key, int] = {}  # thread by session in use
+
+    def save(
+        self,
+        url: str,
+        run: str,
+        options: Mapping[str, Any] | None,
+        flat: FlatState,
+        step: int | None,
+        metrics: Mapping[str, float],
+    ) -> Checkpoint:
+        """Save to a run, in the session for it or a new one."""
+        wanted = _frozen(options or {})
+        place = self._place_of_url(url, run, wanted)
+        backend = None
+        if place is None:
+            backend = open_backend(url, options)
+            place = backend.place
+        key = (place, run)
+        with self._alone(key, url):
+            session = self._take(key, wanted)
+            if session is not None:
+                if backend is not None:
+                    backend.close()
+                    backend = None
+                try:
+                    return self._use(key, url, session, flat, step, metrics)
+                except StoreNotFoundError as error:
+                    log.warning("beginning anew at %s: %s", session.store.backend.url, error)
+            session = Session(backend or open_backend(url, options), run, wanted)
+            self._close_others(session, run)
+            return self._use(key, url, session, flat, step, metrics)
+
+    def _use(
+        self, key: _Key, url: str, session: Session, flat: FlatState, step: int | None, metrics: Mapping[str, float]
+    ) -> Checkpoint:
+        """Save in a session, and keep it unless the way it failed says that it is of no use any more."""
+        keep = False
+        try:
+            checkpoint = session.save(flat, step, metrics)
+            keep = True
+        except (StateError, OptionError, BackendError) as error:
+            keep = not isinstance(error, BackendPermissionError)  # other credentials may be found next time
+            raise
+        finally:
+            if keep:
+                session.rest()
+                if "://" in url:
+                    session.urls.add(url)
+                self._keep(key, session)
+            else:
+                session.close()
+        return checkpoint
+
+    def _place_of_url(self, url: str, run: str, options: object) -> str | None:
+        """Return where `url` leads if a session that is idle was opened with it; paths are looked up every time."""
+        if "://" not in url or url.startswith("file:"):
+            return None
+        with self._changed:
+            for (place, name), session in self._idle.items():
+                if name == run and url in session.urls and session.options == options:
+                    return place
+        return None
+
+    @contextmanager
+    def _alone(self, key: _Key, url: str) -> Iterator[None]:
+        """Wait until no other thread uses the session."""
+        me = threading.get_ident()
+        with self._changed:
+            if self._busy.get(key) == me:
+                raise OptionError(f"a save to {url!r} from within a save to it; save to another run, or afterwards")
+            self._changed.wait_for(lambda: key not in self._busy)
+            self._busy[key] = me
+        try:
+            yield
+        finally:
+            with self._changed:
+                del self._busy[key]
+                self._changed.notify_all()
+
+    def _take(self, key: _Key, options: object) -> Session | None:
+        with self._changed:
+            session = self._idle.pop(key, None)
+        # A link may lead elsewhere by now: the place is that of today.
+        if session is not None and (session.options != options or session.store.backend.place != key[0]):
+            session.close()
+            return None
+        return session
+
+    def _keep(self, key: _Key, session: Session) -> None:
+        with self._changed:
+            self._idle[key] = session
+            surplus = [self._idle.popitem(last=False)[1] for _ in range(len(self._idle) - self._most)]
+        for one in surplus:
+            one.close()
+
+    def _close_others(self, session: Session, run: str) -> None:
+        """Close idle sessions for the same run of the same store: the new one's attempt has superseded theirs."""
+        with self._changed:
+            others = [key for key, one in self._idle.items() if key[1] == run and one.store.id == session.store.id]
+            superseded = [self._idle.pop(key) for key in others]
+        for one in superseded:
+            one.close()
+
+
+def _frozen(value: object) -> object:
+    """Return `value` with copies of its dicts and lists, to compare with what they hold later."""
+    if isinstance(value, Mapping):
+        return {key: _frozen(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_frozen(item) for item in value]
+    return value
+
+
+_sessions = Sessions()
+os.register_at_fork(after_in_child=_sessions.reset)
+
+
+def save_state(
+    url: str,
+    run: str,
+    options: Mapping[str, Any] | None,
+    flat: FlatState,
+    step: int | None,
+    metrics: Mapping[str, float],
+) -> Checkpoint:
+    """Save a state to a run of the store at `url`; return when it is durable.
+
+    Raises
+    ------
+    OptionError, SupersededError, BackendError
+    """
+    return _sessions.save(url, run, options, flat, step, metrics)
