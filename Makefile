@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 PEERS := .venv-peers
 CEPH_PORT ?= 8055
 
-.PHONY: help demo test test-ceph docs sanitize soak peers chaos lint types bench clean
+.PHONY: help demo test quick test-ceph docs sanitize soak peers chaos lint types bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -23,6 +23,10 @@ demo: $(VENV)/built ## Train, kill in the middle of a save, resume, compare (two
 
 test: lint types ## Build, lint, check types, run all tests
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
+
+quick: $(VENV)/built ## Style and the tests that take no server and no time: under a minute
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) -q -m "not slow and not server"
 
 test-ceph: $(VENV)/built ## The S3 tests against a Ceph gateway (needs its programs, see tests/servers/ceph-up.sh)
 	tests/servers/ceph-up.sh $(VENV)/ceph $(CEPH_PORT)

@@ -12,6 +12,15 @@ import pytest
 from tests.servers.installed import NotInstalled, azurite, rclone
 from tests.servers.processes import free_port, program_server, python_server
 
+SERVERS = frozenset({"azure_server", "gcs_server", "s3_server", "rclone_server", "rclone_mount", "s3_mount"})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what uses a server."""
+    for item in items:
+        if SERVERS.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.server)
+
 
 @pytest.fixture(scope="session")
 def azure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:

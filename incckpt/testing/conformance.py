@@ -211,6 +211,45 @@ class BackendConformance(ReadConformance):
     creators = 20
     """Threads that race for one key."""
 
+    @pytest.fixture
+    def plain_get(self, backend: Backend) -> Callable[[str], bytes] | None:
+        """Return what reads a value by another way than the backend, or ``None`` (the default) where there is none.
+
+        A fault that is the same in `put` and in `get` shows to it alone.
+        """
+        return None
+
+    def test_another_reader_sees_the_same_bytes(
+        self, backend: Backend, plain_get: Callable[[str], bytes] | None
+    ) -> None:
+        if plain_get is None:
+            pytest.skip("no other reader of what this backend writes")
+        for name, value in _VALUES.items():
+            backend.put(f"put/{name}", value)
+            backend.create(f"create/{name}", value)
+        backend.put_many([(f"many/{name}", value) for name, value in _VALUES.items()])
+        for way in ("put", "create", "many"):
+            for name, value in _VALUES.items():
+                assert plain_get(f"{way}/{name}") == value, (way, name)
+
+    def test_put_many(self, backend: Backend) -> None:
+        """It replaces what is there, takes any buffer, and nothing at all."""
+        backend.put("many/old", b"old")
+        values: list[tuple[str, ReadableBuffer]] = [
+            ("many/old", bytearray(b"new")),
+            ("many/deep/er", memoryview(b"xyz")[1:]),
+            ("many/empty", b""),
+            *((f"many/{number}", bytes([number]) * number) for number in range(20)),
+        ]
+        backend.put_many([])
+        backend.put_many(values)
+        assert {entry.key: entry.size for entry in backend.list("many/")} == {key: len(data) for key, data in values}
+        for key, data in values:
+            assert backend.get(key) == bytes(data), key
+        for key in ("../up", "many//x"):
+            with pytest.raises(OptionError):
+                backend.put_many([("many/fine", b"1"), (key, b"2")])
+
     def test_create_has_one_winner(self, backend: Backend) -> None:
         """Exactly one create of several at once succeeds, and its bytes are the ones kept."""
         if not backend.exclusive:

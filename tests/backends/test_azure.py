@@ -7,10 +7,13 @@ import gc
 import os
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+pytest.importorskip("adlfs", reason="needs the extra azure")
+
 from azure.storage.blob import BlobServiceClient
 
 from incckpt.backends import Backend, open_backend
@@ -84,6 +87,12 @@ class TestConformance(BackendConformance):
     def backend(self, azure_server: int, container: str) -> Iterator[Backend]:
         with AzureBackend(container, f"run/{uuid.uuid4()}", options_for(azure_server)) as backend:
             yield backend
+
+    @pytest.fixture
+    def plain_get(self, backend: Backend, azure_server: int, container: str) -> Iterator[Callable[[str], bytes]]:
+        root = backend.url.removeprefix(f"az://{container}/")
+        with BlobServiceClient.from_connection_string(options_for(azure_server)["connection_string"]) as service:
+            yield lambda key: service.get_blob_client(container, f"{root}/{key}").download_blob().readall()
 
 
 class TestFaults(RemoteFaults):

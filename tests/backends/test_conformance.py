@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ class TestLocalConformance(BackendConformance):
     def backend(self, tmp_path: Path) -> Iterator[Backend]:
         with LocalBackend(tmp_path / "store") as backend:
             yield backend
+
+    @pytest.fixture
+    def plain_get(self, backend: Backend, tmp_path: Path) -> Callable[[str], bytes]:
+        return lambda key: (tmp_path / "store" / key).read_bytes()
 
 
 class TestMemoryConformance(BackendConformance):

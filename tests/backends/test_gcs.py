@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import threading
 import traceback
+import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+
+pytest.importorskip("gcsfs", reason="needs the extra gcs")
+
 from google.oauth2.credentials import Credentials
 
 from incckpt.backends import Backend, open_backend
@@ -70,6 +74,19 @@ class TestConformance(BackendConformance):
     def backend(self, gcs_server: int, bucket: str) -> Iterator[Backend]:
         with GCSBackend(bucket, f"run/{uuid.uuid4()}", options_for(gcs_server)) as backend:
             yield backend
+
+    @pytest.fixture
+    def plain_get(self, backend: Backend, gcs_server: int, bucket: str) -> Callable[[str], bytes]:
+        root = backend.url.removeprefix(f"gs://{bucket}/")
+
+        def get(key: str) -> bytes:
+            name = urllib.parse.quote(f"{root}/{key}", safe="")
+            url = f"http://127.0.0.1:{gcs_server}/storage/v1/b/{bucket}/o/{name}?alt=media"
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                data: bytes = answer.read()
+                return data
+
+        return get
 
 
 class TestFaults(RemoteFaults):

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,10 @@ class TestOnRclone(BackendConformance):
         with LocalBackend(rclone_mount / str(uuid.uuid4())) as backend:
             assert not backend.probe_exclusive()
             yield backend
+
+    @pytest.fixture
+    def plain_get(self, backend: Backend) -> Callable[[str], bytes]:
+        return lambda key: Path(backend.url.removeprefix("file://"), key).read_bytes()
 
     def test_put_is_atomic_under_readers(self, backend: Backend) -> None:
         pytest.skip("while rclone renames over a file, readers find none; of what is overwritten nobody needs that")

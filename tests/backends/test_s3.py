@@ -8,10 +8,11 @@ import os
 import ssl
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import s3fs
 from cryptography import x509
@@ -95,6 +96,13 @@ class TestConformance(BackendConformance):
     def backend(self, s3_server: dict[str, Any], bucket: str) -> Iterator[Backend]:
         with S3Backend(bucket, f"run/{uuid.uuid4()}", s3_server) as backend:
             yield backend
+
+    @pytest.fixture
+    def plain_get(self, backend: Backend, s3_server: dict[str, Any], bucket: str) -> Callable[[str], bytes]:
+        names = {"endpoint_url": s3_server["endpoint_url"], "region_name": "us-east-1"}
+        client = boto3.client("s3", aws_access_key_id="test", aws_secret_access_key="testtest", **names)
+        root = backend.url.removeprefix(f"s3://{bucket}/")
+        return lambda key: client.get_object(Bucket=bucket, Key=f"{root}/{key}")["Body"].read()
 
 
 class TestFaults(RemoteFaults):
