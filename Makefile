@@ -12,11 +12,11 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 PEERS := .venv-peers
 CEPH_PORT ?= 8055
 
-.PHONY: help demo test quick test-ceph docs sanitize soak peers chaos lint types bench clean
+.PHONY: help demo test quick test-ceph docs sanitize fuzz-coder soak peers chaos lint types bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/built ## Train, kill in the middle of a save, resume, compare (two minutes)
 	$(BIN)/python examples/demo.py
@@ -45,6 +45,22 @@ sanitize: $(VENV)/built ## The kernels' and the codec's tests with the compiler'
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
 		$(CURDIR)/$(BIN)/python -m pytest -q --timeout=0 tests/codec/test_planes.py tests/codec/test_objects.py tests/codec/test_digests.py \
 		tests/staging/test_detect.py tests/backends/test_native_calls.py -k "not same_calls"
+
+CLANG ?= clang
+SECONDS ?= 60
+FUZZED := build/fuzz
+FUZZ_FLAGS := -g -O2 -std=gnu11 -Wall -Wextra -Wno-unused-function -fno-sanitize-recover=undefined \
+	-fsanitize=fuzzer,address,undefined -Iincckpt/codec
+fuzz-coder: ## Random input to the Huffman coder, against libzstd, for SECONDS (60); what fails is left in build/fuzz
+	@mkdir -p $(FUZZED)/corpus
+	@printf '#include <zstd.h>\nint LLVMFuzzerTestOneInput(const char *x, unsigned long n) { return x && n > ZSTD_versionNumber(); }\n' \
+		>$(FUZZED)/probe.c && $(CLANG) -fsanitize=fuzzer,address $(FUZZED)/probe.c -o $(FUZZED)/probe -lzstd 2>$(FUZZED)/probe.log \
+		|| { cat $(FUZZED)/probe.log; echo "Fuzzing needs Clang with libFuzzer, and libzstd with its header; on Debian:" \
+		"apt-get install clang libclang-rt-dev libzstd-dev"; exit 1; }
+	$(CLANG) $(FUZZ_FLAGS) tests/fuzz/huffman.c -o $(FUZZED)/huffman -lzstd -lm
+	$(PYTHON) tests/fuzz/seeds.py $(FUZZED)/seeds
+	ASAN_OPTIONS=quarantine_size_mb=8 $(FUZZED)/huffman -max_total_time=$(SECONDS) -max_len=4096 -print_final_stats=1 \
+		-artifact_prefix=$(FUZZED)/ $(FUZZED)/corpus $(FUZZED)/seeds
 
 soak: $(VENV)/built ## Processes killed at random on one store, for ten minutes and 2,000 kills
 	$(BIN)/python -m tests.soak

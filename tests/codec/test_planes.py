@@ -371,6 +371,39 @@ def test_our_own_decoder_never_disagrees_with_zstd() -> None:
     assert accepted > 0
 
 
+ELEVENS = int("1" + 16 * "00000000001", 2).to_bytes(23, "little").hex()  # sixteen codes of the most bits, and the end
+
+
+def frame_of_one_block(n: int, table: bytes, stream: bytes) -> bytes:
+    """Return the zstd frame of a block of `n` bytes: a described code, and the same stream four times."""
+    coded = table + len(stream).to_bytes(2, "little") * 3 + stream * 4
+    block = (2 | 3 << 2 | n << 4 | len(coded) << 22).to_bytes(5, "little") + coded + b"\0"
+    return b"".join(
+        [b"\x28\xb5\x2f\xfd\xa0", n.to_bytes(4, "little"), (1 | 2 << 1 | len(block) << 3).to_bytes(3, "little"), block]
+    )
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize(
+    ("table", "stream", "valid"),
+    [
+        pytest.param("80 10", "35 a2 01", True, id="two symbols of a bit each"),
+        pytest.param("80 20", "35 a2 01", False, id="a code whose longest is of fewer bits than its table says"),
+        pytest.param("8a ba 98 76 54 32 10", ELEVENS, False, id="longer than its content"),
+    ],
+)
+def test_what_zstd_refuses_is_refused(variant: int, table: str, stream: str, valid: bool) -> None:
+    """Both were found by fuzzing (`make fuzz-coder`)."""
+    frame = frame_of_one_block(64, bytes.fromhex(table), bytes.fromhex(stream))
+    ours = unhuffman(frame, 64, variant)
+    if valid:
+        assert ours == unzstd(frame, 64)
+    else:
+        assert ours is None
+        with pytest.raises(zstandard.ZstdError):
+            unzstd(frame, 64)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_huffman_codes_are_nearly_as_short_as_can_be(seed: int) -> None:
     generator = np.random.default_rng(seed)

@@ -183,6 +183,8 @@ static size_t unhuffman_describe(const uint8_t *bytes, size_t n, unhuffman_table
     table->longest = longest;
     for (int s = 0; s <= count; s++)
         starts[weights[s] + 1]++; /* of one weight, behind those of less */
+    if (!starts[2]) /* the longest codes come in pairs; without any, zstd refuses the table */
+        return 0;
     for (unsigned w = 1; w <= longest; w++) {
         const unsigned nbytes = starts[w + 1] << (w - 1);
         memset(table->lengths + place, (int)(longest + 1 - w), nbytes);
@@ -384,6 +386,8 @@ static int unhuffman_frame(unhuffman_decoder decoder, const uint8_t *bytes, size
             memset(out + done, bytes[at], m);
             break;
         case COMPRESSED:
+            if (size > m) /* longer than its content, which the format does not allow */
+                return 0;
             if (!unhuffman_open(bytes + at, size, m, out + done, &tables[opened], streams + 4 * opened))
                 return 0;
             if (++opened == 2) {
