@@ -1,10 +1,12 @@
 """A store of many checkpoints and objects: what saving, collecting, opening and sweeping cost then.
 
-Runs of ten checkpoints each are put straight into the backend, as saves would have left them, and one more run is saved
-to and pruned by the real code, with its requests counted.
+Runs of ten checkpoints each are put straight into the backend, as saves would have left them. One more run is saved to
+and pruned by the real code, with its requests counted. With ``--prunes`` a store on the disk grows old instead: one
+run saves and prunes that many times, and a save should cost in the end what it did at first.
 
     python benchmarks/bench_scale.py                              # 10,000 checkpoints, 1,000,000 objects, in memory
     python benchmarks/bench_scale.py --local --checkpoints 1000   # on the disk
+    python benchmarks/bench_scale.py --prunes 5000                # how saves fare in an old store
 """
 
 from __future__ import annotations
@@ -151,13 +153,45 @@ def measure(backend: Backend, name: str) -> None:
     step("full sweep", started)
 
 
+def grow_old(prunes: int) -> None:
+    """Save and prune `prunes` times on a local disk; print how long a save takes, pruning included, on the way."""
+    milestones = sorted({0, 1000, prunes} | set(range(5000, prunes, 5000)))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        incckpt.CheckpointManager(folder, keep_last_n=1, threads=1) as manager,
+    ):
+        state = {"w": torch.zeros(1000)}
+        done = 0
+
+        def save() -> float:
+            nonlocal done
+            done += 1
+            state["w"].fill_(done)
+            started = time.perf_counter()
+            manager.save(done, state).result()
+            return time.perf_counter() - started
+
+        save()
+        for milestone in milestones:
+            while done <= milestone:
+                save()
+            seconds = [save() for _ in range(30)]
+            median = sorted(seconds)[len(seconds) // 2]
+            folders = sum(1 for path in Path(folder).rglob("*") if path.is_dir())
+            print(f"after {milestone:6} prunes: {1000 * median:7.1f} ms a save; {folders} folders", flush=True)
+
+
 def main() -> None:
     """Print the figures of an empty store and of a full one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", type=int, default=10_000)
     parser.add_argument("--objects", type=int, default=1_000_000)
     parser.add_argument("--local", action="store_true")
+    parser.add_argument("--prunes", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.prunes:
+        grow_old(arguments.prunes)
+        return
     counts = (PER_RUN, arguments.checkpoints)
     per_checkpoint = max(1, arguments.objects // arguments.checkpoints)
     for checkpoints in counts:

@@ -58,9 +58,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """Something a killed process left that no listing of keys shows: a temporary file, an open multipart upload.
+    """What no listing of keys shows: a temporary file, an open multipart upload, an empty folder.
 
-    One that is young may belong to a put that is under way: only `modified`, by the server's clock, tells.
+    One younger than an hour may belong to a put that is under way: only `modified`, by the server's clock, tells.
     """
 
     name: str
@@ -311,11 +311,11 @@ class Backend(ABC):
         return self.exclusive
 
     def leftovers(self) -> Iterator[Leftover]:
-        """Yield what killed processes left behind that is not a key (of this root only). None by default."""
+        """Yield what processes left behind that is not a key (of this root only). None by default."""
         return iter(())
 
     def remove_leftover(self, leftover: Leftover) -> None:
-        """Remove one of `leftovers`; no error if it is gone."""
+        """Remove one of `leftovers`; no error if it is gone, or in use again."""
         raise OptionError(f"{self.url} has no leftovers to remove: {leftover.name!r}")
 
     def close(self) -> None:  # noqa: B027 - most backends have nothing to let go of

@@ -17,10 +17,11 @@ import re
 import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from urllib.parse import quote
 
 from incckpt.backends.base import Backend, Entry, Leftover, ReadableBuffer, is_key, validate_key, validate_prefix
+from incckpt.backends.folders import NO_SUCH_CALL, Folders
 from incckpt.backends.system import NativeCalls, SystemCalls, UnsyncedCalls
 from incckpt.errors import (
     BackendError,
@@ -38,8 +39,8 @@ logger = logging.getLogger(__name__)
 _TEMPORARY = ".incckpt-tmp-"  # no key has a segment that begins with a dot
 _TEMPORARY_NAME = re.compile(rf"(?:(.+)/)?({re.escape(_TEMPORARY)}[0-9a-f]+)")
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR})
-_NO_SUCH_CALL = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
-_NO_HARD_LINKS = _NO_SUCH_CALL | {errno.EPERM}
+_IN_USE = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY})
+_NO_HARD_LINKS = NO_SUCH_CALL | {errno.EPERM}
 _NOT_OF_THE_CALL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT})  # any call would have failed
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _MAY_PASS = frozenset(
@@ -77,10 +78,9 @@ class LocalBackend(Backend):
         self._calls = calls if calls is not None else NativeCalls()
         self._token = (0, "")  # of this process, for the names of temporary files
         self._numbers = itertools.count()
-        self._durable: set[str] = set()  # folders whose own names are known to be on the disk
+        self._folders = Folders(self._root, self._calls)
         self._place_new: Callable[[str, str], None] = self._link
         self._probed = False
-        self._folder_sync_refused = False
         self.url = "file://" + quote(os.fsencode(self._root))
 
     @property
@@ -114,14 +114,14 @@ class LocalBackend(Backend):
             files.append((temporary, path, memoryview(data).cast("B")))
         try:
             for _, path, _ in files:
-                self._make_folder(os.path.dirname(path))
+                self._folders.make(os.path.dirname(path))
             self._calls.write_over(files)
         except BaseException as exc:
             for temporary, _, _ in files:
                 self._discard(temporary)
             if not isinstance(exc, OSError):
                 raise
-            if not isinstance(exc, FileNotFoundError) and exc.errno not in _NO_SUCH_CALL:
+            if not isinstance(exc, FileNotFoundError) and exc.errno not in NO_SUCH_CALL:
                 named = (
                     (key, path)
                     for (key, _), (temporary, path, _) in zip(values, files, strict=True)
@@ -151,7 +151,7 @@ class LocalBackend(Backend):
         if not self._probed:
             temporary, other = (os.path.join(self._root, self._temporary_name()) for _ in range(2))
             try:
-                self._make_folder(self._root)
+                self._folders.make(self._root)
                 self._calls.close(self._calls.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC))
                 if self._works(self._calls.link, temporary, other):
                     self._place_new = self._link
@@ -184,13 +184,13 @@ class LocalBackend(Backend):
             try:
                 self._calls.unlink(path)
             except OSError as exc:
-                if exc.errno not in _GONE and not self._is_folder(path):
+                if exc.errno not in _GONE and not self._folders.is_one(path):
                     raise self._error(exc, "delete", key, path) from exc
             else:
                 folders[os.path.dirname(path)] = key
         for folder, key in folders.items():
             try:
-                self._sync_folder(folder)
+                self._folders.sync(folder)
             except OSError as exc:
                 if exc.errno not in _GONE:
                     raise self._error(exc, "delete", key, folder) from exc
@@ -224,23 +224,39 @@ class LocalBackend(Backend):
         return Entry(key, found.st_size, found.st_mtime)
 
     def leftovers(self) -> Iterator[Leftover]:
-        for folder, names in self._walk(""):
-            for path in (os.path.join(folder, name) for name in names if name.startswith(_TEMPORARY)):
-                try:
-                    yield Leftover(self._key(path), self._calls.stat(path).st_mtime)
-                except OSError as exc:
-                    if exc.errno not in _GONE:
-                        raise self._error(exc, "list", self._key(path), path) from exc
+        pending = [self._root]
+        while pending:
+            folder = pending.pop()
+            found = self._entries(folder)
+            pending += (os.path.join(folder, name) for name, is_folder in found.items() if is_folder and name[0] != ".")
+            if not found and folder != self._root:
+                yield from self._leftover(folder, "/")
+            for name, is_folder in found.items():
+                if name.startswith(_TEMPORARY) and not is_folder:
+                    yield from self._leftover(os.path.join(folder, name), "")
+
+    def _leftover(self, path: str, mark: str) -> Iterator[Leftover]:
+        name = self._key(path) + mark
+        try:
+            yield Leftover(name, self._calls.stat(path).st_mtime)
+        except OSError as exc:
+            if exc.errno not in _GONE:
+                raise self._error(exc, "list", name, path) from exc
 
     def remove_leftover(self, leftover: Leftover) -> None:
         match = _TEMPORARY_NAME.fullmatch(leftover.name)
-        if match is None:
-            raise OptionError(f"not a temporary file of {self.url}: {leftover.name!r}")
-        path = os.path.join(self._root, validate_prefix(match[1] or ""), match[2])
+        remove = self._calls.unlink
+        if match is not None:
+            path = os.path.join(self._root, validate_prefix(match[1] or ""), match[2])
+        elif leftover.name.endswith("/"):
+            path = os.path.join(self._root, validate_prefix(leftover.name)[:-1])
+            remove = self._calls.rmdir
+        else:
+            raise OptionError(f"neither a temporary file nor an empty folder of {self.url}: {leftover.name!r}")
         try:
-            self._calls.unlink(path)
+            remove(path)
         except OSError as exc:
-            if exc.errno not in _GONE:
+            if exc.errno not in _GONE | _IN_USE:
                 raise self._error(exc, "remove", leftover.name, path) from exc
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -330,17 +346,17 @@ class LocalBackend(Backend):
         """Call ``write(temporary, path, data)`` with its folder there, and have no temporary file left if it fails."""
         view = memoryview(data).cast("B")
         folder = os.path.dirname(path)
-        self._make_folder(folder)
+        self._folders.make(folder)
         temporary = os.path.join(folder, self._temporary_name())
         try:
             try:
                 write(temporary, path, view)
             except FileNotFoundError:  # someone removed the folder since it was made: make it again
-                self._durable.clear()
-                self._make_folder(folder)
+                self._folders.forget()
+                self._folders.make(folder)
                 write(temporary, path, view)
             except OSError as exc:
-                if exc.errno not in _NO_SUCH_CALL or exc.filename not in (None, temporary) or self._unsynced:
+                if exc.errno not in NO_SUCH_CALL or exc.filename not in (None, temporary) or self._unsynced:
                     raise
                 self._discard(temporary)
                 self._without_sync(exc, lambda: write(temporary, path, view))
@@ -355,11 +371,11 @@ class LocalBackend(Backend):
     def _without_sync(self, refused: OSError, write: Callable[[], None]) -> None:
         """Write a file without making it durable, since that seems to be what was `refused`; if it works, go on so."""
         calls = self._calls
-        self._calls = UnsyncedCalls(calls)
+        self._calls = self._folders.calls = UnsyncedCalls(calls)
         try:
             write()
         except BaseException:
-            self._calls = calls
+            self._calls = self._folders.calls = calls
             raise
         logger.warning(
             "%s: this file system cannot sync a file (%s); a power cut, or the loss of the mount, may take the last "
@@ -374,12 +390,12 @@ class LocalBackend(Backend):
         except OSError as exc:
             if exc.filename != os.path.dirname(path):
                 raise
-            self._accept_unsynced(exc)
+            self._folders.accept_unsynced(exc)
 
     def _write_new(self, temporary: str, path: str, data: memoryview) -> None:
         self._calls.write_new(temporary, data)
         self._name_new(temporary, path)
-        self._sync_folder(os.path.dirname(path))
+        self._folders.sync(os.path.dirname(path))
 
     def _temporary_name(self) -> str:
         """Return a name that nobody else uses, on whatever machine; a forked child has a token of its own."""
@@ -417,7 +433,7 @@ class LocalBackend(Backend):
         try:
             self._calls.rename_new(temporary, path)
         except OSError as exc:
-            if exc.errno not in _NO_SUCH_CALL:
+            if exc.errno not in NO_SUCH_CALL:
                 raise
             raise UnsupportedOperationError(
                 exc.errno,
@@ -426,80 +442,16 @@ class LocalBackend(Backend):
                 path,
             ) from exc
 
-    def _make_folder(self, folder: str) -> None:
-        """Make a folder and those above it, and make their names durable.
-
-        One that is there already may be another process's, not yet durable: its parent is synced too, once.
-        """
-        if folder in self._durable:
-            return
-        inside = len(folder) > len(self._root)
-        parent = os.path.dirname(folder)
-        if inside:
-            self._make_folder(parent)
-            with suppress(FileExistsError, FileNotFoundError):  # what follows finds out
-                try:
-                    self._calls.make_folder(folder)
-                except OSError as exc:
-                    self._accept_unsynced(exc)
-                self._durable.add(folder)
-                return
-        made = False
-        if not self._is_folder(folder):
-            try:
-                self._calls.mkdir(folder)
-            except FileNotFoundError:
-                self._make_folder(parent)
-                self._calls.mkdir(folder)
-            except FileExistsError:
-                if not self._is_folder(folder):
-                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder) from None
-            made = True
-        try:
-            self._sync_folder(parent)
-        except PermissionError:
-            if made or inside:
-                raise  # above a root that was there before, folders need not be ours to read
-        self._durable.add(folder)
-
     def _settle(self, folder: str, verb: str, key: str) -> None:
         """Make durable what was just seen in a folder: another process may have been about to.
 
         Where that is not allowed, what is there is not this process's to write to either.
         """
         try:
-            self._sync_folder(folder)  # first: one that is not there has no name to be made durable
-            self._settle_name(folder)
+            self._folders.settle(folder)
         except OSError as exc:
             if exc.errno not in _GONE | _REFUSED:
                 raise self._error(exc, verb, key, folder) from exc
-
-    def _settle_name(self, folder: str) -> None:
-        """Make durable the names of a folder and of those above it, once each."""
-        if folder not in self._durable:
-            parent = os.path.dirname(folder)
-            if len(folder) > len(self._root):
-                self._settle_name(parent)
-            self._sync_folder(parent)
-            self._durable.add(folder)
-
-    def _sync_folder(self, folder: str) -> None:
-        try:
-            self._calls.sync_folder(folder)
-        except OSError as exc:
-            self._accept_unsynced(exc)
-
-    def _accept_unsynced(self, exc: OSError) -> None:
-        """Say once that folders cannot be synced, if that is why syncing one failed; raise `exc` if it is not."""
-        if exc.errno not in _NO_SUCH_CALL:
-            raise exc
-        if not self._folder_sync_refused:
-            self._folder_sync_refused = True
-            logger.warning(
-                "%s: this file system cannot sync a folder (%s); a power cut may undo the last seconds of writes",
-                self.url,
-                exc.strerror,
-            )
 
     # -- paths and errors ---------------------------------------------------------------------------------------------
 
@@ -517,12 +469,6 @@ class LocalBackend(Backend):
                 return False
             raise
         return True
-
-    def _is_folder(self, path: str) -> bool:
-        try:
-            return stat.S_ISDIR(self._calls.stat(path).st_mode)
-        except OSError:
-            return False  # the call that follows fails with the reason
 
     def _missing(self, key: str, path: str) -> KeyNotFoundError:
         return KeyNotFoundError(errno.ENOENT, f"{self.url}: no key {key!r}", path)

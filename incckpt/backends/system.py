@@ -118,6 +118,10 @@ class SystemCalls:
         """Make a folder."""
         os.mkdir(path)
 
+    def rmdir(self, path: str) -> None:
+        """Remove a folder, if it is empty."""
+        os.rmdir(path)
+
     def scandir(self, path: str) -> list[os.DirEntry[str]]:
         """Read a folder's entries."""
         with os.scandir(path) as entries:

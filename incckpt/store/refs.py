@@ -47,7 +47,8 @@ log = logging.getLogger(__name__)
 
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,127}")
 _REF = re.compile(r"([0-9]{6})-([0-9]{12})-([0-9a-f]{16})")
-_CONDEMNED = re.compile(r"gc/([0-9a-f]{16})/condemned")
+# The second form is that of 0.1, which left a folder behind on a local disk for every list.
+_CONDEMNED = re.compile(r"gc/([0-9a-f]{16}(?:\.|/)condemned)")
 _MAX_STEP = 10**12 - 1
 _COMMIT_TRIES = 4
 
@@ -310,11 +311,11 @@ class CondemnedLists:
     @staticmethod
     def key(name: str) -> str:
         """Where list `name` stands."""
-        return f"gc/{name}/condemned"
+        return f"gc/{name}"
 
     def put(self, keys: Iterable[str]) -> str:
         """Put a list; from then on nobody uses its keys. Returns its name."""
-        name = new_nonce()
+        name = f"{new_nonce()}.condemned"
         condemned = frozenset(keys)
         self._backend.put(self.key(name), dump_document("condemned", {"keys": sorted(condemned)}))
         self._known[name] = condemned

@@ -1,0 +1,122 @@
+"""The folders of a local store, and which of their names are known to be on the disk."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import time
+from contextlib import suppress
+
+from incckpt.backends.system import SystemCalls
+
+__all__ = ["NO_SUCH_CALL", "Folders"]
+
+logger = logging.getLogger(__name__)
+
+NO_SUCH_CALL = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+_DURABLE_SECONDS = 1800.0  # half the age at which an empty folder may be removed, and another made in its place
+
+
+class Folders:
+    """Makes folders, and makes them and what is in them durable.
+
+    Parameters
+    ----------
+    root
+        The store's folder.
+    calls
+        The system calls to use.
+    """
+
+    def __init__(self, root: str, calls: SystemCalls) -> None:
+        self._root = root
+        self.calls = calls
+        self._durable: dict[str, float] = {}  # folders whose own names were on the disk, and when
+        self._sync_refused = False
+
+    def make(self, folder: str) -> None:
+        """Make a folder and those above it, and make their names durable.
+
+        One that is there already may be another process's, not yet durable: its parent is synced too, once.
+        """
+        if self._is_durable(folder):
+            return
+        inside = len(folder) > len(self._root)
+        parent = os.path.dirname(folder)
+        if inside:
+            self.make(parent)
+            with suppress(FileExistsError, FileNotFoundError):  # what follows finds out
+                try:
+                    self.calls.make_folder(folder)
+                except OSError as exc:
+                    self.accept_unsynced(exc)
+                self._durable[folder] = time.monotonic()
+                return
+        made = False
+        if not self.is_one(folder):
+            try:
+                self.calls.mkdir(folder)
+            except FileNotFoundError:
+                self.make(parent)
+                self.calls.mkdir(folder)
+            except FileExistsError:
+                if not self.is_one(folder):
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder) from None
+            made = True
+        try:
+            self.sync(parent)
+        except PermissionError:
+            if made or inside:
+                raise  # above a root that was there before, folders need not be ours to read
+        self._durable[folder] = time.monotonic()
+
+    def forget(self) -> None:
+        """Forget which are durable: one was found missing."""
+        self._durable.clear()
+
+    def settle(self, folder: str) -> None:
+        """Make durable what is in a folder, and its name."""
+        self.sync(folder)  # first: one that is not there has no name to be made durable
+        self._settle_name(folder)
+
+    def _settle_name(self, folder: str) -> None:
+        """Make durable the names of a folder and of those above it, once each."""
+        if not self._is_durable(folder):
+            parent = os.path.dirname(folder)
+            if len(folder) > len(self._root):
+                self._settle_name(parent)
+            self.sync(parent)
+            self._durable[folder] = time.monotonic()
+
+    def _is_durable(self, folder: str) -> bool:
+        """Whether a folder's name is known to be on the disk.
+
+        For a while only: when nothing has been put into it for an hour, somebody may remove it, and make it again.
+        """
+        since = self._durable.get(folder)
+        return since is not None and time.monotonic() - since < _DURABLE_SECONDS
+
+    def sync(self, folder: str) -> None:
+        """Make durable what is in a folder, where the file system can."""
+        try:
+            self.calls.sync_folder(folder)
+        except OSError as exc:
+            self.accept_unsynced(exc)
+
+    def accept_unsynced(self, exc: OSError) -> None:
+        """Say once that folders cannot be synced, if that is why syncing one failed; raise `exc` if it is not."""
+        if exc.errno not in NO_SUCH_CALL:
+            raise exc
+        if not self._sync_refused:
+            self._sync_refused = True
+            message = "%s: this file system cannot sync a folder (%s); a power cut may undo the last seconds of writes"
+            logger.warning(message, f"file://{self._root}", exc.strerror)
+
+    def is_one(self, path: str) -> bool:
+        """Whether there is a folder at `path`."""
+        try:
+            return stat.S_ISDIR(self.calls.stat(path).st_mode)
+        except OSError:
+            return False  # the call that follows fails with the reason
