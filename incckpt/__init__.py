@@ -6,6 +6,7 @@ training loop, restores in place and prunes by policy.
 
 from incckpt import errors
 from incckpt.api import load, save
+from incckpt.collection import collect
 from incckpt.errors import IncckptError
 from incckpt.manager import CheckpointManager
 from incckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast
@@ -13,12 +14,14 @@ from incckpt.run.checkpoint import Checkpoint
 from incckpt.run.report import SaveReport
 from incckpt.run.verify import Verified, VerifyResult, verify
 from incckpt.state.rng import RngState
+from incckpt.store.plan import CollectionPlan
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Checkpoint",
     "CheckpointManager",
+    "CollectionPlan",
     "IncckptError",
     "KeepAll",
     "KeepBest",
@@ -29,6 +32,7 @@ __all__ = [
     "Verified",
     "VerifyResult",
     "__version__",
+    "collect",
     "errors",
     "load",
     "save",

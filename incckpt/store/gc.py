@@ -7,42 +7,26 @@ over read the refs again and delete what is still not needed. ``docs/safety.md``
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from incckpt.backends.base import Backend
+from incckpt.backends.base import Backend, Entry, Leftover
 from incckpt.errors import BackendError, CollectionError, CorruptionError, FormatError, KeyNotFoundError
 from incckpt.store.objects import DELTAS, OBJECTS, manifest_keys
-from incckpt.store.refs import Pin, Ref, Tombstone, create_once, list_pins, list_refs
+from incckpt.store.plan import Collected, CollectionPlan, Reason, Removal
+from incckpt.store.refs import Pin, Ref, RefName, Tombstone, create_once, list_pins, list_refs, new_nonce
 from incckpt.store.store import Store
 
-__all__ = ["STALE_SECONDS", "Collected", "Collector"]
+__all__ = ["STALE_SECONDS", "Collector"]
 
 log = logging.getLogger(__name__)
 
 STALE_SECONDS = 3600.0
+PROBES = "probe/"
 
 _TOMBSTONES = frozenset(tombstone.value for tombstone in Tombstone)
-
-
-@dataclass
-class Collected:
-    """What a collection did.
-
-    Attributes
-    ----------
-    deleted
-        Keys of the objects deleted.
-    waiting
-        How many condemned keys wait for saves in flight to end.
-    leftovers
-        How many temporary files and unfinished uploads of dead processes were removed.
-    """
-
-    deleted: set[str] = field(default_factory=set)
-    waiting: int = 0
-    leftovers: int = 0
 
 
 @dataclass
@@ -91,6 +75,7 @@ class Collector:
         # How many refs need a key, as far as `_needs` goes: of any run, and by run.
         self._users: Counter[str] = Counter()
         self._users_in: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._shared: dict[str, str] = {}  # each key once: every manifest brings strings of its own
         self._buried: set[str] = set()  # keys of refs where a tombstone was seen
         self._lists: dict[str, _List] = {}
         self._looked = False
@@ -110,6 +95,7 @@ class Collector:
 
     def _know(self, ref_key: str, keys: frozenset[str]) -> None:
         self._drop(ref_key)
+        keys = frozenset(self._shared.setdefault(key, key) for key in keys)
         self._needs[ref_key] = keys
         for users in (self._users, self._users_in[_run_of(ref_key)]):
             users.update(keys)
@@ -121,6 +107,9 @@ class Collector:
                 users[key] -= 1
                 if not users[key]:
                     del users[key]
+        for key in keys:
+            if key not in self._users:
+                del self._shared[key]
 
     def expired(self, ref_keys: Iterable[str]) -> None:
         """Take note that these refs need nothing any more."""
@@ -166,7 +155,12 @@ class Collector:
             return False
 
     def _refuse(self, ref_key: str, error: Exception) -> CollectionError:
-        advice = "update incckpt" if isinstance(error, FormatError) else "delete that checkpoint if it is lost"
+        advice = "update incckpt"
+        _, run, name = ref_key.split("/", 2)
+        ref = RefName.parse(name)
+        if ref is not None and not isinstance(error, FormatError):
+            manager = f"CheckpointManager({self._backend.url!r}, run={run!r})"
+            advice = f"if that checkpoint is lost, delete it: {manager}.delete({ref.step})"
         return CollectionError(
             f"nothing was collected at {self._backend.url}: what {ref_key} needs is not known ({error}); {advice}"
         )
@@ -183,6 +177,12 @@ class Collector:
                 )
             (buried if tombstone else live).add(key)
         for key in self._needs.keys() - live:
+            # Pruned by another process, or left out by something that answers in the server's place.
+            if key not in buried and self._stands(key):
+                raise CollectionError(
+                    f"nothing was collected at {self._backend.url}: {key} is there, and a listing left it out. Does a "
+                    "proxy or a cache stand between?"
+                )
             self._drop(key)
         # Of tombstones the listing only tells the size; a damaged ref is none.
         unknown = sorted((live - self._needs.keys()) | (buried - self._buried))
@@ -228,6 +228,8 @@ class Collector:
         self._lists[name] = _List(keys, takes_over=takes_over or {})
         self._fresh = self._store.condemned.key(name)
 
+    # -- the whole store
+
     def sweep(self, *, min_age: float = 0.0) -> Collected:
         """Collect in the whole store: what killed saves, killed collectors and lost pins have left, too.
 
@@ -239,49 +241,114 @@ class Collector:
         Raises
         ------
         CollectionError
-            If a ref or manifest is unreadable; nothing was deleted.
+            If a ref, manifest or list is unreadable; nothing was deleted.
+        """
+        done = self.carry_out(self.plan(min_age=min_age)).done
+        assert done is not None
+        return done
+
+    def plan(self, *, min_age: float = 0.0, clock: Callable[[], float] | None = None) -> CollectionPlan:
+        """Find out what a collection of the whole store would delete now.
+
+        Parameters
+        ----------
+        min_age
+            Leave objects younger than this, in seconds.
+        clock
+            To measure ages by, in seconds since the epoch. By default it is the server's, whose time is found out by
+            putting a key and deleting it; with a clock, nothing is written.
+
+        Raises
+        ------
+        CollectionError
+            If a ref, manifest or list is unreadable.
         """
         self._look()  # what cannot be collected should be known before everything is listed
-        others = {name: keys for name, keys in self._store.condemned.read().items() if name not in self._lists}
-        now = self._server_time() if min_age > 0 else None
-        there: dict[str, float | None] = {}
-        for space in (OBJECTS, DELTAS):
-            there.update((entry.key, entry.modified) for entry in self._backend.list(space))
-        # In this order: whose save is over by the time the pins are listed has a ref to be seen.
-        in_flight = self._in_flight()
+        try:
+            lists = self._store.condemned.read()
+        except (CorruptionError, FormatError) as error:
+            raise CollectionError(
+                f"nothing was collected: {error}. If no other process collects at {self._backend.url}, remove that list"
+            ) from error
+        others = {name: keys for name, keys in lists.items() if name not in self._lists}
+        there = {entry.key: entry for space in (OBJECTS, DELTAS) for entry in self._backend.list(space)}
+        pins, waiting = self._pins()
+        leftovers = self._leftovers()
+        now = None
+        if min_age > 0 or waiting or leftovers:
+            now = self._server_time() if clock is None else clock()
+        stale = [pin for pin in waiting if self._is_stale(pin, now)]
+        in_flight = frozenset(pin.ref_key for pin in waiting) - {pin.ref_key for pin in stale}
         under_way = frozenset(ref_key.rpartition("-")[2] for ref_key in in_flight)
-
-        def is_garbage(key: str) -> bool:
-            modified = there[key]
-            old = now is None or modified is None or now - modified >= min_age
-            # What a save in flight has put would be spared anyway; condemning it would make the next one put it again.
-            return old and key not in self._users and key.rpartition(".")[2] not in under_way
-
-        garbage = {key for key in there if is_garbage(key)}
         still = {name: keys & there.keys() for name, keys in others.items()}
-        for keys in still.values():
-            garbage.update(key for key in keys if key not in self._users)
-        if garbage:
-            self._put_list(frozenset(garbage), {name: keys for name, keys in still.items() if keys})
+        condemned = {key for keys in still.values() for key in keys if key not in self._users}
+        # What a save in flight has put would be spared anyway; condemning it would make the next one put it again.
+        garbage = {
+            key for key in there if key not in self._users and key.rpartition(".")[2] not in under_way
+        } - condemned
+        young = {key for key in garbage if now is not None and min_age > _age(there[key], now)}
+        doomed = [
+            *_removals(Reason.UNREFERENCED, (there[key] for key in garbage - young), now),
+            *_removals(Reason.CONDEMNED, (there[key] for key in condemned), now),
+            *_removals(Reason.STALE_PIN, stale, now),
+            *_removals(Reason.FINISHED_PIN, (pin for pin in pins if pin not in waiting), now),
+            *(
+                Removal(self._store.condemned.key(name), Reason.LIST)
+                for name, keys in still.items()
+                if keys.isdisjoint(self._users)
+            ),
+            *_removals(Reason.LEFTOVER, (item for item in leftovers if self._is_stale(item, now)), now),
+        ]
+        return CollectionPlan(
+            self._backend.url,
+            tuple(doomed),
+            in_flight,
+            min_age,
+            len(young),
+            sum(there[key].size for key in young),
+            still,
+        )
+
+    def carry_out(self, plan: CollectionPlan) -> CollectionPlan:
+        """Delete what a plan says, as far as no checkpoint needs it by now and no save in flight may rely on it.
+
+        Raises
+        ------
+        CollectionError
+            If a ref or manifest is unreadable; nothing was deleted.
+        """
+        self._over = []
+        if plan.objects:
+            self._put_list(plan.objects, {name: keys for name, keys in plan.lists.items() if keys})
+        elif not self._lists and plan.of(Reason.STALE_PIN, Reason.FINISHED_PIN):
+            self._in_flight()
         collected = self.finish()
-        spent = [self._store.condemned.key(name) for name, keys in still.items() if not keys] + self._over
+        spent = [self._store.condemned.key(name) for name, keys in plan.lists.items() if not keys] + self._over
         if spent:
             self._discard(spent)
-        self._remove_leftovers(collected)
-        return collected
+        self._remove_leftovers(plan.of(Reason.LEFTOVER), collected)
+        return replace(plan, done=collected)
 
-    def _remove_leftovers(self, collected: Collected) -> None:
-        """Remove temporary files and unfinished uploads that nobody can be at any more."""
+    def _leftovers(self) -> list[Entry | Leftover]:
+        """Return temporary files, unfinished uploads and the like, of living processes too."""
         try:
-            leftovers = list(self._backend.leftovers())
-            now = self._server_time() if leftovers else None
-            for leftover in leftovers:
-                if now is None or leftover.modified is None or now - leftover.modified < self._stale_seconds:
-                    continue
-                self._backend.remove_leftover(leftover)
+            return [*self._backend.leftovers(), *self._backend.list(PROBES)]
+        except BackendError as error:
+            log.warning("could not look for temporary files or unfinished uploads of dead processes: %s", error)
+            return []
+
+    def _remove_leftovers(self, removals: Iterable[Removal], collected: Collected) -> None:
+        try:
+            for removal in removals:
+                if removal.name.startswith(PROBES):
+                    self._backend.delete([removal.name])
+                else:
+                    self._backend.remove_leftover(Leftover(removal.name, None))
                 collected.leftovers += 1
         except BackendError as error:
             log.warning("could not remove temporary files or unfinished uploads of dead processes: %s", error)
+
+    # -- what is condemned
 
     def finish(self) -> Collected:
         """Delete what the own lists condemn and no checkpoint needs, as far as no save in flight may rely on it.
@@ -319,20 +386,29 @@ class Collector:
 
         Of every other save that was pinned it is known by now whether it was committed, and what it needs.
         """
-        pins = list_pins(self._backend)
-        existing = self._look()  # after the pins: a save that ends in between has a ref here
-        waiting = [pin for pin in pins if pin.ref_key not in existing]
+        pins, waiting = self._pins()
         given_up = self._give_up_stale(waiting) if waiting else set()
         in_flight = frozenset(pin.ref_key for pin in waiting if pin.ref_key not in given_up)
         self._over = [pin.key for pin in pins if pin.ref_key not in in_flight]
         return in_flight
+
+    def _pins(self) -> tuple[list[Pin], list[Pin]]:
+        """Return all pins, and those whose refs do not exist: of saves in flight, or of killed ones."""
+        # List pins before refs: a save that ends in between has a ref by then.
+        pins = list_pins(self._backend)
+        existing = self._look()
+        return pins, [pin for pin in pins if pin.ref_key not in existing]
+
+    def _is_stale(self, item: Pin | Entry | Leftover, now: float | None) -> bool:
+        """Whether nobody has touched a pin or a leftover for so long that its process is taken for dead."""
+        return now is not None and item.modified is not None and now - item.modified >= self._stale_seconds
 
     def _give_up_stale(self, pins: Iterable[Pin]) -> set[str]:
         """Abort saves without a heartbeat; return the keys of their refs."""
         now = self._server_time()
         given_up: set[str] = set()
         for pin in pins:
-            if now is None or pin.modified is None or now - pin.modified < self._stale_seconds:
+            if not self._is_stale(pin, now):
                 continue
             log.warning("giving up the save of step %d in run %r: no heartbeat", pin.name.step, pin.run)
             if create_once(self._backend, pin.ref_key, Tombstone.ABORTED.value) is not None:
@@ -348,14 +424,27 @@ class Collector:
                 return self._backend.head(fresh).modified
             except KeyNotFoundError:
                 pass  # pruned by a successor
-        key = self._store.condemned.key(self._store.condemned.put(()))
+        key = f"{PROBES}{new_nonce()}"
+        self._backend.put(key, b"what time is it?")
         try:
             modified = self._backend.head(key).modified
         except KeyNotFoundError:
-            return None  # another collector has swept it up, an empty list; the next turn asks again
+            return None  # another collector took it for a leftover; the next turn asks again
         self._backend.delete([key])
         return modified
 
 
 def _run_of(ref_key: str) -> str:
     return ref_key.split("/")[1]
+
+
+def _age(item: Entry | Pin | Leftover, now: float) -> float:
+    """Seconds since `item` was changed; infinite where the server does not tell."""
+    return math.inf if item.modified is None else now - item.modified
+
+
+def _removals(reason: Reason, items: Iterable[Entry | Pin | Leftover], now: float | None) -> Iterator[Removal]:
+    for item in items:
+        name = item.name if isinstance(item, Leftover) else item.key
+        age = None if now is None or item.modified is None else now - item.modified
+        yield Removal(name, reason, item.size if isinstance(item, Entry) else None, age)

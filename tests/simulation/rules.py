@@ -534,10 +534,10 @@ RULES: dict[str, Rule] = {
         [
             Edit(
                 Collector,
-                "sweep",
+                "carry_out",
                 """
                 - collected = self.finish()
-                + collected = self.finish(in_flight)
+                + collected = self.finish(plan.in_flight)
                 """,
             ),
             Edit(
@@ -557,10 +557,10 @@ RULES: dict[str, Rule] = {
         [
             Edit(
                 Collector,
-                "_in_flight",
+                "_pins",
                 """
                 - pins = list_pins(self._backend)
-                - existing = self._look()  # after the pins: a save that ends in between has a ref here
+                - existing = self._look()
                 + existing = self._look()
                 + pins = list_pins(self._backend)
                 """,
@@ -572,9 +572,9 @@ RULES: dict[str, Rule] = {
         [
             Edit(
                 Collector,
-                "_in_flight",
+                "_pins",
                 """
-                - existing = self._look()  # after the pins: a save that ends in between has a ref here
+                - existing = self._look()
                 + existing = {key for _, _, key, _ in list_refs(self._backend)}
                 """,
             )
@@ -643,7 +643,7 @@ RULES: dict[str, Rule] = {
         [
             Edit(
                 Collector,
-                "sweep",
+                "plan",
                 """
                 - still = {name: keys & there.keys() for name, keys in others.items()}
                 + still = {name: frozenset() for name, keys in others.items()}
@@ -656,10 +656,13 @@ RULES: dict[str, Rule] = {
         [
             Edit(
                 Collector,
-                "sweep",
+                "carry_out",
                 """
-                - garbage.update(key for key in keys if key not in self._users)
-                + self._backend.delete([key for key in keys if key not in self._users])
+                - self._over = []
+                + self._over = []
+                + condemned = {removal.name for removal in plan.of(Reason.CONDEMNED)}
+                + self._backend.delete(condemned)
+                + plan = replace(plan, removals=tuple(r for r in plan.removals if r.name not in condemned))
                 """,
             )
         ],

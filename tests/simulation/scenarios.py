@@ -11,7 +11,7 @@ from incckpt.testing.exploration import Explored, Explorer
 from incckpt.testing.simulation import Program, Server, run_alone
 from tests.simulation.world import Promises, collector, deleter, reader, saver
 
-TIMED = ("pins/", "gc/", "refs/")
+TIMED = ("pins/", "gc/", "refs/", "probe/")
 
 
 @dataclass(frozen=True)

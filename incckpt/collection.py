@@ -1,0 +1,97 @@
+"""`collect`: frees what no checkpoint of a store needs, planned first and carried out on demand."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from numbers import Real
+from typing import Any
+
+from incckpt.backends.base import Backend, redact
+from incckpt.errors import CollectionError, OptionError
+from incckpt.store.gc import Collector
+from incckpt.store.location import locate
+from incckpt.store.plan import CollectionPlan
+from incckpt.store.store import Store
+
+__all__ = ["collect"]
+
+
+def collect(
+    url: str | os.PathLike[str] | Backend,
+    *,
+    dry_run: bool = True,
+    min_age: float = 3600.0,
+    storage_options: Mapping[str, Any] | None = None,
+) -> CollectionPlan:
+    """Find what no checkpoint of a store needs, whichever the run, and with ``dry_run=False`` delete it.
+
+    Managers collect what they prune by themselves. This is for what else there is: objects of saves that were killed,
+    of runs that nobody goes on with, lists of collectors that were killed, temporary files, unfinished uploads. Writers
+    and readers of the store need not stop.
+
+    Parameters
+    ----------
+    url
+        Of the store, without a fragment: a collection concerns all of its runs. Or a `Backend`, which stays open.
+    dry_run
+        Whether to leave it at the plan. Nothing is written then.
+    min_age
+        Leave objects younger than this, in seconds. Safety does not depend on it. Ages are by the server's clock; those
+        of a dry run by this machine's, since the server's takes a put to find out.
+    storage_options
+        For fsspec.
+
+    Returns
+    -------
+    CollectionPlan
+        What would be deleted, or was, and why; ``print`` it.
+
+    Raises
+    ------
+    OptionError
+        If an argument is not usable.
+    StoreNotFoundError
+        If there is no store at `url`.
+    CollectionError
+        If it cannot be told what is needed: a checkpoint is unreadable, which the message names. Or if the store cannot
+        create exclusively, so that it cannot be told whether a save in flight is over. Nothing was deleted.
+    ReadOnlyError
+        If the store cannot be written, unless `dry_run`.
+    BackendError
+        If a request failed; collecting again goes on where it stopped.
+
+    Examples
+    --------
+    >>> import incckpt, tempfile, torch
+    >>> store = tempfile.mkdtemp()
+    >>> checkpoint = incckpt.save({"w": torch.zeros(3)}, store)
+    >>> len(incckpt.collect(store).removals)
+    0
+    """
+    location = locate(url)
+    if location.named or location.step is not None:
+        raise OptionError(f"{redact(location.store)}: a collection concerns the whole store; leave out the '#…'")
+    if not isinstance(dry_run, bool):
+        raise OptionError(f"dry_run must be True or False, not {dry_run!r}")
+    if isinstance(min_age, bool) or not isinstance(min_age, Real) or not 0 <= min_age < math.inf:
+        raise OptionError(f"min_age must be a number of seconds, 0 or more, not {min_age!r}")
+    with ExitStack() as stack:
+        if isinstance(url, Backend):
+            store = Store(url)
+        else:
+            store = stack.enter_context(Store.open(location.store, storage_options))
+        store.check()
+        collector = Collector(store)
+        if dry_run:
+            return collector.plan(min_age=min_age, clock=time.time)
+        store.create()
+        if not store.backend.exclusive:
+            raise CollectionError(
+                f"nothing was collected at {store.backend.url}: without exclusive creation it cannot be told whether a "
+                "save in flight is over"
+            )
+        return collector.carry_out(collector.plan(min_age=min_age))
