@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from incckpt.errors import PickleRefusedError, StateError
 from incckpt.state.entries import Json, TensorEntry, range_kinds
@@ -260,7 +261,24 @@ def _tensor_subclass(tensor: torch.Tensor) -> str:
             return f"a {name} has no data; save outside of FakeTensorMode"
         case "NestedTensor":
             return f"a {name} cannot be saved; save a list of its components: tensor.unbind()"
-    return f"tensor subclass {name} cannot be saved; save a plain tensor: tensor.as_subclass(torch.Tensor)"
+    advice = []
+    if type(tensor).dequantize is not torch.Tensor.dequantize:
+        advice.append("save tensor.dequantize()")
+    if is_traceable_wrapper_subclass(tensor):
+        inner, _ = tensor.__tensor_flatten__()
+        advice.append(f"save the tensors that it consists of: {', '.join(f'tensor.{name}' for name in inner)}")
+    if not advice and _has_plain_memory(tensor):
+        advice.append("save a plain tensor: tensor.as_subclass(torch.Tensor)")
+    return f"tensor subclass {name} cannot be saved; {', or '.join(advice) or 'save the tensors that it consists of'}"
+
+
+def _has_plain_memory(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor.as_subclass(torch.Tensor)`` is a tensor that can be saved."""
+    try:
+        TensorTable().add_torch(tensor.as_subclass(torch.Tensor), "")
+    except (StateError, RuntimeError, TypeError):  # what the class makes of it
+        return False
+    return True
 
 
 def _unknown(value: object) -> str:

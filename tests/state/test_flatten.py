@@ -481,6 +481,38 @@ class Half:
         return {}
 
 
+class Opaque(torch.Tensor):
+    """A tensor that keeps its data in others, and does not say in which."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape)
+
+    def __init__(self, codes: torch.Tensor) -> None:
+        self.codes, self.scale = codes, torch.ones(())
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise NotImplementedError(func)
+
+
+class Quantized(Opaque):
+    """One that says so, as torchao's do."""
+
+    def __tensor_flatten__(self) -> Any:
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: Any, *_: Any) -> Any:
+        return cls(inner["codes"])
+
+    def dequantize(self) -> torch.Tensor:
+        return self.codes * self.scale
+
+
 class Sub(torch.Tensor):
     pass
 
@@ -553,7 +585,9 @@ REFUSED: list[tuple[str, Callable[[], Any], str, str]] = [
     ("nested", lambda: nested_tensor(torch.strided), "", "unbind"),
     ("jagged", lambda: nested_tensor(torch.jagged), "", "unbind"),
     ("fake", fake, "", "FakeTensorMode"),
-    ("subclass", lambda: torch.zeros(3).as_subclass(Sub), "", "Sub cannot be saved"),
+    ("subclass", lambda: torch.zeros(3).as_subclass(Sub), "", r"Sub cannot be saved.*as_subclass\(torch.Tensor\)"),
+    ("wrapper", lambda: Quantized(torch.ones(3)), "", r"save tensor.dequantize\(\), or .*: tensor.codes, tensor.scale"),
+    ("opaque", lambda: Opaque(torch.ones(3)), "", "Opaque cannot be saved; save the tensors that it consists of"),
     ("lazy", lambda: torch.nn.LazyLinear(3), ".state_dict()['weight']", "run the module once"),
     ("freed", freed, "", "freed"),
     ("freed-half", freed_but_for_the_beginning, "", "freed"),
