@@ -38,6 +38,7 @@ from incckpt.state.targets import (
     load_and_compare,
     loads_only_itself,
     renaming,
+    state_tensors,
     torch_module_tensors,
 )
 from incckpt.state.tree import (
@@ -387,7 +388,12 @@ class Assignment:
                 self._match_optimizer(tree, target, at)
 
         def restore() -> Any:
-            load(target, builder.value(tree), at.path)
+            try:
+                load(target, builder.value(tree), at.path)
+            except RuntimeError as error:
+                if isinstance(target, torch.nn.Module) and (hint := _renaming(tree, target)):
+                    error.add_note(hint)
+                raise
             return target
 
         if isinstance(target, RngState):
@@ -418,8 +424,7 @@ class Assignment:
                 assert isinstance(node, TensorRef)
                 writes.append(self._write(node.index, tensor))
         unexpected = [str(name) for name in stored]
-        hint = renaming([str(name) for name, _ in tree.items], list(tensors)) if missing and unexpected else ""
-        if hint:
+        if missing and unexpected and (hint := _renaming(tree, module)):
             self._problems.append(f"{at.path}: {hint}")
         if missing:
             self._problems.append(f"{at.path}: not in the checkpoint: {_listing(missing)}")
@@ -472,6 +477,10 @@ class Assignment:
                 f"has stride {tuple(stride)} here, so that elements share memory, and {entry.stride} in the checkpoint"
             )
         return ""
+
+
+def _renaming(tree: Tree, module: torch.nn.Module) -> str:
+    return renaming([str(name) for name, _ in children(tree)], [name for name, _ in state_tensors(module)])
 
 
 def _listing(names: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "loads_by",
     "loads_only_itself",
     "renaming",
+    "state_tensors",
     "tensors_in",
     "torch_module_tensors",
 ]
@@ -95,17 +97,18 @@ def torch_module_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor] | N
         ``None`` if anything in the tree of modules takes part in loading: an override, a hook, extra state, a tensor
         of a class of its own. Then only ``load_state_dict`` can tell what becomes of a checkpoint.
     """
-    found: dict[str, torch.Tensor] = {}
+    if not all(_is_untouched(part) for _, part in _parts(module, "")):
+        return None
+    found = dict(state_tensors(module))
+    return found if all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in found.values()) else None
+
+
+def state_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parameters and persistent buffers of a module under the names that torch's ``state_dict()`` gives."""
     for prefix, part in _parts(module, ""):
-        if not _is_untouched(part):
-            return None
-        buffers = {name: item for name, item in part._buffers.items() if name not in part._non_persistent_buffers_set}
-        for name, tensor in (*part._parameters.items(), *buffers.items()):
-            if tensor is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-                return None
-            if tensor is not None:
-                found[prefix + name] = tensor
-    return found
+        for name, tensor in chain(part._parameters.items(), part._buffers.items()):
+            if tensor is not None and name not in part._non_persistent_buffers_set:
+                yield prefix + name, tensor
 
 
 def _parts(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -573,4 +574,9 @@ def test_prefixes_get_a_hint(saved: str, here: str, message: str) -> None:
 
     with pytest.raises(StateMismatchError, match=message):
         Stored({"model": make(saved)}).restore({"model": make(here)})
+    hooked = make(here)
+    hooked.register_load_state_dict_post_hook(lambda module, keys: None)  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError) as caught:  # torch's own refusal; the hint comes along
+        Stored({"model": make(saved)}).restore({"model": hooked})
+    assert any(re.search(message, note) for note in caught.value.__notes__)
     Stored({"model": make(saved)}).restore({"model": make(saved)})
