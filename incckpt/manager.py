@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,6 @@ from incckpt.backends.base import Backend
 from incckpt.errors import (
     BacklogFullError,
     IncckptError,
-    ManagerClosedError,
     OptionError,
     ReadOnlyError,
     SaveError,
@@ -25,6 +23,7 @@ from incckpt.errors import (
 )
 from incckpt.retention import Mode, Policy, policy_of
 from incckpt.run.attempt import Attempt, refuse_other_ranks
+from incckpt.run.calls import OneAtATime
 from incckpt.run.checkpoint import Checkpoint, checked_metrics
 from incckpt.run.choose import Which, checked_which, not_found
 from incckpt.run.queue import BackgroundQueue
@@ -166,11 +165,9 @@ class CheckpointManager:
         )
         self._attempt: Attempt | None = None
         self._last_step: int | None = None
-        self._in_use = threading.RLock()  # one save or restore at a time
         self._queue = BackgroundQueue(max_pending, f"incckpt-save-{self._run_name}")
+        self._calls = OneAtATime(self._queue.works_here)
         self._error: BaseException | None = None
-        self._closed = False
-        self._pid = os.getpid()
         self._reports: deque[SaveReport] = deque(maxlen=_HISTORY)
 
     # -- restoring
@@ -205,7 +202,7 @@ class CheckpointManager:
         StateMismatchError
             If the checkpoint does not fit `app`.
         """
-        with self._in_use:
+        with self._calls.call():
             found = self._go_on_from(
                 step,
                 lambda reader, manifest: restore_into(
@@ -253,7 +250,7 @@ class CheckpointManager:
         ...     [checkpoint.step for checkpoint in manager.checkpoints()]
         [1, 2]
         """
-        with self._in_use:
+        with self._calls.call():
             found = self._go_on_from(
                 step,
                 lambda reader, manifest: load_state(
@@ -272,7 +269,6 @@ class CheckpointManager:
             return found[1]
 
     def _go_on_from(self, step: Which | None, read: Callable[[Reader, Manifest], _T]) -> tuple[RefName, _T] | None:
-        self._check_usable()
         checked_which(step)
         self.wait()
         attempt = None if self.read_only else self._new_attempt()
@@ -310,7 +306,8 @@ class CheckpointManager:
         Returns
         -------
         Future[Checkpoint]
-            Resolves when the checkpoint is durable and committed; raises what went wrong.
+            Resolves when the checkpoint is durable and committed; raises what went wrong. It can be awaited
+            (`asyncio.wrap_future`) and has no effect when cancelled: the save is made.
 
         Raises
         ------
@@ -325,8 +322,7 @@ class CheckpointManager:
         """
         if self.read_only:
             raise ReadOnlyError("this manager is read-only; saving needs one without read_only=True")
-        with self._in_use:
-            self._check_usable()
+        with self._calls.call():
             self._raise_error()
             step = checked_step(step)
             numbers = checked_metrics(metrics)
@@ -334,6 +330,7 @@ class CheckpointManager:
             attempt.check_step(step, self._last_step)
             report = SaveReport(step=step)
             future: Future[Checkpoint] = Future()
+            future.set_running_or_notify_cancel()  # a save is made as it was asked for: cancel() has no effect
             if self._skip_backlog and self._queue.full:
                 log.warning("step %d was skipped: as many saves as may wait are being written still", step)
                 future.set_exception(
@@ -380,12 +377,14 @@ class CheckpointManager:
         assert attempt is not None
         try:
             ref = attempt.write(make_snapshot(), report)
-        except BaseException as error:  # noqa: BLE001 -- goes to the trainer: by the future, and by the next call
+        except BaseException as error:
             log.error("saving step %d failed: %s", report.step, error)
             if self._last_step == report.step:
                 self._last_step = attempt.last_step  # it may be tried again
             self._error = error
             future.set_exception(error)
+            if isinstance(error, KeyboardInterrupt):
+                raise  # saved in the foreground, see BackgroundQueue
         else:
             self._reports.append(report)
             self._base.trim(report.changed_bytes)
@@ -415,8 +414,7 @@ class CheckpointManager:
         """
         if self.read_only:
             raise ReadOnlyError("this manager is read-only; deleting needs one without read_only=True")
-        with self._in_use:
-            self._check_usable()
+        with self._calls.call():
             self.wait()
             attempt = self._attempt or self._continue_latest()
             deleted = attempt.delete(checked_step(step))
@@ -475,15 +473,15 @@ class CheckpointManager:
         SaveError, SupersededError
             If a save failed that nobody has heard of yet.
         """
-        if self._closed:
+        if self._calls.closed or self._calls.forked:  # what there is to let go of is the parent's
             return
-        if os.getpid() == self._pid:
+        with self._calls.call():
             self._queue.stop()
             if self._attempt is not None:
                 self._attempt.close()
             self._view.close()
             self._store.close()
-        self._closed = True
+            self._calls.closed = True
         self._raise_error()
 
     def __enter__(self) -> Self:
@@ -501,9 +499,3 @@ class CheckpointManager:
 
     def __repr__(self) -> str:
         return f"CheckpointManager({self._store.backend.url!r}, run={self._run_name!r})"
-
-    def _check_usable(self) -> None:
-        if self._closed:
-            raise ManagerClosedError("this manager is closed")
-        if os.getpid() != self._pid:
-            raise ManagerClosedError("this manager belongs to the process that this one was forked from; make one here")

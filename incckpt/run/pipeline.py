@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 __all__ = ["LOCAL_REQUESTS", "REMOTE_REQUESTS", "Pipeline"]
 
@@ -79,7 +79,7 @@ class Pipeline:
                 if errors:
                     self._release(nbytes)
                     break
-                under_way.append(self._workers.submit(guarded, item, nbytes))
+                under_way.append(_submit(self._workers, guarded, item, nbytes))
             wait(under_way)
         except BaseException as error:
             errors.append(error)
@@ -102,7 +102,7 @@ class Pipeline:
             if self._requests is None:
                 self._requests = ThreadPoolExecutor(self._size, f"{self._name}-request")
             requests = self._requests
-        under_way = [requests.submit(function, item) for item in items]
+        under_way = [_submit(requests, function, item) for item in items]
         wait(under_way)
         return [future.result() for future in under_way]
 
@@ -122,3 +122,25 @@ class Pipeline:
         with self._freed:
             self._used -= nbytes
             self._freed.notify_all()
+
+
+def _submit(pool: ThreadPoolExecutor, function: Callable[..., _R], *arguments: Any) -> Future[_R]:
+    """Submit a call to a pool; call here if it takes none: at a limit on threads, or when the interpreter exits."""
+    turns = iter([function])
+
+    def call_once() -> Any:  # a pool that could not start a thread may still get round to it
+        return next(turns, _nothing)(*arguments)
+
+    try:
+        return pool.submit(call_once)
+    except RuntimeError:
+        done: Future[_R] = Future()
+        try:
+            done.set_result(call_once())
+        except Exception as error:  # noqa: BLE001 -- as the pool does
+            done.set_exception(error)
+        return done
+
+
+def _nothing(*arguments: object) -> None:
+    """Stand in for a call that was made."""

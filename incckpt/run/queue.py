@@ -1,19 +1,27 @@
-"""A bounded queue of jobs and the one thread that does them, finished even when the interpreter exits."""
+"""A bounded queue of jobs, done one after the other in the background, and finished even when the interpreter exits."""
 
 from __future__ import annotations
 
 import concurrent.futures.thread  # noqa: F401 -- has to be imported before _register_atexit is called below
+import logging
 import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
 
+from incckpt.errors import ManagerClosedError, SaveError
+
 __all__ = ["BackgroundQueue"]
+
+log = logging.getLogger(__name__)
 
 
 class BackgroundQueue:
-    """Does jobs one after the other in a thread of its own.
+    """Does jobs one after the other in a thread, which lives as long as there are jobs.
+
+    Every job that was put is done, and every wait ends: where no thread can be started (a limit on them, an interpreter
+    that exits), the thread that puts or waits does the jobs itself.
 
     Parameters
     ----------
@@ -26,75 +34,136 @@ class BackgroundQueue:
     def __init__(self, max_pending: int, name: str) -> None:
         self._max_pending = max_pending
         self._name = name
-        self._jobs: deque[Callable[[], None]] = deque()
-        self._unfinished = 0
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._stopping = False
-        self._pid = os.getpid()
+        self._stopped = False
+        self._reset()
         _queues.add(self)
+
+    def _reset(self) -> None:
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._doing: int | None = None  # the thread that does a job now
+        self._changed = threading.Condition()
+
+    def works_here(self) -> bool:
+        """Return whether it is this thread that does a job now."""
+        return self._doing == threading.get_ident()
 
     @property
     def full(self) -> bool:
         """Whether a job would have to wait for room now."""
         with self._changed:
-            return self._unfinished >= self._max_pending
+            return self._unfinished() >= self._max_pending
 
     def wait_for_room(self) -> None:
         """Wait until there is room for a job."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._unfinished < self._max_pending)
+        self._wait_until(lambda: self._unfinished() < self._max_pending)
 
     def put(self, job: Callable[[], None]) -> None:
-        """Add a job, which has to deal with its own errors; there must be room."""
+        """Add a job, which has to deal with its own errors; there must be room.
+
+        Raises
+        ------
+        ManagerClosedError
+            If the queue was stopped.
+        """
         with self._changed:
-            assert self._unfinished < self._max_pending
-            self._unfinished += 1
+            if self._stopped:
+                raise ManagerClosedError("this manager was closed while a save was being made; it is not saved")
+            assert self._unfinished() < self._max_pending
             self._jobs.append(job)
-            self._changed.notify_all()
-        if self._thread is None:
-            # A daemon, since the interpreter waits for other threads before it lets anybody finish what is pending.
-            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            self._thread.start()
+        if not self._start_thread():
+            self.wait()
 
     def wait(self) -> None:
-        """Wait until every job is done."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._unfinished)
+        """Wait until every job is done.
+
+        Raises
+        ------
+        SaveError
+            If it is a job, or what a job calls, that would wait for itself.
+        """
+        self._wait_until(lambda: not self._unfinished())
 
     def stop(self) -> None:
-        """Finish the jobs, and let go of the thread. A process forked from the queue's has neither."""
-        if os.getpid() == self._pid:
-            self.wait()
-            with self._changed:
-                self._stopping = True
-                self._changed.notify_all()
-            if self._thread is not None:
-                self._thread.join()
+        """Take no more jobs, and finish those that there are."""
+        with self._changed:
+            self._refuse_here()
+            self._stopped = True
+        self.wait()
         _queues.discard(self)
 
-    def _work(self) -> None:
+    def _refuse_here(self) -> None:
+        if self.works_here():
+            raise SaveError("a callback of a save's future would wait for that save: call in another thread")
+
+    def _unfinished(self) -> int:
+        return len(self._jobs) + (self._doing is not None)
+
+    def _wait_until(self, done: Callable[[], bool]) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._stopping)
-                if not self._jobs:
+                if done():
+                    return
+                self._refuse_here()
+                if self._doing is not None:
+                    self._changed.wait()
+                    continue
+            # Jobs, and nobody at work: a thread is about to begin, or could not be started.
+            if not self._start_thread():
+                self._work()
+                continue
+            with self._changed:
+                self._changed.wait_for(lambda: done() or self._doing is not None)
+
+    def _start_thread(self) -> bool:
+        """Start a thread that does the jobs, unless there is one; return whether there is."""
+        with self._changed:
+            if self._doing is not None or not self._jobs:
+                return not _exiting
+        if _exiting:
+            return False
+        try:
+            # A daemon: the interpreter waits for other threads before it lets anyone finish what is pending.
+            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+        except RuntimeError as error:
+            log.warning("no thread can be started (%s): saving in the foreground", error)
+            return False
+        return True
+
+    def _work(self) -> None:
+        """Do jobs until there are none, or another thread does them."""
+        while True:
+            with self._changed:
+                if self._doing is not None or not self._jobs:
                     return
                 job = self._jobs.popleft()
-            job()
-            del job  # what it held goes back to its pool before the next is waited for
-            with self._changed:
-                self._unfinished -= 1
+                self._doing = threading.get_ident()
                 self._changed.notify_all()
+            try:
+                job()
+            finally:
+                del job  # what it held goes back to its pool before the next is waited for
+                with self._changed:
+                    self._doing = None
+                    self._changed.notify_all()
 
 
 _queues: weakref.WeakSet[BackgroundQueue] = weakref.WeakSet()
+_exiting = False
 
 
 def _finish_all() -> None:
+    global _exiting
+    _exiting = True  # from here on, saves of other threads and of atexit handlers are made in the foreground
     for queue in list(_queues):
-        queue.stop()
+        queue.wait()
+
+
+def _forget_all() -> None:
+    for queue in list(_queues):
+        queue._reset()  # the jobs are the parent's, and a thread of its may have held the lock
 
 
 # atexit comes too late: by then no thread can be started. Registered after concurrent.futures has registered what stops
 # its pools, this runs before it.
 threading._register_atexit(_finish_all)  # type: ignore[attr-defined]
+os.register_at_fork(after_in_child=_forget_all)

@@ -49,14 +49,18 @@ class _Heartbeat:
         self._thread = threading.Thread(target=self._beat, name="incckpt-heartbeat", daemon=True)
 
     def __enter__(self) -> None:
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # a limit on threads, or an interpreter that exits
+            log.warning("saving step %d without a heartbeat: no thread can be started (%s)", self._name.step, error)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         # Joined before the pin is removed: a beat that lands later would leave a pin behind.
         self._done.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _beat(self) -> None:
         while not self._done.wait(self._seconds):

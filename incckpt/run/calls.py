@@ -1,0 +1,79 @@
+"""One call to a manager at a time, whichever thread makes it, and none once it is closed."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from incckpt.errors import ManagerClosedError, SaveError
+
+__all__ = ["OneAtATime"]
+
+
+class OneAtATime:
+    """Lets one call in at a time.
+
+    Parameters
+    ----------
+    in_background
+        Whether this thread is one that a call inside may wait for: such a one is not made to wait for that call.
+
+    Attributes
+    ----------
+    closed
+        Whether none is let in any more.
+    """
+
+    def __init__(self, in_background: Callable[[], bool]) -> None:
+        self.closed = False
+        self._in_background = in_background
+        self._lock = threading.Lock()
+        self._inside: int | None = None  # the thread that made the call
+        self._pid = os.getpid()
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process was forked from the one that calls are for."""
+        return os.getpid() != self._pid
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Keep other calls out for the length of a block.
+
+        Raises
+        ------
+        ManagerClosedError
+            If calls are over, or not for this process.
+        SaveError
+            If this thread is in a call already, or another one's call waits for this thread.
+        """
+        if self.forked:
+            raise ManagerClosedError("this manager belongs to the process that this one was forked from; make one here")
+        if self._inside == threading.get_ident():
+            raise SaveError(
+                "called in the middle of another call to this manager, by a signal handler or a state_dict(): let the "
+                "handler set a flag, and save in the training loop"
+            )
+        # A `with` of the lock itself, since Ctrl-C between `acquire` and `try` would leave it locked for good.
+        with _without_waiting(self._lock) if self._in_background() else self._lock:
+            try:
+                self._inside = threading.get_ident()
+                if self.closed:
+                    raise ManagerClosedError("this manager is closed")
+                yield
+            finally:
+                self._inside = None
+
+
+@contextmanager
+def _without_waiting(lock: threading.Lock) -> Iterator[None]:
+    if not lock.acquire(blocking=False):
+        raise SaveError(
+            "called by a callback of a save's future while another call waits for that save: call in another thread"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
