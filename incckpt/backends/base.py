@@ -13,13 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Final, Self, TypeAlias
 
 from incckpt.errors import BackendError, KeyExistsError, OptionError, UnsupportedOperationError
 
 logger = logging.getLogger(__name__)
 
 __all__ = [
+    "REMOTE_REQUESTS",
     "Backend",
     "Entry",
     "Leftover",
@@ -32,6 +33,9 @@ __all__ = [
 ]
 
 ReadableBuffer: TypeAlias = bytes | bytearray | memoryview
+
+REMOTE_REQUESTS: Final = 32
+"""Requests that should be in flight at once to a store behind a network; so many connections are kept for each."""
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_=@+-][A-Za-z0-9._=@+-]{0,254}")  # 255 bytes is the longest name of most file systems
 _MAX_KEY = 900  # S3 allows 1,024 bytes, of which the root's own prefix takes a part

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import aiohttp
 from fsspec.asyn import get_loop
 
-from incckpt.backends.base import Backend, ReadableBuffer
+from incckpt.backends.base import REMOTE_REQUESTS, Backend, ReadableBuffer
 from incckpt.errors import (
     BackendError,
     BackendPermissionError,
@@ -40,9 +40,6 @@ logger = logging.getLogger(__name__)
 A = TypeVar("A")
 C = TypeVar("C")
 T = TypeVar("T")
-
-POOL = 32
-"""Requests in flight at once, and connections kept, for each backend."""
 
 NO_SUCH_ROOT = "NoSuchBucket"
 """The code of a 404 that is about the bucket or container, not about a key."""
@@ -102,7 +99,7 @@ class _Connection(Generic[C]):
 
     def __init__(self, client: C) -> None:
         self.client = client
-        self.slots = asyncio.Semaphore(POOL)
+        self.slots = asyncio.Semaphore(REMOTE_REQUESTS)
         self.users = 0
         self.retired = False
 
@@ -350,7 +347,7 @@ def byte_range(start: int, end: int | None) -> dict[str, str]:
 def open_http(**options: Any) -> aiohttp.ClientSession:
     """Return a pool of connections whose requests have no deadlines but ours."""
     defaults: dict[str, Any] = {
-        "connector": aiohttp.TCPConnector(limit=POOL),
+        "connector": aiohttp.TCPConnector(limit=REMOTE_REQUESTS),
         "timeout": aiohttp.ClientTimeout(total=None, sock_connect=CONNECTING),
         "auto_decompress": False,
     }
@@ -365,8 +362,8 @@ async def pieces(view: memoryview) -> AsyncIterator[memoryview]:
 
 
 async def gather(function: Callable[[A], Coroutine[Any, Any, T]], arguments: Iterable[A]) -> list[T]:
-    """Call `function` with each argument, at most `POOL` at once; the first exception cancels the rest."""
-    slots = asyncio.Semaphore(POOL)
+    """Call `function` with each argument, at most `REMOTE_REQUESTS` at once; the first exception cancels the rest."""
+    slots = asyncio.Semaphore(REMOTE_REQUESTS)
 
     async def run(argument: A) -> T:
         async with slots:

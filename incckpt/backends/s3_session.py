@@ -18,15 +18,16 @@ import botocore.loaders
 import botocore.utils
 import s3fs
 
+from incckpt.backends.base import REMOTE_REQUESTS
 from incckpt.backends.direct import Connections, SignedRequest
-from incckpt.backends.remote import CONNECTING, POOL
+from incckpt.backends.remote import CONNECTING
 from incckpt.errors import OptionError
 
 __all__ = ["Body", "Session", "client_config"]
 
 _CONFIG: dict[str, Any] = {
     "connect_timeout": 15,
-    "max_pool_connections": POOL,
+    "max_pool_connections": REMOTE_REQUESTS,
     "retries": {"total_max_attempts": 1, "mode": "standard"},
     # The body's checksum and signature cost more than sending it; TLS protects it, and every read checks SHA-256.
     "request_checksum_calculation": "when_required",
@@ -105,7 +106,7 @@ class Session:
                 if verify is None:
                     found = self._fs.session.get_config_variable("ca_bundle")
                     verify = found or os.environ.get("REQUESTS_CA_BUNDLE") or True
-                self._connections = Connections(limit=POOL, connecting=CONNECTING, tls=_tls(verify))
+                self._connections = Connections(limit=REMOTE_REQUESTS, connecting=CONNECTING, tls=_tls(verify))
             return self._connections
 
     async def _call(self, client: Any, operation: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

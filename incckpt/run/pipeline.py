@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Final, TypeVar
 
-__all__ = ["LOCAL_REQUESTS", "REMOTE_REQUESTS", "Pipeline"]
+__all__ = ["LOCAL_REQUESTS", "Pipeline"]
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
-REMOTE_REQUESTS: Final = 32
 LOCAL_REQUESTS: Final = 4
 
 

@@ -10,9 +10,10 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from incckpt.backends.base import REMOTE_REQUESTS
 from incckpt.codec import objects as codec
 from incckpt.errors import CodecError, CorruptionError, MissingObjectError
-from incckpt.run.pipeline import LOCAL_REQUESTS, REMOTE_REQUESTS, Pipeline
+from incckpt.run.pipeline import LOCAL_REQUESTS, Pipeline
 from incckpt.staging.hostmem import HostPool
 from incckpt.store.manifest import Chunk, Manifest, Stored
 from incckpt.store.objects import ObjectKey, chunk_keys
@@ -32,7 +33,7 @@ class ChunkRead:
     chunk
         Which.
     out
-        ``uint8[chunk.nbytes]`` to decode it into, or ``None`` if nobody wants it whole.
+        ``uint8[chunk.nbytes]`` to decode it into and to keep; ``None`` if it is not kept whole.
     base_out
         The same for the full object that it is a delta against.
     pieces
@@ -56,7 +57,8 @@ class Reader:
     threads
         For decoding.
     verify
-        Whether to check digests.
+        Whether to check the digests of chunks. What is kept whole, to be the base of later saves, is always verified: a
+        delta against other bytes than the base's could never be read.
     bytes_in_flight
         Bound on host memory beyond the destinations.
     """
@@ -118,12 +120,13 @@ class Reader:
             out = self._scratch(chunk.nbytes)
         keys = chunk_keys(chunk)
         key = keys[0]
+        verify = self._verify or whole is not None
         try:
             base = None
             if chunk.base is not None:
                 key = keys[1]
                 kept = [item.base_out for item in group if item.base_out is not None]
-                base = self._read_base(chunk.base, key, kept[0] if kept else out)
+                base = self._read_base(chunk.base, key, kept[0] if kept else out, verify=bool(kept))
                 for other in kept[1:]:
                     other[:] = kept[0]
                 key = keys[0]
@@ -132,12 +135,12 @@ class Reader:
                 head = bytearray(codec.header_nbytes(chunk.nbytes))
                 self._store.objects.get_into(key, [memoryview(head), out.data])
                 with self._pipeline.cpu:
-                    codec.decode_in_place(head, out, identity=identity, verify=self._verify)
+                    codec.decode_in_place(head, out, identity=identity, verify=verify)
                     self._distribute(group, out, scratch)
             else:
                 data = self._fetch(key, chunk.size)
                 with self._pipeline.cpu:
-                    codec.decode(data, out, identity=identity, base=base, verify=self._verify)
+                    codec.decode(data, out, identity=identity, base=base, verify=verify)
                     self._distribute(group, out, scratch)
         except MissingObjectError as error:
             raise MissingObjectError(f"{error} ({_needed_by(group)})") from error
@@ -146,13 +149,15 @@ class Reader:
         except CorruptionError as error:
             raise CorruptionError(f"{error} ({_needed_by(group)})") from error
 
-    def _read_base(self, stored: Stored, key: ObjectKey, out: Bytes) -> codec.Base:
-        """Decode a delta's base; `out` may be the memory that the delta is decoded to."""
+    def _read_base(self, stored: Stored, key: ObjectKey, out: Bytes, *, verify: bool) -> codec.Base:
+        """Decode a delta's base; `out` may be the memory that the delta is decoded to.
+
+        Unless it is kept it need not be verified: a wrong base gives a wrong chunk, whose digests are.
+        """
         data = self._fetch(key, stored.size)
         identity = bytes.fromhex(stored.identity)
         with self._pipeline.cpu:
-            # Its digests are not checked: a wrong base gives a wrong chunk, and the chunk's digests are.
-            codec.decode(data, out, identity=identity, verify=False)
+            codec.decode(data, out, identity=identity, verify=verify)
         return codec.Base(identity, out)
 
     def _fetch(self, key: ObjectKey, size: int) -> Bytes:

@@ -97,7 +97,7 @@ class Sessions:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: in a forked child the sessions are the parent's, and whoever held the lock is gone."""
+        """Begin without sessions."""
         self._changed = threading.Condition()
         self._idle: OrderedDict[_Key, Session] = OrderedDict()
         self._busy: dict[_Key, int] = {}  # thread by session in use
@@ -215,7 +215,15 @@ def _frozen(value: object) -> object:
 
 
 _sessions = Sessions()
-os.register_at_fork(after_in_child=_sessions.reset)
+_inherited: list[object] = []  # the parent's sessions, in a forked child: to finalise them could cut its connections
+
+
+def _forked() -> None:
+    _inherited.append(dict(vars(_sessions)))
+    _sessions.reset()  # with a new lock: whoever held the old one is not in this process
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def save_state(

@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from incckpt.backends.base import REMOTE_REQUESTS
 from incckpt.codec import objects as codec
 from incckpt.run.chunk_index import process_index
-from incckpt.run.pipeline import REMOTE_REQUESTS, Pipeline
+from incckpt.run.pipeline import Pipeline
 from incckpt.run.report import SaveReport
 from incckpt.run.snapshot import Snapshot
 from incckpt.staging.baseline import Baseline

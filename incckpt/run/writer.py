@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -175,13 +176,13 @@ class Writer:
                 outcome = self._commit(ref, manifest)
         except _CommitUnknownError as unknown:
             raise unknown.error from unknown  # the pin has to stand: the commit may come yet, and needs its objects
-        except StoreNotFoundError:
-            self._discards.spend([pin])
-            self._discards.delete_spent()  # there will be no later save to do it
-            raise
-        except BaseException:
+        except BaseException as error:
             self._discards.spend([pin])
             self._discards.waste(self._uploader.tried)
+            if isinstance(error, StoreNotFoundError):
+                self._discards.delete_spent()  # there will be no later save to do it
+            elif isinstance(error, BackendError) and error.errno == errno.ENOENT:
+                self._store.check_unchanged()  # a folder that is gone may be the store's
             raise
         self._discards.spend([pin])
         report.spent("commit", time.perf_counter() - started - stored)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from incckpt.backends.base import Backend
+from incckpt.backends.base import REMOTE_REQUESTS, Backend
 from incckpt.backends.registry import open_backend
 from incckpt.codec import objects as codec
 from incckpt.errors import (
@@ -34,8 +34,6 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-
-_READS = 32
 
 MARKER = "incckpt.json"
 MAX_MANIFEST = 1 << 30  # bytes; a million tensors take about a quarter of it
@@ -128,7 +126,7 @@ class Store:
         """Return `read` of every item; many at once where requests cross a network."""
         if not self.backend.remote or len(items) < 2:
             return [read(item) for item in items]
-        with ThreadPoolExecutor(min(_READS, len(items)), "incckpt-read") as pool:
+        with ThreadPoolExecutor(min(REMOTE_REQUESTS, len(items)), "incckpt-read") as pool:
             return list(pool.map(read, items))
 
     def check(self) -> None:
