@@ -96,7 +96,7 @@ class CheckpointManager:
     read_only
         For evaluators: `restore`, `load` and `checkpoints` work, and do not take the run over from its writer.
     verify
-        Whether to check the digests of all that is read.
+        Whether to check the digests of all that is read. What becomes the base of later saves is checked in any case.
     storage_options
         For fsspec.
 

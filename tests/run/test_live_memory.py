@@ -143,7 +143,7 @@ def _write_until(tensor: torch.Tensor, writing: threading.Event, stop: threading
 
 def test_saves_while_another_process_writes(tmp_path: Path) -> None:
     context = mp.get_context("spawn")
-    weights = torch.randn(MIB).share_memory_()
+    weights = torch.randn(MIB).share_memory_()  # type: ignore[no-untyped-call]
     writing, stop = context.Event(), context.Event()
     process = context.Process(target=_write_until, args=(weights, writing, stop))
     process.start()

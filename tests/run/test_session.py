@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 import torch
 
 import incckpt
@@ -38,8 +39,16 @@ def test_a_relative_path_is_of_the_directory_of_now(tmp_path: Path, monkeypatch:
 def test_other_spellings_are_one_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "ck")
-    spellings = ["ck", "ck/", "./ck", tmp_path / "ck", (tmp_path / "ck").as_uri(), "link", "ck#default"]
-    for step, url in enumerate(spellings + spellings):
+    spellings: list[str | Path] = [
+        "ck",
+        "ck/",
+        "./ck",
+        tmp_path / "ck",
+        (tmp_path / "ck").as_uri(),
+        "link",
+        "ck#default",
+    ]
+    for step, url in enumerate([*spellings, *spellings]):
         assert incckpt.save({"step": step}, url).step == step
     assert len(list((tmp_path / "ck" / "runs" / "default" / "attempts").glob("*.from"))) == 1
 
@@ -75,11 +84,8 @@ def test_the_options_given_count(s3_server: dict[str, Any], tmp_path: Path) -> N
     """One URL, two servers in turn."""
     url = f"s3://{tmp_path.name.replace('_', '-')}/ck"
     with python_server("s3_server") as port:
-        other = {**s3_server, "endpoint_url": f"http://127.0.0.1:{port}", "session": None}
-        other.pop("session")
+        other = {**s3_server, "endpoint_url": f"http://127.0.0.1:{port}"}
         for options in (s3_server, other):
-            import s3fs
-
             s3fs.S3FileSystem(**options, skip_instance_cache=True).mkdir(url.split("/")[2])
         for turn in range(2):
             for number, options in enumerate((s3_server, other)):
