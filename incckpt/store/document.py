@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 FORMAT = 1
+_HIGHEST = {"manifest": 2}  # of kinds that have changed; each is written in the lowest format that can say it
 DOCUMENT_HEAD = b'{"format":'
 """What every document of every version begins with."""
 
@@ -38,12 +39,13 @@ _CHECK = b',"check":"%08x"}'
 _CHECK_NBYTES = len(_CHECK % 0)
 
 
-def dump_document(kind: str, fields: Mapping[str, Json]) -> bytes:
+def dump_document(kind: str, fields: Mapping[str, Json], *, version: int = FORMAT) -> bytes:
     """Return a document as compact JSON in UTF-8, its last field the CRC-32 of all bytes before that field.
 
+    `version` is the lowest format that has all of `fields`, so that earlier readers read what they can.
     NaN and infinity are refused, they are not JSON.
     """
-    document = {"format": FORMAT, "kind": kind, **fields}
+    document = {"format": version, "kind": kind, **fields}
     data = json.dumps(document, separators=(",", ":"), allow_nan=False, ensure_ascii=True).encode()[:-1]
     return data + _CHECK % zlib.crc32(data)
 
@@ -67,9 +69,10 @@ def parse_document(data: bytes, kind: str, name: str) -> dict[str, Json]:
     version = document.get("format")
     if document.get("kind") != kind or isinstance(version, bool) or not isinstance(version, int):
         raise CorruptionError(f"{name} is not an incckpt {kind}")
-    if version != FORMAT:
+    highest = _HIGHEST.get(kind, FORMAT)
+    if not FORMAT <= version <= highest:
         raise FormatError(
-            f"{name} is of format {version}; this version of incckpt reads format {FORMAT}: update incckpt"
+            f"{name} is of format {version}; this version of incckpt reads format {highest}: update incckpt"
         )
     if data[-_CHECK_NBYTES:] != _CHECK % zlib.crc32(data[:-_CHECK_NBYTES]):
         raise CorruptionError(f"{name} is damaged: its check sum is wrong")

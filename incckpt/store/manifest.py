@@ -23,20 +23,34 @@ from incckpt.store.document import (
     parse_document,
 )
 
-__all__ = ["Chunk", "Manifest", "Range", "Stored"]
+__all__ = ["DELTA_DIGITS", "Chunk", "Manifest", "Range", "Stored"]
 
 _IDENTITY = re.compile(r"[0-9a-f]{64}")
 _NONCE = re.compile(r"[0-9a-f]{16}")
 _ITEMSIZES = (1, 2, 4, 8, 16)
+_ALL_DIGITS = 64
+
+DELTA_DIGITS = 32
+"""Digits of the base's identity in the name of a delta: 128 bits tell bases of one chunk apart, and file systems that
+encrypt names (eCryptfs) allow 143 bytes. In manifests of format 1 they were 64, all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An object that holds a chunk: the save that put it, and its size in bytes."""
+    """The full object that a delta is against.
+
+    Attributes
+    ----------
+    identity, nonce, size
+        Of its chunk; of the save that put it; its size in bytes.
+    digits
+        How many digits of `identity` the delta's own name has.
+    """
 
     identity: str
     nonce: str
     size: int
+    digits: int = DELTA_DIGITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +150,8 @@ class Manifest:
         }
         if self.norms is not None:
             document["norms"] = {name: [encode_float(x) for x in pair] for name, pair in self.norms.items()}
-        return dump_document("manifest", document)
+        short = any(chunk.base is not None and chunk.base.digits != _ALL_DIGITS for chunk in self.chunks)
+        return dump_document("manifest", document, version=2 if short else 1)
 
     @classmethod
     def from_json(cls, data: bytes, name: str) -> Manifest:
@@ -204,6 +219,8 @@ def _chunk_to_json(chunk: Chunk) -> dict[str, Json]:
     }
     if chunk.base is not None:
         item["base"] = {"id": chunk.base.identity, "nonce": chunk.base.nonce, "size": chunk.base.size}
+        if chunk.base.digits != _ALL_DIGITS:
+            item["base"]["digits"] = chunk.base.digits
     return item
 
 
@@ -212,7 +229,11 @@ def _chunk_from_json(item: Json, name: str) -> Chunk:
     base = None
     if "base" in item:
         inner = Fields(as_mapping(item["base"], f"{name}: base"), f"{name}: base")
-        base = Stored(_identity(inner.string("id"), name), _nonce(inner.string("nonce"), name), inner.count("size"))
+        digits = inner.count("digits") if "digits" in item["base"] else _ALL_DIGITS
+        if digits not in (DELTA_DIGITS, _ALL_DIGITS):
+            raise CorruptionError(f"{name}: a delta's name with {digits} digits of its base")
+        identity, nonce = _identity(inner.string("id"), name), _nonce(inner.string("nonce"), name)
+        base = Stored(identity, nonce, inner.count("size"), digits)
     itemsize = fields.count("item")
     if itemsize not in _ITEMSIZES:
         raise CorruptionError(f"{name}: element size {itemsize}")

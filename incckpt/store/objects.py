@@ -20,7 +20,7 @@ OBJECTS = "objects/"
 DELTAS = "deltas/"
 
 _KEY = re.compile(
-    r"(?P<space>objects|deltas)/(?P<head>[0-9a-f]{2})/(?P<tail>[0-9a-f]{62})(\.(?P<base>[0-9a-f]{64}))?\.(?P<nonce>[0-9a-f]{16})"
+    r"(?P<space>objects|deltas)/(?P<head>[0-9a-f]{2})/(?P<tail>[0-9a-f]{62})(\.(?P<base>[0-9a-f]{32}|[0-9a-f]{64}))?\.(?P<nonce>[0-9a-f]{16})"
 )
 
 
@@ -35,7 +35,8 @@ class ObjectKey:
     nonce
         Of the save that put it, 16 hexadecimal digits.
     base
-        Identity of the full object that this one is a delta against, or ``None`` for a full object.
+        First digits of the identity of the full object that this one is a delta against, 32 or 64 of them; ``None``
+        for a full object.
     """
 
     identity: str
@@ -68,7 +69,7 @@ def chunk_keys(chunk: Chunk) -> tuple[ObjectKey, ...]:
     if chunk.base is None:
         return (ObjectKey(chunk.identity, chunk.nonce),)
     return (
-        ObjectKey(chunk.identity, chunk.nonce, chunk.base.identity),
+        ObjectKey(chunk.identity, chunk.nonce, chunk.base.identity[: chunk.base.digits]),
         ObjectKey(chunk.base.identity, chunk.base.nonce),
     )
 

@@ -15,6 +15,7 @@ from incckpt.testing.compare import assert_same_state
 from tests.fixtures.states import state_at
 from tests.stores import object_keys, orphans
 
+ECRYPTFS = 143  # bytes of a name, the least of what file systems in use allow
 STORES = sorted(path for path in (Path(__file__).parents[1] / "fixtures").iterdir() if (path / "incckpt.json").exists())
 
 
@@ -44,6 +45,25 @@ def test_a_run_goes_on_and_is_collected(store: Path, tmp_path: Path) -> None:
     assert orphans(copy) == set()
     assert len(object_keys(open_backend(copy))) < len(object_keys(open_backend(store)))
     assert_same_state(incckpt.load(copy), state_at(3))
+
+
+def test_names_of_format_2_fit_every_file_system(tmp_path: Path) -> None:
+    """A run of format 1 goes on with shorter names of deltas, and keeps the long ones that it needs still."""
+    copy = tmp_path / "store"
+    shutil.copytree(STORES[0], copy)
+    before = {path.name for path in copy.rglob("*")}
+    with incckpt.CheckpointManager(copy) as manager:
+        state = state_at(3)
+        assert manager.restore(state) == 3
+        for step in range(4, 7):
+            state["model"]["weight"][step] *= 1 + 1e-7
+            manager.save(step, state).result()
+    assert_same_state(incckpt.load(copy), state)
+    assert any(len(path.name) > ECRYPTFS for path in (copy / "deltas").rglob("*"))
+    names = {path.name for path in copy.rglob("*")} - before
+    assert any(path.name in names for path in (copy / "deltas").rglob("*"))
+    assert max(map(len, names)) <= ECRYPTFS
+    assert verify(copy)
 
 
 def test_there_are_deltas_among_them() -> None:
