@@ -80,10 +80,7 @@ def collect(
     if isinstance(min_age, bool) or not isinstance(min_age, Real) or not 0 <= min_age < math.inf:
         raise OptionError(f"min_age must be a number of seconds, 0 or more, not {min_age!r}")
     with ExitStack() as stack:
-        if isinstance(url, Backend):
-            store = Store(url)
-        else:
-            store = stack.enter_context(Store.open(location.store, storage_options))
+        store = stack.enter_context(Store.lent(url, location.store, storage_options))
         store.check()
         collector = Collector(store)
         if dry_run:

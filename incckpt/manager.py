@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
@@ -36,6 +36,7 @@ from incckpt.staging.baseline import Baseline
 from incckpt.staging.detect import default_threads
 from incckpt.staging.threshold import Thresholds
 from incckpt.state.flatten import flatten
+from incckpt.state.selection import Patterns
 from incckpt.store.location import locate
 from incckpt.store.manifest import Manifest
 from incckpt.store.refs import RefName, checked_step
@@ -172,7 +173,15 @@ class CheckpointManager:
 
     # -- restoring
 
-    def restore(self, app: Any, step: Which | None = None, *, progress: bool | None = None) -> int | None:
+    def restore(
+        self,
+        app: Any,
+        step: Which | None = None,
+        *,
+        keys: Patterns = None,
+        ignore: Patterns = None,
+        progress: bool | None = None,
+    ) -> int | None:
         """Restore a checkpoint into `app`, in place, and go on from it.
 
         Unless the manager is read-only, this takes the run over: another process that was writing it gets
@@ -185,6 +194,9 @@ class CheckpointManager:
             A dict (or list) of modules, optimizers, other objects with ``load_state_dict``, tensors and plain values.
         step
             A step, ``"latest"`` (the default) or ``"best"``.
+        keys, ignore
+            Globs of dotted names, as ``"model.*"``: only what `keys` match is restored, and nothing that `ignore`
+            matches; the rest of `app` stays as it is. An object that loads itself is restored whole or not at all.
         progress
             Whether to show a progress bar; by default if a terminal watches.
 
@@ -206,7 +218,14 @@ class CheckpointManager:
             found = self._go_on_from(
                 step,
                 lambda reader, manifest: restore_into(
-                    reader, manifest, app, base=self._base, allow_pickle=self._allow_pickle, progress=progress
+                    reader,
+                    manifest,
+                    app,
+                    base=self._base,
+                    keys=keys,
+                    ignore=ignore,
+                    allow_pickle=self._allow_pickle,
+                    progress=progress,
                 ),
             )
             return None if found is None else found[0].step
@@ -215,7 +234,7 @@ class CheckpointManager:
         self,
         step: Which | None = None,
         *,
-        keys: str | Sequence[str] | None = None,
+        keys: Patterns = None,
         map_location: MapLocation = None,
         progress: bool | None = None,
     ) -> Any:

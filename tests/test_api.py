@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,13 @@ import pytest
 import torch
 
 import incckpt
-from incckpt.errors import CheckpointNotFoundError, OptionError, StoreNotFoundError
+from incckpt.errors import (
+    BackendPermissionError,
+    CheckpointNotFoundError,
+    IncckptError,
+    OptionError,
+    StoreNotFoundError,
+)
 
 
 @pytest.fixture
@@ -95,6 +103,27 @@ def test_a_new_state_to_go_on_from(three: Path) -> None:
         reader.load()
 
 
+def test_restoring_a_part(three: Path) -> None:
+    with incckpt.CheckpointManager(three) as manager:
+        target: dict[str, Any] = {"w": torch.zeros(4), "step": 0}
+        assert manager.restore(target, keys="w") == 3
+        assert (target["w"] == 3).all()
+        assert target["step"] == 0
+        assert manager.restore(target, 1, ignore=["w", "nothing"]) == 1
+        assert (target["w"] == 3).all()
+        assert target["step"] == 1
+        manager.save(4, target).result()
+    assert (incckpt.load(three)["w"] == 3).all()
+
+
+def test_keys_that_are_names_with_brackets(tmp_path: Path) -> None:
+    incckpt.save({"a[0]": 1, "a0": 2, "a*": 3, "ab": 4}, tmp_path)
+    assert incckpt.load(tmp_path, keys="a[0]") == {"a[0]": 1, "a0": 2}
+    assert incckpt.load(tmp_path, keys="a[[]0]") == {"a[0]": 1}
+    with incckpt.CheckpointManager(tmp_path) as manager:
+        assert manager.load(keys=["a[0]", "a[*]"]).keys() == {"a[0]", "a0", "a*"}
+
+
 def test_errors_list_what_there_is(three: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="no checkpoint of step 9; it has steps 1, 2, 3"):
         incckpt.load(three, step=9)
@@ -113,3 +142,31 @@ def test_errors_list_what_there_is(three: Path) -> None:
 def test_a_metric_too_large(three: Path) -> None:
     with pytest.raises(OptionError, match="metric 'loss' is not a number"):
         incckpt.save({}, three, metrics={"loss": 10**400})
+
+
+@pytest.fixture
+def read_only_mount(three: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Mount the store of three checkpoints read-only."""
+    mount = tmp_path_factory.mktemp("mount")
+    if subprocess.run(["mount", "--bind", three, mount], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", mount], check=True)
+        yield mount
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+def test_a_read_only_mount(read_only_mount: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        pytest.raises(IncckptError, match=r"mounted read-only: .*read_only=True"),
+        incckpt.CheckpointManager(read_only_mount) as manager,
+    ):
+        manager.save(9, {}).result()
+    with pytest.raises(BackendPermissionError, match="mounted read-only"):
+        incckpt.save({}, read_only_mount)
+    assert "temporary file" not in caplog.text
+    with incckpt.CheckpointManager(read_only_mount, read_only=True) as reader:
+        assert reader.restore({"w": torch.zeros(4), "step": 0}) == 3
+        assert reader.load(2)["step"] == 2
+    assert incckpt.verify(read_only_mount)

@@ -49,7 +49,7 @@ _MAY_PASS = frozenset(
 _ADVICE = {
     errno.ENOSPC: "the file system is full: free space, or prune checkpoints",
     errno.EDQUOT: "the disk quota is used up: free space, or prune checkpoints",
-    errno.EROFS: "the file system is mounted read-only",
+    errno.EROFS: "the file system is mounted read-only: to read, make the manager with read_only=True",
     errno.EIO: "the device failed: look at the system's log before trusting it again",
     errno.EACCES: "the process may not use this path",
     errno.EPERM: "the process may not use this path",
@@ -409,7 +409,8 @@ class LocalBackend(Backend):
         except FileNotFoundError:
             pass
         except OSError as exc:
-            logger.warning("%s: the temporary file %s stays behind: %s", self.url, temporary, exc)
+            if os.path.lexists(temporary):
+                logger.warning("%s: the temporary file %s stays behind: %s", self.url, temporary, exc)
 
     def _name_new(self, temporary: str, path: str) -> None:
         if not self.exclusive:
