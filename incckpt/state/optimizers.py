@@ -43,8 +43,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, path: str) -> N
 
     ``Optimizer.load_state_dict`` casts floating-point state to the dtype of the parameter: the float32 moments of a
     bfloat16 parameter would lose half their bits. What comes back in another dtype is replaced by what was stored.
+    Options that are tensors, such as ``lr``, which it leaves on the device where they were saved, go to where those
+    that they replace were.
     """
+    before = [dict(group) for group in optimizer.param_groups]
     load_object(optimizer, state, path)
+    for was, group in zip(before, optimizer.param_groups, strict=False):
+        for key, value in group.items():
+            if isinstance(value, torch.Tensor) and isinstance(was.get(key), torch.Tensor):
+                group[key] = value.to(was[key].device)
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     parameters = dict(zip(numbers, (p for group in optimizer.param_groups for p in group["params"]), strict=False))
     for number, stored in state["state"].items():

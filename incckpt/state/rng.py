@@ -16,6 +16,9 @@ __all__ = ["RngState"]
 
 log = logging.getLogger(__name__)
 
+_MT19937_WORDS = 624
+_PHILOX_WORDS = 4
+
 
 class RngState:
     """The state of the global generators of Python, numpy and torch, on the CPU and on every CUDA device.
@@ -53,10 +56,11 @@ class RngState:
         """
         try:
             python, cuda = state["python"], [tensor.cpu() for tensor in state["cuda"]]
+            _check_numpy(state["numpy"])
             random.setstate((python["version"], tuple(python["state"].tolist()), python["gauss_next"]))
             np.random.set_state(state["numpy"])
             torch.set_rng_state(state["torch"].cpu())
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             raise StateMismatchError(f"cannot set the random number generators: {error!r}") from error
         devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
         for index, tensor in enumerate(cuda[:devices]):
@@ -68,3 +72,15 @@ class RngState:
                 devices,
                 f"those of the first {min(len(cuda), devices)} were set, no others" if devices else "none was set",
             )
+
+
+def _check_numpy(state: Any) -> None:
+    """Refuse positions outside of the generator's tables: numpy reads wherever they point."""
+    tables = []
+    if state["bit_generator"] == "MT19937":
+        tables.append((state["state"]["key"], state["state"]["pos"], _MT19937_WORDS))
+    elif "buffer_pos" in state:  # Philox
+        tables.append((state["buffer"], state["buffer_pos"], _PHILOX_WORDS))
+    for words, position, size in tables:
+        if np.shape(words) != (size,) or isinstance(position, bool) or not 0 <= position.__index__() <= size:
+            raise ValueError(f"position {position!r} in a table of shape {np.shape(words)}, not {(size,)}")
