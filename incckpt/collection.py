@@ -85,10 +85,11 @@ def collect(
         collector = Collector(store)
         if dry_run:
             return collector.plan(min_age=min_age, clock=time.time)
-        store.create()
-        if not store.backend.exclusive:
-            raise CollectionError(
-                f"nothing was collected at {store.backend.url}: without exclusive creation it cannot be told whether a "
-                "save in flight is over"
-            )
-        return collector.carry_out(collector.plan(min_age=min_age))
+        with store.backend.freeing():
+            store.create()
+            if not store.backend.exclusive:
+                raise CollectionError(
+                    f"nothing was collected at {store.backend.url}: without exclusive creation it cannot be told "
+                    "whether a save in flight is over"
+                )
+            return collector.carry_out(collector.plan(min_age=min_age))

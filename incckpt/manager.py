@@ -435,8 +435,9 @@ class CheckpointManager:
             raise ReadOnlyError("this manager is read-only; deleting needs one without read_only=True")
         with self._calls.call():
             self.wait()
-            attempt = self._attempt or self._continue_latest()
-            deleted = attempt.delete(checked_step(step))
+            with self._store.backend.freeing():
+                attempt = self._attempt or self._continue_latest()
+                deleted = attempt.delete(checked_step(step))
             self._last_step = attempt.last_step
             return deleted
 

@@ -6,11 +6,13 @@ Everything above this layer relies on what the docstrings here promise and on no
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self, TypeAlias
@@ -20,6 +22,7 @@ from incckpt.errors import BackendError, KeyExistsError, OptionError, Unsupporte
 logger = logging.getLogger(__name__)
 
 __all__ = [
+    "FULL",
     "REMOTE_REQUESTS",
     "Backend",
     "Entry",
@@ -36,6 +39,8 @@ ReadableBuffer: TypeAlias = bytes | bytearray | memoryview
 
 REMOTE_REQUESTS: Final = 32
 """Requests that should be in flight at once to a store behind a network; so many connections are kept for each."""
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""`errno` of a `BackendError` that says that there is no space left."""
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_=@+-][A-Za-z0-9._=@+-]{0,254}")  # 255 bytes is the longest name of most file systems
 _MAX_KEY = 900  # S3 allows 1,024 bytes, of which the root's own prefix takes a part
@@ -313,6 +318,16 @@ class Backend(ABC):
             except BackendError as exc:
                 logger.warning("%s: the key %s of a probe stays behind: %s", self.url, key, exc)
         return self.exclusive
+
+    def reserve(self) -> None:  # noqa: B027 - most stores are never full
+        """Set space aside for `freeing`, once per store, where a store that is full may refuse to be freed."""
+
+    def freeing(self) -> AbstractContextManager[None]:
+        """While this lasts, writes of this thread that find no space left use what `reserve` has set aside.
+
+        Deleting takes small writes first, condemned lists and tombstones, or other processes would not be safe.
+        """
+        return nullcontext()
 
     def leftovers(self) -> Iterator[Leftover]:
         """Yield what processes left behind that is not a key (of this root only). None by default."""

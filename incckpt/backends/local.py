@@ -17,11 +17,12 @@ import re
 import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from urllib.parse import quote
 
-from incckpt.backends.base import Backend, Entry, Leftover, ReadableBuffer, is_key, validate_key, validate_prefix
+from incckpt.backends.base import FULL, Backend, Entry, Leftover, ReadableBuffer, is_key, validate_key, validate_prefix
 from incckpt.backends.folders import NO_SUCH_CALL, Folders
+from incckpt.backends.reserve import Reserve
 from incckpt.backends.system import NativeCalls, SystemCalls, UnsyncedCalls
 from incckpt.errors import (
     BackendError,
@@ -79,6 +80,7 @@ class LocalBackend(Backend):
         self._token = (0, "")  # of this process, for the names of temporary files
         self._numbers = itertools.count()
         self._folders = Folders(self._root, self._calls)
+        self._reserve = Reserve(os.path.join(self._root, ".incckpt-reserve"))
         self._place_new: Callable[[str, str], None] = self._link
         self._probed = False
         self.url = "file://" + quote(os.fsencode(self._root))
@@ -149,23 +151,27 @@ class LocalBackend(Backend):
         an empty file's second name meets is taken for that.
         """
         if not self._probed:
-            temporary, other = (os.path.join(self._root, self._temporary_name()) for _ in range(2))
             try:
-                self._folders.make(self._root)
-                self._calls.close(self._calls.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC))
-                if self._works(self._calls.link, temporary, other):
-                    self._place_new = self._link
-                elif self._works(self._calls.rename_new, temporary, other):
-                    self._place_new = self._rename_new
-                else:
-                    self.exclusive = False
+                self._finding_room(self._probe)
             except OSError as exc:
                 raise self._error(exc, "write to", "", self._root, missing_is_key=False) from exc
-            finally:
-                for path in (temporary, other):
-                    self._discard(path)
             self._probed = True
         return self.exclusive
+
+    def _probe(self) -> None:
+        temporary, other = (os.path.join(self._root, self._temporary_name()) for _ in range(2))
+        try:
+            self._folders.make(self._root)
+            self._calls.close(self._calls.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC))
+            if self._works(self._calls.link, temporary, other):
+                self._place_new = self._link
+            elif self._works(self._calls.rename_new, temporary, other):
+                self._place_new = self._rename_new
+            else:
+                self.exclusive = False
+        finally:
+            for path in (temporary, other):
+                self._discard(path)
 
     @staticmethod
     def _works(call: Callable[[str, str], None], source: str, target: str) -> bool:
@@ -222,6 +228,12 @@ class LocalBackend(Backend):
             raise self._missing(key, path)
         self._settle(os.path.dirname(path), "head", key)
         return Entry(key, found.st_size, found.st_mtime)
+
+    def reserve(self) -> None:
+        self._reserve.keep(self._calls)
+
+    def freeing(self) -> AbstractContextManager[None]:
+        return self._reserve.freeing(self._calls)
 
     def leftovers(self) -> Iterator[Leftover]:
         pending = [self._root]
@@ -343,6 +355,18 @@ class LocalBackend(Backend):
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def _write(self, path: str, data: ReadableBuffer, write: Callable[[str, str, memoryview], None]) -> None:
+        self._finding_room(lambda: self._write_once(path, data, write))
+
+    def _finding_room(self, work: Callable[[], None]) -> None:
+        """Do `work`, and again with what is reserved, if the disk is full and the work frees space."""
+        try:
+            work()
+        except OSError as exc:
+            if exc.errno not in FULL or not self._reserve.release(self._calls):
+                raise
+            work()
+
+    def _write_once(self, path: str, data: ReadableBuffer, write: Callable[[str, str, memoryview], None]) -> None:
         """Call ``write(temporary, path, data)`` with its folder there, and have no temporary file left if it fails."""
         view = memoryview(data).cast("B")
         folder = os.path.dirname(path)

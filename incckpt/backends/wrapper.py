@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 from incckpt.backends.base import Backend, Entry, Leftover, ReadableBuffer
 
@@ -62,6 +63,12 @@ class WrapperBackend(Backend):
 
     def head(self, key: str) -> Entry:
         return self.inner.head(key)
+
+    def reserve(self) -> None:
+        self.inner.reserve()
+
+    def freeing(self) -> AbstractContextManager[None]:
+        return self.inner.freeing()
 
     def leftovers(self) -> Iterator[Leftover]:
         return self.inner.leftovers()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
+from incckpt.backends.base import FULL
 from incckpt.errors import BackendError, CollectionError, DistributedError, IncckptError, OptionError, SupersededError
 from incckpt.retention import KeepAll, Policy, steps_kept, undecided
 from incckpt.run.checkpoint import read_refs, to_record
@@ -162,8 +163,13 @@ class Attempt:
         except SupersededError:
             self._leave()
             raise
+        except BackendError as error:
+            if error.errno in FULL:
+                self._free_wasted()
+            raise
         self._take_up(ref, manifest)
-        self._tidy(ref.step)
+        with self._store.backend.freeing():
+            self._tidy(ref.step)
         return ref
 
     def _take_up(self, ref: Ref, manifest: Manifest) -> None:
@@ -183,6 +189,16 @@ class Attempt:
             return False
         self._discards.note_condemned()
         return True
+
+    def _free_wasted(self) -> None:
+        """Delete what a save has put that found the store full: it would be in the next one's way."""
+        with self._store.backend.freeing():
+            try:
+                if self._condemn_wasted():
+                    self._discards.delete_spent()
+                    self._collect()
+            except IncckptError as error:
+                log.warning("could not free what failed saves have put: %s", error)
 
     def _tidy(self, step: int) -> None:
         if not self._condemn_wasted():

@@ -173,6 +173,7 @@ class Store:
                 if found is not None:
                     marker = found
             self._check_marker(marker)
+        self.backend.reserve()
         self._created = True
 
     def check_unchanged(self) -> None:
