@@ -191,7 +191,7 @@ class CheckpointManager:
         Parameters
         ----------
         app
-            A dict (or list) of modules, optimizers, other objects with ``load_state_dict``, tensors and plain values.
+            A dict or list of modules, optimizers, other objects with ``load_state_dict``, tensors and plain values.
         step
             A step, ``"latest"`` (the default) or ``"best"``.
         keys, ignore
@@ -212,7 +212,7 @@ class CheckpointManager:
         CorruptionError
             If the checkpoint is damaged. Only for the latest, where `step` was not given, is the one before it tried.
         StateMismatchError
-            If the checkpoint does not fit `app`.
+            If the checkpoint does not fit `app`, or `app` cannot be written to: nothing was touched.
         """
         with self._calls.call():
             found = self._go_on_from(

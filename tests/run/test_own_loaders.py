@@ -109,6 +109,24 @@ def test_targets_that_cannot_be_written_to(tmp_path: Path, target: Any, message:
         manager.restore(target)
 
 
+def test_a_part_is_restored_and_saved_on(tmp_path: Path) -> None:
+    def job(value: float) -> dict[str, Any]:
+        return {"body": torch.full((300_000,), value), "head": torch.full((10,), value), "epoch": value}
+
+    incckpt.save(job(1), tmp_path)
+    with incckpt.CheckpointManager(tmp_path) as manager:
+        target = job(2)
+        assert manager.restore(target, ignore="head") == 0
+        assert [target["body"][0], target["head"][0], target["epoch"]] == [1, 2, 1]
+        manager.save(1, target).result()
+        assert_same_state(incckpt.load(tmp_path), target)
+        target = job(3)
+        assert manager.restore(target, keys=["head"]) == 1
+        assert [target["body"][0], target["head"][0], target["epoch"]] == [3, 2, 3]
+        manager.save(2, target).result()
+    assert_same_state(incckpt.load(tmp_path), target)
+
+
 def test_a_loader_that_raises_says_where_and_may_be_tried_again(tmp_path: Path) -> None:
     class Picky(Average):
         ready = False
