@@ -195,8 +195,7 @@ class CheckpointManager:
         step
             A step, ``"latest"`` (the default) or ``"best"``.
         keys, ignore
-            Globs of dotted names, as ``"model.*"``: only what `keys` match is restored, and nothing that `ignore`
-            matches; the rest of `app` stays as it is. An object that loads itself is restored whole or not at all.
+            Globs of dotted names, as ``"model.*"``: only what `keys` match is restored, not what `ignore` matches.
         progress
             Whether to show a progress bar; by default if a terminal watches.
 
