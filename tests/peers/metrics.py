@@ -42,7 +42,7 @@ def _boxes() -> list[dict[str, torch.Tensor]]:
     ]
 
 
-INPUTS: dict[str, Inputs] = {
+INPUTS: dict[str, Inputs] = {  # the large ones last: a metric that compares all pixels with all takes gigabytes
     "scores": lambda: (torch.rand(16), torch.randint(0, 2, (16,))),
     "class scores": lambda: (torch.rand(16, NUMBER).softmax(1), _labels()),
     "label scores": lambda: (torch.rand(16, NUMBER), torch.randint(0, 2, (16, NUMBER))),
@@ -54,14 +54,6 @@ INPUTS: dict[str, Inputs] = {
     "labels": lambda: (_labels(), _labels()),
     "data and labels": lambda: (torch.rand(16, 3), _labels()),
     "ratings": lambda: (torch.randint(0, 10, (16, NUMBER)),),
-    "images": lambda: (torch.rand(2, 3, 48, 48), torch.rand(2, 3, 48, 48)),
-    "large images": lambda: (torch.rand(2, 3, 180, 180), torch.rand(2, 3, 180, 180)),
-    "grey images": lambda: (torch.rand(2, 1, 48, 48), torch.rand(2, 1, 48, 48)),
-    "fused images": lambda: (
-        torch.rand(2, 3, 32, 32),
-        {"ms": torch.rand(2, 3, 16, 16), "pan": torch.rand(2, 3, 32, 32)},
-    ),
-    "one image": lambda: (torch.rand(2, 3, 48, 48),),
     "signals": lambda: (torch.randn(2, 400), torch.randn(2, 400)),
     "sources": lambda: (torch.randn(2, 2, 400), torch.randn(2, 2, 400)),
     "spectra": lambda: (torch.randn(2, 2, 20, 2), torch.randn(2, 2, 20, 2)),
@@ -71,12 +63,20 @@ INPUTS: dict[str, Inputs] = {
     "tokens": lambda: (torch.randn(2, 8, NUMBER), torch.randint(0, NUMBER, (2, 8))),
     "ensembles": lambda: (torch.randn(8, 4), torch.randn(8)),
     "boxes": lambda: (_boxes(), _boxes()),
+    "images": lambda: (torch.rand(2, 3, 48, 48), torch.rand(2, 3, 48, 48)),
+    "grey images": lambda: (torch.rand(2, 1, 48, 48), torch.rand(2, 1, 48, 48)),
+    "fused images": lambda: (
+        torch.rand(2, 3, 32, 32),
+        {"ms": torch.rand(2, 3, 16, 16), "pan": torch.rand(2, 3, 32, 32)},
+    ),
+    "one image": lambda: (torch.rand(2, 3, 48, 48),),
     "sentences": lambda: ([_sentence() for _ in range(3)], [_sentence() for _ in range(3)]),
     "references": lambda: ([_sentence() for _ in range(3)], [[_sentence(), _sentence()] for _ in range(3)]),
     "answers": lambda: (
         [{"prediction_text": _sentence(), "id": "a"}],
         [{"answers": {"answer_start": [0], "text": [_sentence()]}, "id": "a"}],
     ),
+    "large images": lambda: (torch.rand(2, 3, 180, 180), torch.rand(2, 3, 180, 180)),
 }
 
 ARGUMENTS: list[dict[str, Any]] = [

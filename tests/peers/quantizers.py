@@ -148,7 +148,7 @@ def _prepared() -> Iterator[Case]:
     yield Case("torch.ao", "prepare_qat_fx", fx, plain_steps)
 
     def calibrated() -> App:
-        model = _model().eval()
+        model = nn.Sequential(ao.QuantStub(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4), ao.DeQuantStub()).eval()
         model.qconfig = ao.get_default_qconfig("fbgemm")
         return {"model": ao.prepare(model)}
 
