@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 from incckpt.backends.base import Backend
 from incckpt.errors import OptionError
 from incckpt.retention import Mode
-from incckpt.run.attempt import refuse_other_ranks
+from incckpt.run.attempt import IfExists, check_if_exists, refuse_other_ranks
 from incckpt.run.checkpoint import Checkpoint, checked_metrics
 from incckpt.run.choose import Which, checked_which, not_found
 from incckpt.run.reader import Reader
@@ -34,6 +34,7 @@ def save(
     step: SupportsIndex | None = None,
     run: str | None = None,
     metrics: Mapping[str, float] | None = None,
+    if_exists: IfExists = "error",
     allow_pickle: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
@@ -56,6 +57,9 @@ def save(
         Name of the run, in place of the fragment.
     metrics
         Numbers to go with it.
+    if_exists
+        What to do if the run has a checkpoint of `step`: raise an ``"error"``, ``"skip"`` the save and return that
+        checkpoint, or ``"replace"`` it.
     allow_pickle
         Whether to pickle what cannot be represented otherwise; has to be repeated at load.
     storage_options
@@ -84,11 +88,12 @@ def save(
     location = locate(url, run=run, step=None if step is None else checked_step(step))
     if isinstance(location.step, str):
         raise OptionError(f"a save needs a number after '@' in the URL, not {location.step!r}")
+    check_if_exists(if_exists)
     if not location.named:
         refuse_other_ranks()
     numbers = checked_metrics(metrics)
     flat = flatten(state, allow_pickle=allow_pickle)
-    return save_state(location.store, location.run, storage_options, flat, location.step, numbers)
+    return save_state(location.store, location.run, storage_options, flat, location.step, numbers, if_exists)
 
 
 def load(
@@ -154,7 +159,7 @@ def load(
                 reader, manifest, keys=keys, map_location=map_location, allow_pickle=allow_pickle, progress=progress
             )
 
-        found = view.read(location.step, read)
+        _, found = view.read(location.step, read)
         if found is None:
             raise not_found(view.run)
         return found[2]

@@ -22,21 +22,21 @@ from incckpt.errors import (
     StoreNotFoundError,
 )
 from incckpt.retention import Mode, Policy, policy_of
-from incckpt.run.attempt import Attempt, refuse_other_ranks
+from incckpt.run.attempt import Attempt, IfExists, Origin, check_if_exists, refuse_other_ranks
 from incckpt.run.calls import OneAtATime
 from incckpt.run.checkpoint import Checkpoint, checked_metrics
 from incckpt.run.choose import Which, checked_which, not_found
-from incckpt.run.queue import BackgroundQueue
+from incckpt.run.queue import BackgroundQueue, resolved
 from incckpt.run.reader import Reader
 from incckpt.run.report import SaveReport
 from incckpt.run.restore import MapLocation, load_state, restore_into
-from incckpt.run.snapshot import Snapshot
+from incckpt.run.snapshot import Snapshot, stage
 from incckpt.run.view import RunView
 from incckpt.staging.baseline import Baseline
 from incckpt.staging.detect import default_threads
 from incckpt.staging.threshold import Thresholds
-from incckpt.state.flatten import flatten
 from incckpt.state.selection import Patterns
+from incckpt.store.lineage import Lineage
 from incckpt.store.location import locate
 from incckpt.store.manifest import Manifest
 from incckpt.store.refs import RefName, checked_step
@@ -95,7 +95,7 @@ class CheckpointManager:
     allow_pickle
         Whether to pickle what cannot be represented otherwise; has to be repeated at restore.
     read_only
-        For evaluators: `restore`, `load` and `checkpoints` work, and do not take the run over from its writer.
+        For evaluators: `restore`, `load` and `checkpoints` work, `save` and `delete` are refused.
     verify
         Whether to check the digests of all that is read. What becomes the base of later saves is checked in any case.
     storage_options
@@ -149,9 +149,7 @@ class CheckpointManager:
         self._skip_backlog = on_backlog == "skip"
         thresholds = Thresholds(threshold)
         if thresholds.active and not base:
-            raise OptionError(
-                "a threshold needs base=True: without a copy of what is stored there is no distance to it"
-            )
+            raise OptionError("a threshold needs base=True: without a copy of what is stored nothing is near to it")
         self._base = Baseline(
             chunk_bytes,
             keep=base and not read_only,
@@ -166,6 +164,7 @@ class CheckpointManager:
         )
         self._attempt: Attempt | None = None
         self._last_step: int | None = None
+        self._pending: dict[int, Future[Checkpoint]] = {}  # by step, the latest of each
         self._queue = BackgroundQueue(max_pending, f"incckpt-save-{self._run_name}")
         self._calls = OneAtATime(self._queue.works_here)
         self._error: BaseException | None = None
@@ -184,9 +183,9 @@ class CheckpointManager:
     ) -> int | None:
         """Restore a checkpoint into `app`, in place, and go on from it.
 
-        Unless the manager is read-only, this takes the run over: another process that was writing it gets
-        `SupersededError` at its next save. Checkpoints beyond a restored earlier step are abandoned: listed so, and
-        pruned when the run has passed their steps.
+        Nothing is written, and no other process is disturbed, until the first `save`, which goes on from here.
+        Checkpoints beyond a restored earlier step are abandoned then: listed so, and pruned when the run has passed
+        their steps. Until then they can be restored by step, too.
 
         Parameters
         ----------
@@ -289,37 +288,53 @@ class CheckpointManager:
     def _go_on_from(self, step: Which | None, read: Callable[[Reader, Manifest], _T]) -> tuple[RefName, _T] | None:
         checked_which(step)
         self.wait()
-        attempt = None if self.read_only else self._new_attempt()
         try:
-            try:
-                found = self._view.read(step, read, fall_back=step is None)
-            except StoreNotFoundError:
-                if step is not None:
-                    raise
-                found = None
-            if attempt is not None:
-                attempt.continue_from(*(found[:2] if found else (None, None)))
-                self._last_step = attempt.last_step
-        except BaseException:
-            if attempt is not None:
-                attempt.close()  # it has chosen nothing to continue, so it may not write
-            raise
-        self._attempt = attempt
+            lineage, found = self._view.read(step, read, fall_back=step is None)
+        except StoreNotFoundError:
+            if step is not None:
+                raise
+            lineage, found = Lineage.empty(), None
+        if not self.read_only:
+            nothing = Origin.nothing(lineage)
+            self._use(nothing if found is None else Origin.restored(self._view.run, lineage, *found[:2]))
         return None if found is None else (found[0], found[2])
+
+    def _use(self, origin: Origin) -> Attempt:
+        """Make an attempt that goes on from `origin`; it takes the run over when its first save is written."""
+        if self._attempt is not None:
+            self._attempt.close()
+        self._attempt = Attempt(
+            self._store, self._run_name, origin, policy=self._policy, threads=self._threads, baseline=self._base
+        )
+        self._last_step = self._attempt.last_step
+        return self._attempt
 
     # -- saving
 
-    def save(self, step: SupportsIndex, app: Any, metrics: Mapping[str, float] | None = None) -> Future[Checkpoint]:
+    def save(
+        self,
+        step: SupportsIndex,
+        app: Any,
+        metrics: Mapping[str, float] | None = None,
+        *,
+        if_exists: IfExists = "error",
+    ) -> Future[Checkpoint]:
         """Save a checkpoint; return when the state may change again.
+
+        The first save takes the run over: another process that writes it gets `SupersededError` at its next one. If
+        the run has moved on since it was restored here, it is this save that gets it, and the other is not disturbed.
 
         Parameters
         ----------
         step
-            Beyond that of the run's latest checkpoint.
+            Beyond that of the run's latest checkpoint, unless it replaces one.
         app
             Any state, see :mod:`incckpt.state.flatten`.
         metrics
             Numbers to go with it; retention and ``"best"`` go by them.
+        if_exists
+            What to do if the run has a checkpoint of this step: raise an ``"error"``, ``"skip"`` the save (the future
+            resolves to that checkpoint), or ``"replace"`` it (the new one is committed before the old one goes).
 
         Returns
         -------
@@ -338,63 +353,45 @@ class CheckpointManager:
         SupersededError
             If another process has taken over the run.
         """
+        check_if_exists(if_exists)
         if self.read_only:
             raise ReadOnlyError("this manager is read-only; saving needs one without read_only=True")
         with self._calls.call():
             self._raise_error()
             step = checked_step(step)
             numbers = checked_metrics(metrics)
-            attempt = self._attempt or self._continue_latest()
-            attempt.check_step(step, self._last_step)
+            attempt = self._attempt or self._use(Origin.latest(self._view.run.lineage()))
+            self._pending = {step: future for step, future in self._pending.items() if not future.done()}
+            if if_exists == "skip" and step in self._pending:
+                return self._pending[step]
+            if if_exists == "skip" and (ref := attempt.existing(step)) is not None:
+                return resolved(Checkpoint.of(self._run_name, ref))
+            attempt.check_step(step, self._last_step, if_exists, self._pending)
             report = SaveReport(step=step)
             future: Future[Checkpoint] = Future()
             future.set_running_or_notify_cancel()  # a save is made as it was asked for: cancel() has no effect
             if self._skip_backlog and self._queue.full:
                 log.warning("step %d was skipped: as many saves as may wait are being written still", step)
-                future.set_exception(
-                    BacklogFullError(f"step {step} was not saved, earlier saves are being written still")
-                )
+                future.set_exception(BacklogFullError(f"step {step} was not saved: earlier saves are being written"))
                 return future
             started = time.perf_counter()
             self._queue.wait_for_room()
             report.spent("wait", time.perf_counter() - started)
-            make_snapshot = self._stage(step, app, numbers, report)
-            self._last_step = step
-            self._queue.put(partial(self._write, make_snapshot, report, future))
+            make_snapshot = stage(step, app, numbers, report, base=self._base, allow_pickle=self._allow_pickle)
+            self._last_step = step if self._last_step is None else max(step, self._last_step)
+            self._queue.put(partial(self._write, make_snapshot, report, if_exists, future))
+            self._pending[step] = future
             return future
-
-    def _stage(self, step: int, app: Any, metrics: Mapping[str, float], report: SaveReport) -> Callable[[], Snapshot]:
-        started = time.perf_counter()
-        flat = flatten(app, allow_pickle=self._allow_pickle)
-        flattened = time.perf_counter()
-        layout, contents = self._base.stage(flat, report)
-        report.spent("flatten", flattened - started)
-        report.spent("stage", time.perf_counter() - flattened)
-        structure, tensors, now = flat.structure, flat.tensors, time.time()
-        norms = report.norms or None
-        return lambda: Snapshot.of(step, metrics, now, structure, tensors, layout, contents, norms)
-
-    def _continue_latest(self) -> Attempt:
-        """Start an attempt for a save without a restore: it continues the run where it is."""
-        attempt = self._new_attempt()
-        attempt.continue_from(attempt.lineage.latest)
-        self._last_step = attempt.last_step
-        self._attempt = attempt
-        return attempt
-
-    def _new_attempt(self) -> Attempt:
-        if self._attempt is not None:
-            self._attempt.close()
-            self._attempt = None
-        return Attempt(self._store, self._run_name, policy=self._policy, threads=self._threads, baseline=self._base)
 
     # -- the background
 
-    def _write(self, make_snapshot: Callable[[], Snapshot], report: SaveReport, future: Future[Checkpoint]) -> None:
+    def _write(
+        self, make_snapshot: Callable[[], Snapshot], report: SaveReport, if_exists: IfExists, future: Future[Checkpoint]
+    ) -> None:
         attempt = self._attempt
         assert attempt is not None
         try:
-            ref = attempt.write(make_snapshot(), report)
+            ref = attempt.write(make_snapshot(), report, if_exists)
         except BaseException as error:
             log.error("saving step %d failed: %s", report.step, error)
             if self._last_step == report.step:
@@ -435,7 +432,7 @@ class CheckpointManager:
         with self._calls.call():
             self.wait()
             with self._store.backend.freeing():
-                attempt = self._attempt or self._continue_latest()
+                attempt = self._attempt or self._use(Origin.latest(self._view.run.lineage()))
                 deleted = attempt.delete(checked_step(step))
             self._last_step = attempt.last_step
             return deleted

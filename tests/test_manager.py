@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from incckpt.errors import (
     BackendError,
     BacklogFullError,
     CheckpointNotFoundError,
+    CorruptionError,
     ManagerClosedError,
     OptionError,
     ReadOnlyError,
@@ -276,12 +278,7 @@ def test_going_back_abandons_what_came_after(tmp_path: Path) -> None:
     with incckpt.CheckpointManager(tmp_path) as manager:
         assert manager.restore(app, step=10) == 10
         assert app == {"x": 10}
-        assert [c.step for c in manager.checkpoints()] == [10]
-        assert [(c.step, c.abandoned) for c in manager.checkpoints(abandoned=True)] == [
-            (10, False),
-            (20, True),
-            (30, True),
-        ]
+        assert [c.step for c in manager.checkpoints()] == [10, 20, 30], "nothing is abandoned before the first save"
         manager.save(15, {"x": 15}).result()
         assert [(c.step, c.abandoned) for c in manager.checkpoints(abandoned=True)] == [
             (10, False),
@@ -341,8 +338,8 @@ def test_two_writers_one_lineage(tmp_path: Path) -> None:
         first.save(1, {"x": 1}).result()
         with incckpt.CheckpointManager(tmp_path) as second:
             assert second.restore({"x": 0}) == 1
-            assert isinstance(first.save(2, {"x": "lost"}).exception(), SupersededError)
             second.save(2, {"x": 2}).result()
+            assert isinstance(first.save(2, {"x": "lost"}).exception(), SupersededError)
         first.save(3, {"x": "lost"})
     assert incckpt.load(tmp_path) == {"x": 2}
 
@@ -374,6 +371,171 @@ def test_where_two_attempts_have_a_step_the_lineages_is_read(tmp_path: Path, cap
                 manager.save(step, {"x": value})
     assert incckpt.load(unpruned, step=3) == {"x": 30}
     assert "that of attempt 2 is read; an abandoned one stands of attempt 1" in caplog.text
+
+
+def test_going_on_from_an_abandoned_checkpoint(tmp_path: Path) -> None:
+    with incckpt.CheckpointManager(tmp_path) as manager:
+        for step in (1, 2, 3, 5):
+            manager.save(step, {"x": step})
+    with incckpt.CheckpointManager(tmp_path) as manager:
+        manager.restore({"x": 0}, step=2)
+        manager.save(4, {"x": 40}).result()
+    with incckpt.CheckpointManager(tmp_path) as manager:
+        assert manager.restore({"x": 0}, step=5) == 5
+        manager.save(6, {"x": 6}).result()
+        manager.wait()
+        assert [(c.step, c.attempt) for c in manager.checkpoints(abandoned=True)] == [(1, 1), (2, 1), (5, 1), (6, 3)]
+
+
+@pytest.mark.parametrize(
+    "look", ["restore", "a step that is not there", "a state that does not fit", "load", "nothing"]
+)
+def test_whoever_only_looks_stops_nobody(tmp_path: Path, look: str) -> None:
+    backend = CountingBackend(MemoryBackend(str(tmp_path)))
+    with incckpt.CheckpointManager(backend) as writer:
+        writer.save(1, {"w": torch.zeros(3)}).result()
+        writes = backend.calls["put"], backend.calls["create"], backend.calls["delete"]
+        with incckpt.CheckpointManager(backend) as other:
+            if look == "restore":
+                assert other.restore({"w": torch.ones(3)}) == 1
+            elif look == "a step that is not there":
+                with pytest.raises(CheckpointNotFoundError):
+                    other.restore({"w": torch.ones(3)}, step=999)
+            elif look == "a state that does not fit":
+                with pytest.raises(StateMismatchError):
+                    other.restore({"w": torch.ones(4)})
+            elif look == "load":
+                other.load(1)
+            assert other.delete(999) is False
+        assert (backend.calls["put"], backend.calls["create"], backend.calls["delete"]) == writes
+        writer.save(2, {"w": torch.ones(3)}).result()
+
+
+def test_a_save_from_what_was_restored_before_others_went_on(tmp_path: Path) -> None:
+    with incckpt.CheckpointManager(tmp_path) as writer, incckpt.CheckpointManager(tmp_path) as other:
+        writer.save(1, {"x": 1}).result()
+        other.restore({"x": 0})
+        writer.save(2, {"x": 2}).result()
+        with pytest.raises(SupersededError, match=rf"attempt 1 \(process {os.getpid()} on .*\) has committed step 2"):
+            other.save(5, {"x": "lost"}).result()
+        writer.save(3, {"x": 3}).result()  # not disturbed
+        with pytest.raises(SupersededError, match="restore"):
+            other.save(5, {"x": "lost"})
+        assert other.restore({"x": 0}) == 3
+        assert other.save(5, {"x": 5}).result().step == 5
+    assert incckpt.load(tmp_path) == {"x": 5}
+
+
+def test_of_two_that_have_restored_the_same_the_first_to_save_goes_on(tmp_path: Path) -> None:
+    incckpt.save({"x": 1}, tmp_path, step=1)
+    with incckpt.CheckpointManager(tmp_path) as first, incckpt.CheckpointManager(tmp_path) as second:
+        first.restore({"x": 0})
+        second.restore({"x": 0})
+        second.save(2, {"x": 2}).result()
+        with pytest.raises(SupersededError, match=r"attempt 2 .* has taken it over"):
+            first.save(3, {"x": 3}).result()
+        second.save(3, {"x": 33}).result()
+        with pytest.raises(SupersededError):
+            first.close()
+
+
+def test_what_was_restored_is_deleted_before_the_first_save(tmp_path: Path) -> None:
+    backend = MemoryBackend(str(tmp_path))
+    state = {"frozen": torch.randn(300_000), "x": torch.zeros(3)}
+    with incckpt.CheckpointManager(backend) as writer, incckpt.CheckpointManager(backend) as other:
+        writer.save(1, {"frozen": torch.zeros(3)})
+        writer.save(2, state).result()
+        other.restore(state)
+        assert writer.delete(2)
+        assert other.save(3, state).result().step == 3
+        assert [c.step for c in other.checkpoints()] == [1, 3]
+    assert torch.equal(incckpt.load(backend)["frozen"], state["frozen"])
+
+
+def test_the_store_is_gone_before_the_first_save(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    incckpt.save({"x": 1}, store, step=1)
+    manager = incckpt.CheckpointManager(store)
+    manager.restore({"x": 0})
+    shutil.rmtree(store)
+    assert isinstance(manager.save(2, {"x": 2}).exception(), StoreNotFoundError)
+    with pytest.raises(SaveError, match="is gone"):
+        manager.close()
+
+
+def test_a_lineage_that_is_gone_before_the_first_save(tmp_path: Path) -> None:
+    incckpt.save({"x": 1}, tmp_path, step=1)
+    manager = incckpt.CheckpointManager(tmp_path)
+    manager.restore({"x": 0})
+    (tmp_path / "runs/default/attempts/000001.from").unlink()
+    assert isinstance(manager.save(2, {"x": 2}).exception(), CorruptionError)
+    with pytest.raises(CorruptionError, match=r"000001.from was there"):
+        manager.close()
+
+
+def test_a_first_save_whose_start_fails_is_made_again(tmp_path: Path) -> None:
+    faults = [Fault("put", "runs/*", do=Fail(BackendError("the reply was lost", transient=True), after_work=True))]
+    faulty = FaultyBackend(MemoryBackend(str(tmp_path)), faults)
+    with incckpt.CheckpointManager(faulty) as manager:
+        manager.restore({"x": 0})
+        assert isinstance(manager.save(1, {"x": 1}).exception(), BackendError)
+        with pytest.raises(SaveError):
+            manager.save(1, {"x": 1})
+        assert manager.save(1, {"x": 1}).result().attempt == 1
+
+
+def test_what_to_do_about_a_step_that_is_there(tmp_path: Path) -> None:
+    with incckpt.CheckpointManager(tmp_path) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, {"x": step})
+        with pytest.raises(OptionError, match="has a checkpoint of step 2 already; give if_exists='replace'"):
+            manager.save(2, {"x": 20})
+        assert manager.save(3, {"x": 30}, if_exists="skip").result().step == 3
+        manager.wait()
+        assert len(manager.history) == 3
+        old = manager.checkpoints()[1]
+        new = manager.save(2, {"x": 20}, if_exists="replace").result()
+        assert new.time > old.time
+        with pytest.raises(OptionError, match="is at step 3 already; step 0 is not beyond it"):
+            manager.save(0, {"x": 0}, if_exists="replace")
+        assert manager.save(4, {"x": 4}, if_exists="replace").result().step == 4
+        with pytest.raises(OptionError, match="if_exists must be"):
+            manager.save(5, {"x": 5}, if_exists="overwrite")  # type: ignore[arg-type]
+        assert [c.step for c in manager.checkpoints(abandoned=True)] == [1, 2, 3, 4]
+    assert incckpt.load(tmp_path, step=2) == {"x": 20}
+    assert incckpt.load(tmp_path) == {"x": 4}
+    assert incckpt.save({"x": 0}, tmp_path, step=3, if_exists="skip").time == pytest.approx(
+        incckpt.CheckpointManager(tmp_path, read_only=True).checkpoints()[2].time
+    )
+    incckpt.save({"x": 40}, tmp_path, step=4, if_exists="replace")
+    assert incckpt.load(tmp_path) == {"x": 40}
+
+
+def test_skipping_a_step_takes_no_run_over(tmp_path: Path) -> None:
+    with incckpt.CheckpointManager(tmp_path) as writer, incckpt.CheckpointManager(tmp_path) as other:
+        first = writer.save(1, {"x": 1}).result()
+        other.restore({"x": 0})
+        assert other.save(1, {"x": 10}, if_exists="skip").result() == first
+        writer.save(2, {"x": 2}).result()
+
+
+def test_a_replaced_checkpoint_that_cannot_be_expired_counts_no_longer(tmp_path: Path) -> None:
+    backend = MemoryBackend(str(tmp_path))
+    faulty = FaultyBackend(backend, [Fault("put", "refs/*")])
+    with incckpt.CheckpointManager(faulty) as manager:
+        for value in (1, 2):
+            manager.save(1, {"x": value}, if_exists="replace").result()
+        assert faulty.struck == 1
+        assert [(c.step, c.abandoned) for c in manager.checkpoints(abandoned=True)] == [(1, False), (1, True)]
+        assert incckpt.load(backend, step=1) == {"x": 2}
+    with incckpt.CheckpointManager(backend) as manager:
+        app = {"x": 0}
+        assert manager.restore(app) == 1
+        assert app == {"x": 2}
+        manager.save(2, {"x": 3}).result()
+        manager.wait()
+        assert [c.step for c in manager.checkpoints(abandoned=True)] == [1, 2]
+    assert orphans(backend) == set()
 
 
 def test_not_for_what_does_not_exist(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ class ManagerModel(RuleBasedStateMachine):
         self.committed: set[int] = set()
         self.state: dict[str, torch.Tensor] = {}
         self.step = 0
+        self.restored: int | None = None  # until the next save, which goes on from it
         self.generator = torch.Generator()
 
     @initialize(seed=st.integers(0, 1 << 30), chunks=st.sampled_from([MIB, 2 * MIB]), keep=st.sampled_from([None, 2]))
@@ -117,6 +118,9 @@ class ManagerModel(RuleBasedStateMachine):
         if len(self.pending) >= 2:
             self.finish()
         self.step += 1
+        if self.restored is not None:
+            self.committed = {other for other in self.committed if other <= self.restored}
+            self.restored = None
         try:
             future = self.manager.save(self.step, self.state)
         except SaveError:  # of an earlier one
@@ -160,8 +164,7 @@ class ManagerModel(RuleBasedStateMachine):
             self.state = {name: torch.zeros_like(value) for name, value in wanted.items()}
         assert self.manager.restore(self.state, step=step if earlier else None) == step
         assert same(self.state, wanted)
-        self.committed = {other for other in self.committed if other <= step}
-        self.step = step
+        self.step = self.restored = step
 
     @precondition(lambda self: not self.pending)
     @invariant()

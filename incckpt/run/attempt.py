@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, get_args
 
 import torch.distributed as dist
 
@@ -18,27 +21,67 @@ from incckpt.run.snapshot import Snapshot
 from incckpt.run.writer import Writer
 from incckpt.staging.baseline import Baseline
 from incckpt.store.gc import Collector
-from incckpt.store.lineage import Lineage
+from incckpt.store.lineage import Lineage, Run
 from incckpt.store.manifest import Manifest
 from incckpt.store.objects import manifest_keys
 from incckpt.store.refs import Ref, RefName
 from incckpt.store.store import Store
 
-__all__ = ["Attempt", "refuse_other_ranks"]
+__all__ = ["Attempt", "IfExists", "Origin", "check_if_exists", "refuse_other_ranks"]
 
 log = logging.getLogger(__name__)
 
 
-class Attempt:
-    """A new attempt at a run; starting it takes the run over from whoever wrote it before.
+IfExists: TypeAlias = Literal["error", "skip", "replace"]
 
-    Once made, `number` is the attempt's, and `lineage` shows what there is to continue; `continue_from` decides,
-    and only then can `write` be called.
+
+@dataclass(frozen=True)
+class Origin:
+    """What an attempt will continue. Making one writes nothing.
+
+    Attributes
+    ----------
+    lineage
+        The run as it was seen.
+    history
+        The checkpoints that the attempt's own will follow, by step.
+    manifest
+        Of the last of them, where it was read: what it holds need not be put again.
+    appends
+        Whether the attempt follows the run's latest checkpoint, whichever that is when it starts, since nothing was
+        restored. Otherwise it refuses to start where the run has moved on.
+    """
+
+    lineage: Lineage
+    history: tuple[RefName, ...]
+    manifest: Manifest | None = None
+    appends: bool = False
+
+    @classmethod
+    def latest(cls, lineage: Lineage) -> Origin:
+        """Go on after whatever is the latest checkpoint."""
+        return cls(lineage, lineage.live, appends=True)
+
+    @classmethod
+    def restored(cls, run: Run, lineage: Lineage, name: RefName, manifest: Manifest | None) -> Origin:
+        """Go on from checkpoint `name`, abandoned or not."""
+        return cls(lineage, run.ancestry(lineage, name), manifest)
+
+    @classmethod
+    def nothing(cls, lineage: Lineage) -> Origin:
+        """Begin anew: nothing was restored from the run as it was seen."""
+        return cls(lineage, ())
+
+
+class Attempt:
+    """An attempt at a run: `start` takes the run over from whoever wrote it before. Making one writes nothing.
 
     Parameters
     ----------
     store, run
-        Which run; the store is made if it is not there.
+        Which run.
+    origin
+        What the attempt continues.
     policy
         Which checkpoints to keep.
     threads
@@ -51,68 +94,122 @@ class Attempt:
         self,
         store: Store,
         run: str,
+        origin: Origin,
         *,
         policy: Policy | None = None,
         threads: int = 1,
         baseline: Baseline | None = None,
         pipeline: Pipeline | None = None,
     ) -> None:
-        store.create()
         self.run = run
         self._store = store
         self._run = store.run(run)
+        self._origin = origin
         self._policy: Policy = policy or KeepAll()
-        # Killed predecessors leave pins, and collectors lists: then one full sweep after the first commit.
-        lists = store.condemned.read()
-        self.number, unfinished = self._run.start_attempt()
-        self._sweep = unfinished or bool(lists)
-        # Without exclusive creation no collector can stop a save that it took for dead: nothing may be collected.
-        self._collects = store.backend.exclusive
-        self.lineage: Lineage = self._run.lineage()
-        self._history: dict[RefName, Ref] = {}
-        self._abandoned: dict[RefName, Ref | None] = {}  # None: unreadable
-        self._unreadable: set[RefName] = set()
-        self._sealed = False
+        self._document = self._run.new_attempt()
+        self._history: dict[RefName, Ref | None] = dict.fromkeys(origin.history)  # None: unreadable, or not read yet
+        self._abandoned: dict[RefName, Ref | None] = {}
+        self._number = 0
+        self._collects = False
+        self._sweep = False
         self._said: set[str] = set()  # why nothing was pruned; each reason is told once
         self._discards = Discards(store.backend)
-        self._writer = Writer(
-            store, self._run, self.number, self._discards, threads=threads, baseline=baseline, pipeline=pipeline
-        )
+        self._writer = Writer(store, self._run, self._discards, threads=threads, baseline=baseline, pipeline=pipeline)
         self._collector = Collector(store, discard=self._discards.spend)
 
     @property
+    def number(self) -> int:
+        """The attempt's number; 0 before it has started."""
+        return self._number
+
+    @property
     def last_step(self) -> int | None:
-        """The step of the lineage's latest checkpoint; the next save's has to be beyond it."""
-        return max((name.step for name in (*self._history, *self._unreadable)), default=None)
+        """The step of the latest checkpoint; that of a new one has to be beyond it."""
+        return max((name.step for name in tuple(self._history)), default=None)
 
-    def continue_from(self, name: RefName | None, manifest: Manifest | None = None) -> None:
-        """Decide what this attempt continues: the lineage up to checkpoint `name`, or nothing.
+    def holds(self, step: int) -> bool:
+        """Whether there is a checkpoint of `step` among those that this attempt continues and its own."""
+        return any(name.step == step for name in tuple(self._history))
 
-        Parameters
-        ----------
-        manifest
-            Of that checkpoint, where it was read: what it holds need not be put again.
+    def existing(self, step: int) -> Ref | None:
+        """Return the checkpoint of `step` among those, unless it was pruned.
+
+        Raises
+        ------
+        CorruptionError, FormatError
+            If its ref is unreadable.
         """
-        assert not self._sealed
-        refs = self._read(self.lineage.live)
-        earlier = {other: ref for other, ref in refs.items() if name is not None and other.step <= name.step}
-        later = {other: ref for other, ref in refs.items() if other not in earlier}
-        self._history = {other: ref for other, ref in earlier.items() if ref is not None}
-        self._unreadable = {other for other, ref in earlier.items() if ref is None}
-        self._abandoned = self._read(self.lineage.abandoned) | later
-        self._run.seal(
-            self.number,
-            [ref or other for other, ref in earlier.items()],
-            [ref or other for other, ref in self._abandoned.items()],
-        )
-        if name is not None:
-            if manifest is None and name in self._history:
-                manifest = self._manifest_if_readable(self._history[name])
-            if manifest is not None:
-                self._writer.continue_from(name, manifest)
-        self._sealed = True
+        for name, ref in tuple(self._history.items()):
+            if name.step == step:
+                found = ref or self._run.read(name)
+                return found if isinstance(found, Ref) else None
+        return None
 
-    def _read(self, names: Sequence[RefName]) -> dict[RefName, Ref | None]:
+    # -- the beginning
+
+    def start(self) -> None:
+        """Take the run over, and write down what this attempt continues. Does nothing if that has been done.
+
+        Raises
+        ------
+        SupersededError
+            If the run has moved on since it was restored. Nothing was saved, and nothing of the run is abandoned.
+        StoreNotFoundError, StoreReplacedError, CorruptionError
+            If the store or the lineage is not there any more.
+        BackendError
+            If the store failed; starting again goes on with it.
+        """
+        if self._number:
+            return
+        origin, store = self._origin, self._store
+        store.create()
+        if not origin.appends:
+            if origin.lineage.attempt:
+                store.check_unchanged()
+            self._run.standing(origin.lineage)  # whoever is refused must not stop the run's writer
+        # Killed predecessors leave pins, and collectors lists: then one full sweep after the first commit.
+        self._sweep |= bool(store.condemned.read())
+        # Without exclusive creation no collector can stop a save that it took for dead: nothing may be collected.
+        self._collects = store.backend.exclusive
+        number, unfinished = self._run.start_attempt(self._document, None if origin.appends else origin.lineage.attempt)
+        self._sweep |= unfinished
+        history, abandoned = self._chosen()
+        self._run.seal(
+            number,
+            [ref or name for name, ref in history.items()],
+            [ref or name for name, ref in abandoned.items()],
+        )
+        self._history, self._abandoned = history, abandoned
+        self._writer.begin(number)
+        self._continue_latest()
+        self._number = number
+
+    def _chosen(self) -> tuple[dict[RefName, Ref | None], dict[RefName, Ref | None]]:
+        """Return what the attempt continues, and what it leaves behind; to be called when it has aborted the others."""
+        lineage, history = self._origin.lineage, self._origin.history
+        if self._origin.appends:
+            lineage = self._run.lineage()
+            return self._read(lineage, lineage.live), self._read(lineage, lineage.abandoned)
+        standing = self._run.standing(lineage)
+        inherited = [name for name in history if name in standing]
+        left = [name for name in (*lineage.live, *lineage.abandoned) if name in standing and name not in inherited]
+        return self._read(lineage, inherited), self._read(lineage, left)
+
+    def _continue_latest(self) -> None:
+        """Let the writer rely on the checkpoint that the attempt continues, as far as its ref lives when it looks."""
+        name = max(self._history, key=lambda name: name.step, default=None)
+        if not self._origin.appends:
+            name = self._origin.history[-1] if self._origin.history else None
+        if name is None:
+            return
+        manifest = self._origin.manifest
+        if manifest is None:
+            ref = self._history.get(name)
+            manifest = None if ref is None else self._manifest_if_readable(ref)
+        if manifest is not None:
+            self._writer.continue_from(name, manifest)
+
+    def _read(self, lineage: Lineage, names: Sequence[RefName]) -> dict[RefName, Ref | None]:
         """Return the refs that still stand; ``None`` for an unreadable one, which stays in the lineage by its name."""
         unreadable: dict[RefName, Ref | None] = {}
 
@@ -120,7 +217,7 @@ class Attempt:
             unreadable[name] = None
             log.error("the ref of step %d is unreadable; delete that step to be rid of it: %s", name.step, error)
 
-        return {ref.name: ref for ref in read_refs(self._run, self.lineage, names, skip)} | unreadable
+        return {ref.name: ref for ref in read_refs(self._run, lineage, names, skip)} | unreadable
 
     def _manifest_if_readable(self, ref: Ref) -> Manifest | None:
         try:
@@ -129,37 +226,61 @@ class Attempt:
             log.warning("the next save stores everything, since step %d cannot be continued: %s", ref.step, error)
             return None
 
-    def check_step(self, step: int, last: int | None) -> None:
-        """Check that a checkpoint of `step` can follow one of step `last`.
+    # -- checkpoints
+
+    def check_step(
+        self, step: int, last: int | None, if_exists: IfExists = "error", pending: Collection[int] = ()
+    ) -> None:
+        """Check that a checkpoint of `step` can be saved after that of `last`, with those of `pending` on their way.
 
         Raises
         ------
         OptionError
         """
-        RefName.new(self.number, step)
-        if last is not None and step <= last:
+        RefName.new(self._number, step)
+        if last is None or step > last:
+            return
+        where = f"run {self._run.name!r} at {self._store.backend.url}"
+        there = step in pending or self.holds(step)
+        if there and if_exists == "replace":
+            return
+        if there:
             raise OptionError(
-                f"run {self._run.name!r} at {self._store.backend.url} is at step {last} already; step {step} is not "
-                "beyond it. Restore an earlier step to go on from there, or save to another run"
+                f"{where} has a checkpoint of step {step} already; give if_exists='replace' to replace it or 'skip' to "
+                "keep it, restore an earlier step to go on from there, or save to another run"
             )
+        raise OptionError(
+            f"{where} is at step {last} already; step {step} is not beyond it. Restore an earlier step to go on from "
+            "there, or save to another run"
+        )
 
-    def write(self, snapshot: Snapshot, report: SaveReport) -> Ref:
+    def write(self, snapshot: Snapshot, report: SaveReport, if_exists: IfExists = "error") -> Ref:
         """Write and commit a checkpoint, then prune and collect.
+
+        Parameters
+        ----------
+        if_exists
+            With ``"replace"`` the step's checkpoint, if there is one, is expired once the new one is committed.
 
         Raises
         ------
         SupersededError, BackendError
             If the checkpoint was not committed. Trouble with pruning or collecting is logged; the next save goes on.
+        OptionError
+            If the step is not beyond the last, and not to be replaced.
         """
-        assert self._sealed
+        self.start()
+        replaces = if_exists == "replace"
         for ref, manifest in self._writer.settle_commits():
             # An earlier save that was said to have failed is there after all.
+            took_the_place = self.holds(ref.step)
             self._take_up(ref, manifest)
-            if ref.step >= snapshot.step:
+            wanted = took_the_place or (replaces and ref.step == snapshot.step)
+            if ref.step >= snapshot.step and not wanted:
                 self._expire([ref.name])
-        self.check_step(snapshot.step, self.last_step)
+        self.check_step(snapshot.step, self.last_step, if_exists)
         try:
-            ref, manifest = self._writer.write(snapshot, report)
+            ref, manifest = self._writer.write(self._after_the_replaced(snapshot), report)
         except SupersededError:
             self._leave()
             raise
@@ -172,7 +293,14 @@ class Attempt:
             self._tidy(ref.step)
         return ref
 
+    def _after_the_replaced(self, snapshot: Snapshot) -> Snapshot:
+        """Return the snapshot with a time after that of the one it replaces, by which readers tell them apart."""
+        times = [ref.time for ref in self._history.values() if ref is not None and ref.step == snapshot.step]
+        return replace(snapshot, time=max([snapshot.time, *(math.nextafter(time, math.inf) for time in times)]))
+
     def _take_up(self, ref: Ref, manifest: Manifest) -> None:
+        for name in [name for name in self._history if name.step == ref.step]:
+            self._abandoned[name] = self._history.pop(name)  # replaced: pruned next
         self._history[ref.name] = ref
         self._collector.note(self._run.ref_key(ref.name), manifest_keys(manifest) | {ref.manifest})
 
@@ -215,17 +343,19 @@ class Attempt:
     def _prune(self, step: int) -> None:
         """Expire what the policy does not keep, and what was abandoned and is passed by now."""
         kept = self._kept()
-        doomed = [ref.name for ref in self._history.values() if kept is not None and ref.step not in kept | {step}]
+        doomed = [name for name in self._history if kept is not None and name.step not in kept | {step}]
         doomed += [name for name in self._abandoned if name.step <= step]
         self._expire(doomed)
 
     def _kept(self) -> set[int] | None:
         """Return the steps that the policy keeps; ``None``, and a word in the log, where it cannot be told."""
-        if self._unreadable:
-            steps = ", ".join(str(name.step) for name in sorted(self._unreadable))
+        unreadable = sorted(name.step for name, ref in self._history.items() if ref is None)
+        if unreadable:
+            steps = ", ".join(map(str, unreadable))
             self._say_once("unreadable", f"delete step {steps}, which cannot be read")
             return None
-        history = [to_record(ref) for ref in self._history.values()]
+        refs = [ref for ref in self._history.values() if ref is not None]
+        history = [to_record(ref) for ref in sorted(refs, key=lambda ref: ref.step)]
         try:
             kept = steps_kept(self._policy, history)
             reason = undecided(self._policy, history)
@@ -244,7 +374,7 @@ class Attempt:
     def _expire(self, doomed: Sequence[RefName]) -> None:
         if not doomed:
             return
-        self._run.check_not_superseded(self.number)
+        self._run.check_not_superseded(self._number)
         try:
             # Before they are expired: killed in between, the list tells the next attempt that there is garbage.
             if self._collects:
@@ -257,7 +387,6 @@ class Attempt:
         for name in doomed:
             self._history.pop(name, None)
             self._abandoned.pop(name, None)
-        self._unreadable.difference_update(doomed)
 
     def _collect(self) -> None:
         if self._sweep:
@@ -271,14 +400,20 @@ class Attempt:
     def delete(self, step: int) -> bool:
         """Delete the checkpoints of `step`, readable or not, abandoned ones included; return whether there were any.
 
+        An attempt that has not started takes the run over for that only if it has seen one.
+
         Raises
         ------
+        SupersededError
+            See `start`.
         BackendError, CollectionError
             If not everything could be deleted; a later save collects the rest.
         """
-        names = {name for name in (*self._history, *self._abandoned) if name.step == step}
-        names |= {name for name in self._unreadable if name.step == step}
-        self._expire(sorted(names))
+        if not self._number and not self._origin.lineage.at(step):
+            return False
+        self.start()
+        names = sorted(name for name in (*self._history, *self._abandoned) if name.step == step)
+        self._expire(names)
         try:
             self._collect()
         finally:
@@ -306,3 +441,14 @@ def refuse_other_ranks() -> None:
             f"its state is whole; or give each rank a run of its own, as run='rank{rank}' or '#rank{rank}' in the URL. "
             "To read on every rank, pass read_only=True. Sharded state is not supported yet"
         )
+
+
+def check_if_exists(if_exists: str) -> None:
+    """Refuse what is no `IfExists`.
+
+    Raises
+    ------
+    OptionError
+    """
+    if if_exists not in get_args(IfExists):
+        raise OptionError(f"if_exists must be 'error', 'skip' or 'replace', not {if_exists!r}")

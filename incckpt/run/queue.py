@@ -9,12 +9,16 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 from incckpt.errors import ManagerClosedError, SaveError
 
-__all__ = ["BackgroundQueue"]
+__all__ = ["BackgroundQueue", "resolved"]
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 class BackgroundQueue:
@@ -145,6 +149,13 @@ class BackgroundQueue:
                 with self._changed:
                     self._doing = None
                     self._changed.notify_all()
+
+
+def resolved(result: _T) -> Future[_T]:
+    """Return a future of what is there already."""
+    future: Future[_T] = Future()
+    future.set_result(result)
+    return future
 
 
 _queues: weakref.WeakSet[BackgroundQueue] = weakref.WeakSet()

@@ -19,7 +19,7 @@ from typing import Any
 from incckpt.backends.base import Backend
 from incckpt.backends.registry import open_backend
 from incckpt.errors import BackendError, BackendPermissionError, OptionError, StateError, StoreNotFoundError
-from incckpt.run.attempt import Attempt
+from incckpt.run.attempt import Attempt, IfExists, Origin
 from incckpt.run.checkpoint import Checkpoint
 from incckpt.run.report import SaveReport
 from incckpt.run.snapshot import Snapshot
@@ -55,31 +55,45 @@ class Session:
         self.options = options
         self.store = Store(backend)
         try:
-            self._attempt = Attempt(self.store, run, threads=default_threads())
-            self._attempt.continue_from(self._attempt.lineage.latest)
+            self.store.create()
         except BaseException:
             backend.close()
             raise
+        self._run = run
+        self._attempt: Attempt | None = None
         self.urls: set[str] = set()
 
-    def save(self, flat: FlatState, step: int | None, metrics: Mapping[str, float]) -> Checkpoint:
+    def _started_or_new(self) -> Attempt:
+        """Return the attempt; until it has started, one that knows what the run holds now."""
+        if self._attempt is None or not self._attempt.number:
+            origin = Origin.latest(self.store.run(self._run).lineage())
+            self._attempt = Attempt(self.store, self._run, origin, threads=default_threads())
+        return self._attempt
+
+    def save(
+        self, flat: FlatState, step: int | None, metrics: Mapping[str, float], if_exists: IfExists = "error"
+    ) -> Checkpoint:
         """Write a checkpoint; its memory is copied while it is written, a part at a time."""
-        last = self._attempt.last_step
+        attempt = self._started_or_new()
         if step is None:
-            step = 0 if last is None else last + 1
-        self._attempt.check_step(step, last)
+            attempt.start()
+            step = 0 if attempt.last_step is None else attempt.last_step + 1
+        if if_exists == "skip" and (existing := attempt.existing(step)) is not None:
+            return Checkpoint.of(self._run, existing)
+        attempt.check_step(step, attempt.last_step, if_exists)
         layout = Layout.of(flat.sizes, flat.kinds, DEFAULT_CHUNK_BYTES)
         contents = live_contents(flat, layout)
         snapshot = Snapshot.of(step, metrics, time.time(), flat.structure, flat.tensors, layout, contents)
-        return Checkpoint.of(self._attempt.run, self._attempt.write(snapshot, SaveReport(step=step)))
+        return Checkpoint.of(self._run, attempt.write(snapshot, SaveReport(step=step), if_exists))
 
     def rest(self) -> None:
         """Let go of threads and buffers until the next save."""
-        self._attempt.close()
+        if self._attempt is not None:
+            self._attempt.close()
 
     def close(self) -> None:
         """Let go of connections, too."""
-        self._attempt.close()
+        self.rest()
         self.store.close()
 
 
@@ -110,6 +124,7 @@ class Sessions:
         flat: FlatState,
         step: int | None,
         metrics: Mapping[str, float],
+        if_exists: IfExists = "error",
     ) -> Checkpoint:
         """Save to a run, in the session for it or a new one."""
         wanted = _frozen(options or {})
@@ -126,20 +141,27 @@ class Sessions:
                     backend.close()
                     backend = None
                 try:
-                    return self._use(key, url, session, flat, step, metrics)
+                    return self._use(key, url, session, flat, step, metrics, if_exists)
                 except StoreNotFoundError as error:
                     log.warning("beginning anew at %s: %s", session.store.backend.url, error)
             session = Session(backend or open_backend(url, options), run, wanted)
             self._close_others(session, run)
-            return self._use(key, url, session, flat, step, metrics)
+            return self._use(key, url, session, flat, step, metrics, if_exists)
 
     def _use(
-        self, key: _Key, url: str, session: Session, flat: FlatState, step: int | None, metrics: Mapping[str, float]
+        self,
+        key: _Key,
+        url: str,
+        session: Session,
+        flat: FlatState,
+        step: int | None,
+        metrics: Mapping[str, float],
+        if_exists: IfExists,
     ) -> Checkpoint:
         """Save in a session, and keep it unless the way it failed says that it is of no use any more."""
         keep = False
         try:
-            checkpoint = session.save(flat, step, metrics)
+            checkpoint = session.save(flat, step, metrics, if_exists)
             keep = True
         except (StateError, OptionError, BackendError) as error:
             keep = not isinstance(error, BackendPermissionError)  # other credentials may be found next time
@@ -233,6 +255,7 @@ def save_state(
     flat: FlatState,
     step: int | None,
     metrics: Mapping[str, float],
+    if_exists: IfExists = "error",
 ) -> Checkpoint:
     """Save a state to a run of the store at `url`; return when it is durable.
 
@@ -240,4 +263,4 @@ def save_state(
     ------
     OptionError, SupersededError, BackendError
     """
-    return _sessions.save(url, run, options, flat, step, metrics)
+    return _sessions.save(url, run, options, flat, step, metrics, if_exists)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from incckpt.run.report import SaveReport
+from incckpt.staging.baseline import Baseline
 from incckpt.staging.content import Content
 from incckpt.staging.layout import Layout
 from incckpt.state.entries import TensorEntry, entry_to_json
+from incckpt.state.flatten import flatten
 from incckpt.store.document import Json
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "stage"]
 
 
 @dataclass(frozen=True)
@@ -47,3 +52,17 @@ class Snapshot:
         """Put a snapshot together from what flattening and staging gave."""
         entries = tuple(entry_to_json(entry) for entry in tensors)
         return cls(step, metrics, time, structure, entries, layout, contents, norms)
+
+
+def stage(
+    step: int, app: Any, metrics: Mapping[str, float], report: SaveReport, *, base: Baseline, allow_pickle: bool
+) -> Callable[[], Snapshot]:
+    """Flatten a state and copy what has changed of it; return what makes the snapshot when there is time for it."""
+    started = time.perf_counter()
+    flat = flatten(app, allow_pickle=allow_pickle)
+    flattened = time.perf_counter()
+    layout, contents = base.stage(flat, report)
+    report.spent("flatten", flattened - started)
+    report.spent("stage", time.perf_counter() - flattened)
+    structure, tensors, now, norms = flat.structure, flat.tensors, time.time(), report.norms or None
+    return lambda: Snapshot.of(step, metrics, now, structure, tensors, layout, contents, norms)

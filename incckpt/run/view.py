@@ -60,7 +60,7 @@ class RunView:
 
     def read(
         self, which: Which | str | None, read: Callable[[Reader, Manifest], _T], *, fall_back: bool = False
-    ) -> tuple[RefName, Manifest, _T] | None:
+    ) -> tuple[Lineage, tuple[RefName, Manifest, _T] | None]:
         """Choose a checkpoint and `read` it; where it is pruned meanwhile, choose again.
 
         Parameters
@@ -72,8 +72,9 @@ class RunView:
 
         Returns
         -------
-        tuple or None
-            The checkpoint and what `read` returned; ``None`` if the run is empty and `which` is ``None``.
+        lineage, found
+            The run as it was seen, and the checkpoint with what `read` returned; ``None`` if the run is empty and
+            `which` is ``None``.
 
         Raises
         ------
@@ -110,7 +111,7 @@ class RunView:
         """Return a checkpoint; ``None`` if there is none such."""
         try:
             self._store.check()
-            ref = self._read_standing(which, lambda ref: ref, False)
+            _, ref = self._read_standing(which, lambda ref: ref, False)
         except (StoreNotFoundError, CheckpointNotFoundError):
             return None
         return None if ref is None else Checkpoint.of(self.run.name, ref)
@@ -128,13 +129,15 @@ class RunView:
     ) -> None:
         self.close()
 
-    def _read_standing(self, which: Which | str | None, read: Callable[[Ref], _T], fall_back: bool) -> _T | None:
+    def _read_standing(
+        self, which: Which | str | None, read: Callable[[Ref], _T], fall_back: bool
+    ) -> tuple[Lineage, _T | None]:
         wanted = checked_which(which)
         pruned: RefName | None = None
         for _ in range(TRIES):
             lineage = self.run.lineage()
             if lineage.latest is None and wanted is None and pruned is None:
-                return None
+                return lineage, None
             try:
                 name = choose(self.run, lineage, wanted, self._metric, self._mode)
             except CheckpointNotFoundError as error:
@@ -144,7 +147,7 @@ class RunView:
             candidates = list(reversed(lineage.live)) if fall_back else [name]
             found, pruned = self._first_readable(lineage, candidates, read)
             if pruned is None:
-                return found
+                return lineage, found
             log.debug("step %d of run %r was pruned while it was read; choosing again", pruned.step, self.run.name)
         raise CheckpointNotFoundError(
             f"{place(self.run)}: {TRIES} times the checkpoint was pruned while it was read; let its writer keep more "

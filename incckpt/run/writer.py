@@ -76,8 +76,8 @@ class Writer:
 
     Parameters
     ----------
-    store, run, attempt
-        Where to, and as whom.
+    store, run
+        Where to.
     discards
         Takes what saves leave behind.
     threads
@@ -94,7 +94,6 @@ class Writer:
         self,
         store: Store,
         run: Run,
-        attempt: int,
         discards: Discards,
         *,
         threads: int,
@@ -105,13 +104,17 @@ class Writer:
         self._discards = discards
         self._store = store
         self._run = run
-        self.attempt = attempt
+        self._attempt = 0
         self._baseline = baseline
         self._uploader = Uploader(store, threads=threads, baseline=baseline, pipeline=pipeline)
         self._heartbeat_seconds = heartbeat_seconds
         self._read_back = ReadBack()
         self._previous: tuple[RefName, frozenset[str]] | None = None
         self._unsettled: list[tuple[Ref, Manifest, list[str]]] = []
+
+    def begin(self, attempt: int) -> None:
+        """Write as `attempt` from now on."""
+        self._attempt = attempt
 
     def continue_from(self, name: RefName, manifest: Manifest) -> None:
         """Take a checkpoint of the lineage as the previous one: what it holds need not be put again."""
@@ -147,12 +150,12 @@ class Writer:
         """
         self._read_back.check(snapshot)
         for _ in range(_ABORTED_TRIES):
-            name = RefName.new(self.attempt, snapshot.step)
+            name = RefName.new(self._attempt, snapshot.step)
             written = self._write_as(name, snapshot, report)
             if written is not None:
                 return written
             # A collector took this save for dead, after an outage say. If nobody took the run over, save again.
-            self._run.check_not_superseded(self.attempt)
+            self._run.check_not_superseded(self._attempt)
             log.warning("the save of step %d was aborted as stale; saving again", snapshot.step)
         raise SupersededError(f"run {self._run.name!r}: the save of step {snapshot.step} was aborted again and again")
 
@@ -236,7 +239,7 @@ class Writer:
 
     def _not_superseded(self) -> frozenset[str]:
         try:
-            self._run.check_not_superseded(self.attempt)
+            self._run.check_not_superseded(self._attempt)
         except CorruptionError:
             self._store.check_unchanged()  # a store that was removed or replaced explains it
             raise

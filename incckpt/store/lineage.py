@@ -7,15 +7,17 @@ and takes its clock from outside, so that a simulation can interleave and stop i
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from incckpt.backends.base import Backend
-from incckpt.errors import CorruptionError, KeyNotFoundError, SupersededError
+from incckpt.errors import BackendError, CorruptionError, KeyNotFoundError, SupersededError
 from incckpt.store.document import Fields, Json, as_mapping, dump_document, parse_document
 from incckpt.store.refs import (
     Ref,
@@ -51,7 +53,7 @@ class Lineage:
     live
         The lineage's checkpoints, by step.
     abandoned
-        Checkpoints that a later attempt went back behind, by step.
+        Checkpoints that a later attempt went back behind, or that another one of their step has replaced, by step.
     known
         Contents of refs, as far as the lineage tells them (the others have to be read).
     """
@@ -66,6 +68,11 @@ class Lineage:
     def latest(self) -> RefName | None:
         """The checkpoint with the highest step."""
         return self.live[-1] if self.live else None
+
+    @classmethod
+    def empty(cls) -> Lineage:
+        """Return that of a run that nobody has written."""
+        return cls(0, 0, (), (), {})
 
     def at(self, step: int) -> tuple[RefName, ...]:
         """The checkpoints of `step` that stand: the one in the lineage first, then abandoned ones, the latest first."""
@@ -131,6 +138,8 @@ class Run:
     def lineage(self) -> Lineage:
         """Return the checkpoints of the run: two listings and one read, however long its history.
 
+        Of two checkpoints of one step, which a writer leaves that was killed while it replaced one, the newer counts.
+
         A listing takes time. If nothing shows, or another attempt has taken over meanwhile, it looks again, until it
         sees something or the same as before.
         """
@@ -164,10 +173,50 @@ class Run:
                 live.append(name)
             elif name in left:
                 abandoned.append(name)
-        live.sort(key=lambda name: (name.step, name.attempt))
-        abandoned.sort(key=lambda name: (name.step, name.attempt))
         known = {name: ref for name, ref in (inherited | left).items() if ref is not None}
+        live, replaced = self._newest(live, known)
+        abandoned += replaced
+        abandoned.sort(key=lambda name: (name.step, name.attempt, known[name].time if name in known else 0.0))
         return Lineage(attempt, sealed, tuple(live), tuple(abandoned), known), frozenset(listed)
+
+    def _newest(self, names: Iterable[RefName], known: Mapping[RefName, Ref]) -> tuple[list[RefName], list[RefName]]:
+        """Return the newest checkpoint of each step, by step, and those that they have replaced."""
+        by_step: defaultdict[int, list[RefName]] = defaultdict(list)
+        for name in names:
+            by_step[name.step].append(name)
+        newest: list[RefName] = []
+        replaced: list[RefName] = []
+        for _, same in sorted(by_step.items()):
+            if len(same) > 1:
+                same = self._by_age(same, known)
+            newest += same[-1:]
+            replaced += same[:-1]
+        return newest, replaced
+
+    def _by_age(self, names: Iterable[RefName], known: Mapping[RefName, Ref]) -> list[RefName]:
+        """Return those that stand, the newest last: a checkpoint has a later time than what it has replaced."""
+        times: dict[RefName, float] = {}
+        for name in names:
+            try:
+                found = known.get(name) or self.read(name)
+            except ValueError:
+                times[name] = -math.inf  # one that is readable counts before it
+                continue
+            if isinstance(found, Ref):
+                times[name] = found.time
+        return sorted(times, key=lambda name: (name.attempt, times[name], name.nonce))
+
+    def ancestry(self, lineage: Lineage, name: RefName) -> tuple[RefName, ...]:
+        """Return checkpoint `name`, abandoned or not, after those that its lineage has before it, by step."""
+        if name in lineage.live:
+            return tuple(other for other in lineage.live if other.step <= name.step)
+        inherited, _ = self._read_seal(name.attempt)
+        names = [
+            other
+            for other in (*lineage.live, *lineage.abandoned)
+            if other == name or (other.step < name.step and (other.attempt == name.attempt or other in inherited))
+        ]
+        return tuple(self._newest(names, lineage.known)[0])
 
     def _read_seal(self, attempt: int) -> tuple[dict[RefName, Ref | None], dict[RefName, Ref | None]]:
         key = self._attempt_key(attempt) + ".from"
@@ -200,25 +249,85 @@ class Run:
     def _attempt_key(self, attempt: int) -> str:
         return f"runs/{self.name}/attempts/{attempt:06d}"
 
-    def start_attempt(self) -> tuple[int, bool]:
+    def new_attempt(self) -> bytes:
+        """Return the document of a new attempt, which is like no other."""
+        me = {"time": self._clock(), "host": socket.gethostname(), "pid": os.getpid(), "nonce": new_nonce()}
+        return dump_document("attempt", me)
+
+    def start_attempt(self, document: bytes, after: int | None = None) -> tuple[int, bool]:
         """Become the run's writer: create the next attempt, then abort whatever lower attempts have in flight.
 
-        The caller chooses what to continue from a `lineage` read afterwards, and says so with `seal`.
+        The caller chooses what to continue from what it reads afterwards, and says so with `seal`. Called again
+        with the same arguments it goes on with the same attempt.
+
+        Parameters
+        ----------
+        document
+            Of `new_attempt`.
+        after
+            The attempt must be the one right after this; by default it is the next, whichever that is.
 
         Returns
         -------
         attempt, unfinished
             The attempt, and whether a lower one has left a pin.
+
+        Raises
+        ------
+        SupersededError
+            If somebody else has made that attempt; they are not disturbed.
         """
-        me = {"time": self._clock(), "host": socket.gethostname(), "pid": os.getpid(), "nonce": new_nonce()}
-        document = dump_document("attempt", me)
-        attempt = self.attempts()[0] + 1
+        attempt = (self.attempts()[0] if after is None else after) + 1
         while create_once(self.backend, self._attempt_key(attempt), document) is not None:
+            if after is not None:
+                raise self._moved_on(attempt, "has taken it over")
             attempt += 1
         lower = [pin.name for pin in list_pins(self.backend, self.name) if pin.name.attempt < attempt]
         for name in lower:
             self.abort(name)
         return attempt, bool(lower)
+
+    def standing(self, seen: Lineage) -> frozenset[RefName]:
+        """Return the checkpoints of a lineage seen earlier that stand now.
+
+        Raises
+        ------
+        SupersededError
+            If the run has moved on since: by a checkpoint that was not seen, or by an attempt other than the
+            caller's, which is the one right after those that were seen.
+        CorruptionError
+            If the lineage seen is gone.
+        """
+        _, sealed = self.attempts()
+        if sealed < seen.sealed:
+            raise CorruptionError(
+                f"run {self.name!r} at {self.backend.url} is damaged: {self._attempt_key(seen.sealed)}.from was there, "
+                "and is gone"
+            )
+        if sealed not in (seen.sealed, seen.attempt + 1):
+            raise self._moved_on(sealed, "has taken it over")
+        known = {*seen.live, *seen.abandoned}
+        standing = {name for _, name, _, tombstone in list_refs(self.backend, self.name) if name and not tombstone}
+        newer = [name for name in standing - known if name.attempt == seen.sealed]
+        if newer:
+            raise self._moved_on(seen.sealed, f"has committed step {max(name.step for name in newer)}")
+        return frozenset(standing & known)
+
+    def _moved_on(self, attempt: int, what: str) -> SupersededError:
+        return SupersededError(
+            f"run {self.name!r} at {self.backend.url} has moved on since it was restored here: attempt "
+            f"{attempt}{self._writer_of(attempt)} {what}. Nothing was saved, and nothing of the run is lost: restore() "
+            "again to go on from where it is now, or save to another run"
+        )
+
+    def _writer_of(self, attempt: int) -> str:
+        """Return who made an attempt, for people."""
+        key = self._attempt_key(attempt)
+        try:
+            fields = Fields(parse_document(self.backend.get(key), "attempt", key), key)
+            return f" (process {fields.count('pid')} on {fields.string('host')})"
+        except (BackendError, ValueError):
+            return ""
 
     def seal(self, attempt: int, inherited: Iterable[Ref | RefName], abandoned: Iterable[Ref | RefName]) -> None:
         """Write down what `attempt` continues; from here on this is the run's lineage.
@@ -250,9 +359,8 @@ class Run:
             )
         if highest > attempt:
             raise SupersededError(
-                f"run {self.name!r} at {self.backend.url} was taken over by attempt {highest} (this is attempt "
-                f"{attempt}): another process restored it or saved to it. Stop this one, or restore() again to take "
-                "the run back"
+                f"run {self.name!r} at {self.backend.url} was taken over from attempt {attempt} by attempt "
+                f"{highest}{self._writer_of(highest)}. Stop this process, or restore() again to go on from there"
             )
 
     # -- a save

@@ -7,7 +7,7 @@ from the start with those replies, and a state of the whole is the server's cont
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -201,6 +201,9 @@ class Explorer:
         How often a process may be interrupted by another that could go on; unlimited by default.
     limit
         States after which to give up.
+    opening
+        Names of processes, each of which goes on to its next pause before the exploration begins; each process once,
+        in their order, by default.
     """
 
     def __init__(
@@ -218,6 +221,7 @@ class Explorer:
         switches: int | None = None,
         limit: int | None = None,
         seed: int | None = None,
+        opening: Sequence[str] | None = None,
     ) -> None:
         self._processes = [_Replayed(name, n, program) for n, (name, program) in enumerate(programs.items(), 16)]
         self._check = check
@@ -233,8 +237,9 @@ class Explorer:
         points = (0,) * len(self._processes)
         bound = -1 if switches is None else switches
         self._first = _State(server, points, points, (), faults, advances, frozenset(), -1, bound)
-        for number in range(len(self._processes)):
-            self._first = self._run_to_pause(self._first, number)
+        names = list(programs)
+        for name in names if opening is None else opening:
+            self._first = self._run_to_pause(self._first, names.index(name))
 
     def explore(self) -> Explored:
         """Visit every state.

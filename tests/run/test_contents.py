@@ -14,10 +14,11 @@ from incckpt.backends.local import LocalBackend
 from incckpt.backends.memory import MemoryBackend
 from incckpt.errors import StateError
 from incckpt.run import writer as writing
-from incckpt.run.attempt import Attempt
+from incckpt.run.attempt import Attempt, Origin
 from incckpt.run.report import SaveReport
 from incckpt.run.snapshot import Snapshot
 from incckpt.staging.layout import Layout
+from incckpt.store.lineage import Lineage
 from incckpt.store.store import Store
 from incckpt.testing.compare import assert_same_state
 from tests.stores import object_keys
@@ -53,8 +54,7 @@ def test_a_save_that_no_reader_would_take_writes_nothing(
     tmp_path: Path, structure: Any, tensors: Any, place: str
 ) -> None:
     backend = MemoryBackend(str(tmp_path))
-    attempt = Attempt(Store(backend), "default")
-    attempt.continue_from(None)
+    attempt = Attempt(Store(backend), "default", Origin.nothing(Lineage.empty()))
     with pytest.raises(StateError, match=rf"step 1 was not saved.*{place}"):
         attempt.write(snapshot(structure, tensors), SaveReport(step=1))
     assert object_keys(backend) == set()

@@ -69,7 +69,7 @@ def pruning(writer: incckpt.CheckpointManager, times: int) -> Callable[[Reader, 
 
 def test_a_pruned_checkpoint_is_no_damage(tmp_path: Path, writer: incckpt.CheckpointManager) -> None:
     with writer, Store.open(str(tmp_path)) as store, RunView(store, "default", threads=1) as view:
-        found = view.read(None, pruning(writer, 3))
+        _, found = view.read(None, pruning(writer, 3))
         assert found is not None
         assert found[2] == 4
         with pytest.raises(CheckpointNotFoundError, match=r"step 4 was pruned while it was read;.* it has step 5"):
@@ -88,7 +88,7 @@ def test_falls_back_from_damage(caplog: pytest.LogCaptureFixture, tmp_path: Path
         incckpt.save({"step": step}, tmp_path)
     with Store.open(str(tmp_path)) as store, RunView(store, "default", threads=1) as view:
         with caplog.at_level(logging.ERROR):
-            found = view.read(None, read, fall_back=True)
+            _, found = view.read(None, read, fall_back=True)
         assert found is not None
         assert found[2] == 1
         assert "step 3 cannot be read, falling back" in caplog.text

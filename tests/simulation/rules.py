@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import CodeType
 from typing import Any
-from unittest import mock
 
 from incckpt.run.attempt import Attempt
 from incckpt.run.upload import Uploader
@@ -18,76 +13,7 @@ from incckpt.run.writer import Writer
 from incckpt.store import objects, refs
 from incckpt.store.gc import Collector
 from incckpt.store.lineage import Run
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A function with other lines.
-
-    Attributes
-    ----------
-    owner, name
-        The class or module, and the function in it.
-    diff
-        Lines that begin with ``-`` stand in the function exactly once, in a row; those with ``+`` replace them.
-        Indentation counts only within such a hunk.
-    """
-
-    owner: Any
-    name: str
-    diff: str
-
-    @contextmanager
-    def made(self) -> Iterator[None]:
-        """Put the edited function in place for a while."""
-        original = inspect.getattr_static(self.owner, self.name)
-        function = original.__func__ if isinstance(original, staticmethod) else original
-        source = textwrap.dedent(inspect.getsource(function)).splitlines()
-        for old, new in self._hunks():
-            source = _replace(source, old, new, f"{self.owner.__name__}.{self.name}")
-        module = sys.modules[function.__module__]
-        namespace = vars(module)
-        local: dict[str, Any] = {}
-        code = compile("from __future__ import annotations\n" + "\n".join(source), f"<edited {self.name}>", "exec")
-        assert isinstance(code, CodeType)
-        exec(code, namespace, local)
-        with ExitStack() as stack:
-            for place in self._places():
-                stack.enter_context(mock.patch.object(place, self.name, local[self.name]))
-            yield
-
-    def _hunks(self) -> Iterator[tuple[list[str], list[str]]]:
-        old: list[str] = []
-        new: list[str] = []
-        for line in textwrap.dedent(self.diff).strip("\n").splitlines():
-            if line.startswith("-"):
-                if new:
-                    yield old, new
-                    old, new = [], []
-                old.append(line[2:])
-            else:
-                assert line.startswith("+"), line
-                new.append(line[2:])
-        yield old, new
-
-    def _places(self) -> list[Any]:
-        """Return the class, or every module that has imported the function."""
-        if inspect.isclass(self.owner):
-            return [self.owner]
-        original = getattr(self.owner, self.name)
-        modules = [module for name, module in sys.modules.items() if name.split(".")[0] in ("incckpt", "tests")]
-        return [module for module in modules if getattr(module, self.name, None) is original]
-
-
-def _replace(source: Sequence[str], old: Sequence[str], new: Sequence[str], where: str) -> list[str]:
-    places: list[tuple[int, str]] = []
-    for at in range(len(source) - len(old) + 1):
-        indent = source[at][: len(source[at]) - len(source[at].lstrip())]
-        if [indent + line for line in old] == list(source[at : at + len(old)]):
-            places.append((at, indent))
-    assert len(places) == 1, f"{where} has {len(places)} times: {old}"
-    at, indent = places[0]
-    return [*source[:at], *(indent + line for line in new), *source[at + len(old) :]]
+from tests.simulation.edits import Edit, EditError
 
 
 @dataclass(frozen=True)
@@ -122,7 +48,7 @@ RULES: dict[str, Rule] = {
                 + condemned = self._store.condemned.keys()
                 + self._run.pin(name)
                 - known = self._look_around()
-                + known = replace(self._look_around(), condemned=condemned)
+                + known = Known(condemned, self._look_around().vouched)
                 """,
             )
         ],
@@ -134,8 +60,8 @@ RULES: dict[str, Rule] = {
                 Writer,
                 "_look_around",
                 """
-                - return _Known(condemned, vouched)
-                + return _Known(frozenset(), vouched)
+                - return Known(condemned, vouched)
+                + return Known(frozenset(), vouched)
                 """,
             )
         ],
@@ -212,8 +138,8 @@ RULES: dict[str, Rule] = {
                 Uploader,
                 "_base",
                 """
-                - return full if not due and self._usable(full.stored, known) else None
-                + return full if not due else None
+                - return full if stored is not None and self._usable(stored, known) else None
+                + return full if stored is not None else None
                 """,
             )
         ],
@@ -238,7 +164,7 @@ RULES: dict[str, Rule] = {
                 Writer,
                 "_put_manifest",
                 """
-                - self._store.objects.put(key, data)
+                - self._uploader.pipeline.together(lambda act: act(), acts)
                 + self._later = (key, data)
                 """,
             ),
@@ -248,7 +174,7 @@ RULES: dict[str, Rule] = {
                 """
                 - outcome = self._commit(ref, manifest)
                 + outcome = self._commit(ref, manifest)
-                + self._store.objects.put(*self._later)
+                + self._uploader.put(*self._later)
                 """,
             ),
         ],
@@ -313,8 +239,8 @@ RULES: dict[str, Rule] = {
                 Writer,
                 "_commit",
                 """
-                - self._unsettled.append((ref, manifest, self._tried))
-                + self.spent.append(self._run.pin_key(ref.name))
+                - self._unsettled.append((ref, manifest, self._uploader.tried))
+                + self._discards.spend([self._run.pin_key(ref.name)])
                 """,
             )
         ],
@@ -326,7 +252,7 @@ RULES: dict[str, Rule] = {
                 Writer,
                 "_commit",
                 """
-                - self._unsettled.append((ref, manifest, self._tried))
+                - self._unsettled.append((ref, manifest, self._uploader.tried))
                 + pass
                 """,
             )
@@ -364,13 +290,17 @@ RULES: dict[str, Rule] = {
         [
             Edit(
                 Attempt,
-                "__init__",
+                "start",
                 """
-                - lists = store.condemned.read()
-                + lists = store.condemned.read()
-                + lineage = self._run.lineage()
-                - self.lineage: Lineage = self._run.lineage()
-                + self.lineage = lineage
+                - history, abandoned = self._chosen()
+                + pass
+                - number, unfinished = self._run.start_attempt(
+                -     self._document, None if origin.appends else origin.lineage.attempt
+                - )
+                + history, abandoned = self._chosen()
+                + number, unfinished = self._run.start_attempt(
+                +     self._document, None if origin.appends else origin.lineage.attempt
+                + )
                 """,
             )
         ],
@@ -382,7 +312,7 @@ RULES: dict[str, Rule] = {
                 Writer,
                 "_not_superseded",
                 """
-                - self._run.check_not_superseded(self.attempt)
+                - self._run.check_not_superseded(self._attempt)
                 + pass
                 """,
             )
@@ -396,10 +326,126 @@ RULES: dict[str, Rule] = {
                 "_write_as",
                 """
                 - self._run.pin(name)
-                + self._run.check_not_superseded(self.attempt)
+                + self._run.check_not_superseded(self._attempt)
                 + self._run.pin(name)
                 - known = self._look_around()
-                + known = _Known(self._store.condemned.keys(), self._vouched())
+                + known = Known(self._store.condemned.keys(), self._vouched())
+                """,
+            )
+        ],
+    ),
+    "a restore starts no attempt": Rule(
+        "a writer, and one who only looks",
+        [
+            Edit(
+                Attempt,
+                "__init__",
+                """
+                - self._collector = Collector(store, discard=self._discards.spend)
+                + self._collector = Collector(store, discard=self._discards.spend)
+                + self.start()
+                """,
+            )
+        ],
+    ),
+    "a save looks whether the run has moved on before it takes it over": Rule(
+        "a save from what was restored before others moved on",
+        [
+            Edit(
+                Attempt,
+                "start",
+                """
+                - self._run.standing(origin.lineage)
+                + pass
+                """,
+            )
+        ],
+    ),
+    "a save looks whether the run has moved on after it has taken it over": Rule(
+        "a save from what was restored while others move on",
+        [
+            Edit(
+                Run,
+                "standing",
+                """
+                - if newer:
+                + if newer and sealed != seen.sealed:
+                - return frozenset(standing & known)
+                + return frozenset(standing)
+                """,
+            ),
+        ],
+    ),
+    "of those that have restored the same one takes the run over": Rule(
+        "two that have restored the same",
+        [
+            Edit(
+                Run,
+                "start_attempt",
+                """
+                - if after is not None:
+                + if False:
+                """,
+            )
+        ],
+    ),
+    "an attempt that begins again goes on with the same number": Rule(
+        "a beginning that fails",
+        [
+            Edit(
+                Attempt,
+                "start",
+                """
+                - number, unfinished = self._run.start_attempt(
+                -     self._document, None if origin.appends else origin.lineage.attempt
+                - )
+                + number, unfinished = self._run.start_attempt(
+                +     self._run.new_attempt(), None if origin.appends else origin.lineage.attempt
+                + )
+                """,
+            )
+        ],
+    ),
+    # -- replacing
+    "a replacement is committed before what it replaces is expired": Rule(
+        "a checkpoint is replaced, and the run changes hands",
+        [
+            Edit(
+                Attempt,
+                "write",
+                """
+                - ref, manifest = self._writer.write(self._after_the_replaced(snapshot), report)
+                + replaced = [name for name in self._history if name.step == snapshot.step]
+                + later = self._after_the_replaced(snapshot)
+                + self._expire(replaced)
+                + ref, manifest = self._writer.write(later, report)
+                """,
+            )
+        ],
+    ),
+    "of two checkpoints of a step one counts": Rule(
+        "a checkpoint is replaced, and the run changes hands",
+        [
+            Edit(
+                Run,
+                "_newest",
+                """
+                - newest += same[-1:]
+                - replaced += same[:-1]
+                + newest += same
+                """,
+            )
+        ],
+    ),
+    "a replacement has a later time than what it replaces": Rule(
+        "a checkpoint is replaced, and the run changes hands",
+        [
+            Edit(
+                Attempt,
+                "_after_the_replaced",
+                """
+                - times = [ref.time for ref in self._history.values() if ref is not None and ref.step == snapshot.step]
+                + times = []
                 """,
             )
         ],
@@ -509,8 +555,10 @@ RULES: dict[str, Rule] = {
                 Collector,
                 "condemn",
                 """
-                - key for run, counts in freed.items() for key, count in counts.items() if self._users_in[run][key] <= count
-                + key for run, counts in freed.items() for key, count in counts.items() if self._users[key] <= count
+                - keys = {
+                -     key for run, counts in freed.items() for key, count in counts.items() if self._users_in[run][key] <= count
+                - }
+                + keys = {key for run, counts in freed.items() for key, count in counts.items() if self._users[key] <= count}
                 """,
             )
         ],
@@ -675,7 +723,7 @@ RULES: dict[str, Rule] = {
                 "_tidy",
                 """
                 - return
-                + self._writer.delete_spent()
+                + self._discards.delete_spent()
                 + return
                 """,
             )
@@ -689,7 +737,7 @@ RULES: dict[str, Rule] = {
                 Attempt,
                 "_condemn_wasted",
                 """
-                - self._collector.condemn_keys(self._writer.wasted)
+                - self._collector.condemn_keys(self._discards.wasted)
                 + pass
                 """,
             )
@@ -699,9 +747,20 @@ RULES: dict[str, Rule] = {
 
 
 @contextmanager
-def without(rule: Rule) -> Iterator[None]:
-    """Take a rule away for a while."""
+def without(name: str) -> Iterator[None]:
+    """Take a rule away for a while.
+
+    Raises
+    ------
+    EditError
+        If it quotes what is not there any more.
+    """
     with ExitStack() as stack:
-        for edit in rule.without:
-            stack.enter_context(edit.made())
+        try:
+            for edit in RULES[name].without:
+                stack.enter_context(edit.made())
+        except EditError as error:
+            raise EditError(
+                f"rule {name!r} quotes what is not there; update it if the rule still holds: {error}"
+            ) from None
         yield

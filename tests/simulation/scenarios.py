@@ -9,7 +9,7 @@ from typing import Any
 from incckpt.retention import KeepLast
 from incckpt.testing.exploration import Explored, Explorer
 from incckpt.testing.simulation import Program, Server, run_alone
-from tests.simulation.world import Promises, collector, deleter, reader, saver
+from tests.simulation.world import Promises, collector, deleter, looker, reader, saver
 
 TIMED = ("pins/", "gc/", "refs/", "probe/")
 
@@ -32,6 +32,10 @@ class Scenario:
         In one of how many contents of the server a last sweep is tried.
     restarts
         Whether a restart and one save suffice, too.
+    undisturbed
+        Programs that no other may stop.
+    replaces
+        Whether one of them replaces checkpoints.
     """
 
     before: Sequence[Program | tuple[Program, str]]
@@ -40,6 +44,8 @@ class Scenario:
     more: Mapping[str, Any] = field(default_factory=dict)
     leaks: int = 1
     restarts: bool = False
+    undisturbed: Sequence[str] = ()
+    replaces: bool = False
 
     @property
     def killed(self) -> bool:
@@ -62,7 +68,11 @@ class Scenario:
         bounds = {**self.bounds, **bounds}
         undisturbed = not bounds.get("faults") and not bounds.get("advances") and not self.killed
         promises = Promises(
-            leaks=self.leaks, restarts=self.restarts, all_done=self.programs.keys() if undisturbed else None
+            leaks=self.leaks,
+            restarts=self.restarts,
+            all_done=self.programs.keys() if undisturbed else None,
+            undisturbed=self.undisturbed,
+            replaces=self.replaces,
         )
         explorer = Explorer(server, self.programs, check=promises.check, changed=promises.changed, **bounds)
         return explorer.explore()
@@ -81,7 +91,7 @@ SCENARIOS: dict[str, Scenario] = {
             "old": saver((200, "c", "b1"), (300, "c", "b2"), ready=1, policy=LAST),
             "new": saver((400, "a", "b"), policy=LAST),
         },
-        {"faults": 1, "faulty": ("lost",), "faulty_at": ("refs/",)},
+        {"faults": 1, "faulty": ("lost",), "faulty_at": ("refs/",), "switches": 3},
         {"faults": 1},
     ),
     "a replacement that goes back to what the writer prunes": Scenario(
@@ -96,6 +106,66 @@ SCENARIOS: dict[str, Scenario] = {
     "two replacements at once": Scenario(
         [first],
         {"old": saver((200, "a", "b1"), ready=0), "new": saver((200, "a")), "other": saver((200, "b"))},
+        {"switches": 3},
+        {"switches": 5},
+    ),
+    "a writer, and one who only looks": Scenario(
+        [first],
+        {"r": saver((200, "a", "c"), (300, "a", "d"), ready=0), "looker": looker()},
+        {"faults": 1},
+        undisturbed=["r", "looker"],
+    ),
+    "a save from what was restored before others moved on": Scenario(
+        [first],
+        {
+            "r": saver((200, "a", "c"), (300, "a", "d"), ready=(0, 1)),
+            "late": saver((250, "a", "e"), restored=True),
+        },
+        {"opening": ("r", "late", "r")},
+        {"faults": 1, "opening": ("r", "late", "r")},
+        undisturbed=["r"],
+    ),
+    "a save from what was restored while others move on": Scenario(
+        [first],
+        {
+            "old": saver((200, "a", "c"), (300, "a", "d"), ready=0),
+            "new": saver((150, "a", "e"), restored=True),
+        },
+        {"opening": ("old", "new")},
+        {"faults": 1, "opening": ("old", "new")},
+    ),
+    "two that have restored the same": Scenario(
+        [first],
+        {"one": saver((200, "a", "c"), restored=True), "other": saver((200, "a", "d"), restored=True)},
+        {},
+        {"faults": 1},
+    ),
+    "two that append": Scenario(
+        [first],
+        {"one": saver((200, "a", "c"), restores=False), "other": saver((210, "a", "d"), restores=False)},
+        {"switches": 3},
+        {"switches": 5},
+    ),
+    "a beginning that fails": Scenario(
+        [first],
+        {"r": saver((200, "a", "c"), (300, "a", "d"), (400, "a", "b"), restored=True)},
+        {"faults": 2, "faulty_at": ("runs/",)},
+        {"faults": 2},
+        undisturbed=["r"],
+    ),
+    "a checkpoint is replaced, and the run changes hands": Scenario(
+        [first],
+        {
+            "old": saver((200, "a", "c"), (200, "a", "d"), ready=0, if_exists="replace"),
+            "new": saver((300, "a", "e")),
+        },
+        {"switches": 2, "faults": 1, "faulty": ("dropped",), "faulty_at": ("refs/",)},
+        {"switches": 3, "faults": 1},
+        replaces=True,
+    ),
+    "back, and forth to what was abandoned": Scenario(
+        [first, saver((200, "a", "c")), saver((150, "b", "c"), step=100)],
+        {"old": saver((170, "b", "d"), ready=0, policy=LAST), "new": saver((300, "a", "e"), step=200, policy=LAST)},
         {"switches": 3},
         {"switches": 5},
     ),

@@ -13,7 +13,17 @@ from incckpt.store.objects import DELTAS, OBJECTS
 from incckpt.store.refs import RefName, Tombstone
 from incckpt.testing.shuffle import Chances, Shuffle
 from incckpt.testing.simulation import Process, Program, Request, Server, Violation, run_alone
-from tests.simulation.world import Promises, Trainer, check_sweep, is_live, open_store, read, read_latest, surviving
+from tests.simulation.world import (
+    STEP,
+    Promises,
+    Trainer,
+    check_sweep,
+    is_live,
+    open_store,
+    read,
+    read_latest,
+    surviving,
+)
 
 POLICIES: dict[str, Policy] = {
     "one": KeepLast(1),
@@ -59,7 +69,7 @@ class Story:
         self.shuffle = Shuffle(self.server, seed, chances)
         self.random = self.shuffle.random
         self.model = Model()
-        self._promises = Promises(remember=False)
+        self._promises = Promises(remember=False, replaces=True)
         self._born = 0
         self.collected = 0
         self.killed = 0
@@ -116,20 +126,25 @@ class Story:
 
     def _train(self, process: Process, run: str, saves: int, back: float | None) -> None:
         trainer = Trainer(process, run, POLICIES[run])
-        live = trainer.attempt.lineage.live
+        live = trainer.lineage.live
         step = None if back is None or not live else live[int(back * len(live))].step
-        at = trainer.resume(step) or 0
+        if self.random.random() < 0.2:
+            trainer.append()
+            at = 0
+        else:
+            at = trainer.restore(step) or 0
         chunks = [self.random.choice("abc") for _ in range(2)]
         for _ in range(saves):
             at = max(at, trainer.attempt.last_step or 0) + 10
             chunks[self.random.randrange(2)] = self.random.choice("abcd")
             chunks[0] = chunks[0][0] + self.random.choice(("", "", "1"))
             try:
+                if live and self.random.random() < 0.2:  # one of another time again
+                    trainer.save(self.random.choice(live).step, *chunks, if_exists="replace")
                 if not trainer.save(at, *chunks) and self.random.random() < 0.3:
                     trainer.save(at, *reversed(chunks))  # the same step again, another state
-                history = trainer.attempt.lineage.live
-                if run == DELETING and history and self.random.random() < 0.1:
-                    trainer.attempt.delete(self.random.choice(history).step)
+                if run == DELETING and live and self.random.random() < 0.1:
+                    trainer.attempt.delete(self.random.choice(live).step)
             except OptionError:
                 pass  # an earlier save that was said to have failed is there after all
         trainer.close()
@@ -163,6 +178,8 @@ class Story:
             if event[0] == "saving":
                 _, run, attempt, step, chunks = event
                 self.model.saved[run, attempt, step].add(tuple(chunks))
+            elif event[0] == "took over":
+                self._promises.check_takeover(self.server, *event[2:])
             elif event[0] == "announced":
                 self._note_announced(event[1], event[2])
                 touched = True
@@ -177,7 +194,7 @@ class Story:
             for run, announced in self.model.announced.items():
                 if announced - visible[run]:
                     raise Violation(f"announced, and gone from {run}: {announced - visible[run]}")
-                if run != DELETING and max(visible[run], default="") < self.model.latest.get(run, ""):
+                if run != DELETING and max(visible[run], default="")[:STEP] < self.model.latest.get(run, ""):
                     raise Violation(f"the latest announced of {run} is gone: {self.model.latest[run]}")
 
     def _note(self, request: Request) -> bool:
@@ -200,7 +217,7 @@ class Story:
 
     def _note_announced(self, run: str, name: str) -> None:
         self.model.announcements += 1
-        self.model.latest[run] = max(name, self.model.latest.get(run, ""))
+        self.model.latest[run] = max(name[:STEP], self.model.latest.get(run, ""))
         key = f"refs/{run}/{name}"
         if is_live(self.server, key):
             self.model.announced[run].add(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -14,9 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from incckpt.codec import objects as codec
-from incckpt.errors import BackendError, CollectionError, MissingObjectError, SupersededError
+from incckpt.errors import (
+    BackendError,
+    CollectionError,
+    MissingObjectError,
+    OptionError,
+    StoreNotFoundError,
+    SupersededError,
+)
 from incckpt.retention import KeepLast, Policy
-from incckpt.run.attempt import Attempt
+from incckpt.run.attempt import Attempt, IfExists, Origin
 from incckpt.run.chunk_index import ChunkIndex
 from incckpt.run.reader import ChunkRead, Reader
 from incckpt.run.report import SaveReport
@@ -155,53 +163,87 @@ class Base(Baseline):
 
 
 class Trainer:
-    """A process that saves: an `Attempt`, and in place of the state the names of its chunks."""
+    """A process that restores and saves: an `Attempt`, and in place of the state the names of its chunks."""
 
     def __init__(self, process: Process, run: str = RUN, policy: Policy | None = None) -> None:
         self.process = process
         self.run = run
         self.store = open_store(process)
+        self.policy = policy
+        self._saves = 0
         self._base = Base()
-        self.attempt = Attempt(
+        self._run = self.store.run(run)
+        with suppress(StoreNotFoundError):
+            self.store.check()
+        self.lineage = self._run.lineage()
+        self.attempt: Attempt
+
+    def _attempt(self, origin: Origin) -> Attempt:
+        return Attempt(
             self.store,
-            run,
-            policy=policy,
+            self.run,
+            origin,
+            policy=self.policy,
             baseline=self._base,
             pipeline=Inline(),  # type: ignore[arg-type]
         )
 
-    def resume(self, step: int | None = None) -> int | None:
+    def append(self) -> None:
+        """Go on after the latest checkpoint without restoring it."""
+        self.attempt = self._attempt(Origin.latest(self.lineage))
+
+    def restore(self, step: int | None = None) -> int | None:
         """Go on from the latest checkpoint, or from that of `step`; returns its step."""
-        lineage = self.attempt.lineage
-        name = lineage.latest if step is None else next(iter(lineage.at(step)), None)
+        name = self.lineage.latest if step is None else next(iter(self.lineage.at(step)), None)
+        if name is None:
+            self.attempt = self._attempt(Origin.nothing(self.lineage))
+            return None
         manifest = None
-        if name is not None:
-            ref = lineage.known.get(name) or self.store.run(self.run).read(name)
-            if isinstance(ref, Ref):
-                try:
-                    manifest = self.store.manifest(ref)
-                except MissingObjectError:
-                    if isinstance(self.store.run(self.run).read(name), Ref):
-                        self.process.emit(Violation(f"{name} is listed, and its manifest is missing"))
-        self.attempt.continue_from(name, manifest)
+        ref = self.lineage.known.get(name) or self._run.read(name)
+        if isinstance(ref, Ref):
+            try:
+                manifest = self.store.manifest(ref)
+            except MissingObjectError:
+                if isinstance(self._run.read(name), Ref):
+                    self.process.emit(Violation(f"{name} is listed, and its manifest is missing"))
+        self.attempt = self._attempt(Origin.restored(self._run, self.lineage, name, manifest))
         if manifest is not None:
             self._adopt(manifest)
-        return None if name is None else name.step
+        return name.step
 
-    def save(self, step: int, *chunks: str) -> bool:
+    def start(self) -> None:
+        """Take the run over, and tell what of it this process has seen."""
+        if not self.attempt.number:
+            self.attempt.start()
+            seen = frozenset(map(str, (*self.lineage.live, *self.lineage.abandoned)))
+            appends = self.attempt._origin.appends
+            before = None if appends else self.lineage.attempt
+            self.process.emit(("took over", self.process.name, self.run, self.attempt.number, before, seen))
+
+    def save(self, step: int, *chunks: str, if_exists: IfExists = "error") -> bool:
         """Save a checkpoint of these chunks, and tell how it ended."""
-        self.process.emit(("saving", self.run, self.attempt.number, step, chunks))
         contents = [self._content(index, name) for index, name in enumerate(chunks)]
-        snapshot = Snapshot(step, {}, 0.0, None, (), Layout.of([], [], 1 << 20), contents)
+        self._saves += 1
+        time = -float(self._saves)  # its clock goes backwards
+        snapshot = Snapshot(step, {}, time, None, (), Layout.of([], [], 1 << 20), contents)
         try:
-            ref = self.attempt.write(snapshot, SaveReport())
+            self.start()
+            self.process.emit(("saving", self.run, self.attempt.number, step, chunks))
+            replaced = frozenset(str(name) for name in self.attempt._history if name.step == step)
+            ref = self.attempt.write(snapshot, SaveReport(), if_exists)
         except SupersededError:
-            self.process.emit(("superseded", self.run, step))
+            self.process.emit(("superseded", self.process.name, self.run, step))
             return False
         except BackendError:
             self.process.emit(("failed", self.run, step))
             return False
+        except OptionError:
+            if not self.attempt._origin.appends:  # else another process has come to that step meanwhile
+                raise
+            return False
         self.process.emit(("announced", self.run, str(ref.name)))
+        if replaced:
+            self.process.emit(("replaced", self.run, replaced))
         return True
 
     def close(self) -> None:
@@ -227,28 +269,57 @@ def saver(
     run: str = RUN,
     policy: Policy | None = None,
     step: int | None = None,
-    ready: int | None = None,
+    ready: int | Sequence[int] = (),
+    restored: bool = False,
+    restores: bool = True,
+    if_exists: IfExists = "error",
 ) -> Program:
-    """Return a program that takes a run over and saves: ``(step, chunk, ...)`` each.
+    """Return a program that restores, and saves: ``(step, chunk, ...)`` each.
 
     Parameters
     ----------
+    step
+        Which to restore; the latest by default.
     ready
-        Pause before the save of this number; before everything if not given.
+        Pause before the save of this number, or of each of these, with the run taken over.
+    restored
+        Pause when it has restored. Without this and `ready` it pauses before everything.
+    restores
+        Whether it restores at all, or appends.
+    if_exists
+        Of its saves.
     """
 
     def program(process: Process) -> None:
-        if ready is None:
+        pauses = (ready,) if isinstance(ready, int) else ready
+        if not pauses and not restored:
             process.pause()
         trainer = Trainer(process, run, policy)
-        trainer.resume(step)
+        if restores:
+            trainer.restore(step)
+        else:
+            trainer.append()
+        if restored:
+            process.pause()
         for number, (at, *chunks) in enumerate(saves):
-            if number == ready:
+            if number in pauses:
+                trainer.start()
                 process.pause()
             assert isinstance(at, int)
-            if at > (trainer.attempt.last_step or 0):  # else the writer before this one has got there
-                trainer.save(at, *map(str, chunks))
+            replaces = if_exists == "replace" and trainer.attempt.holds(at)
+            if replaces or at > (trainer.attempt.last_step or 0):  # else the writer before this one has got there
+                trainer.save(at, *map(str, chunks), if_exists=if_exists)
         trainer.close()
+
+    return surviving(program)
+
+
+def looker(step: int | None = None) -> Program:
+    """Return a program that restores, and that is all."""
+
+    def program(process: Process) -> None:
+        process.pause()
+        Trainer(process).restore(step)
 
     return surviving(program)
 
@@ -272,7 +343,7 @@ def deleter(step: int, run: str = RUN) -> Program:
     def program(process: Process) -> None:
         process.pause()
         trainer = Trainer(process, run)
-        trainer.resume()
+        trainer.restore()
         process.emit(("deleting", run, step))
         trainer.attempt.delete(step)
 
@@ -334,6 +405,8 @@ def surviving(program: Program) -> Program:
     return outer
 
 
+STEP = 19  # attempt and step in the name of a ref
+
 # -- promises ----------------------------------------------------------------------------------------------------------
 
 
@@ -346,10 +419,15 @@ class Promises:
         leaks: int = 0,
         restarts: bool = False,
         all_done: Iterable[str] | None = None,
+        undisturbed: Iterable[str] = (),
+        replaces: bool = False,
         remember: bool = True,
     ) -> None:
         self._remember = remember
         self._all_done = None if all_done is None else frozenset(("done", name) for name in all_done)
+        self._undisturbed = frozenset(undisturbed)
+        self._replaces = replaces
+        self._seals: dict[tuple[str, bytes], frozenset[str]] = {}
         self._leaks = leaks
         self._restarts = restarts
         self._needs: dict[bytes, frozenset[str]] = {}
@@ -376,6 +454,7 @@ class Promises:
         if self._all_done is not None and self._all_done <= told:
             check_known(server, self.needed(server))
         latest: dict[str, str] = {}
+        owners: dict[object, object] = {}
         deleting = False
         for event in told:
             if isinstance(event, Violation):
@@ -385,10 +464,21 @@ class Promises:
                 deleting = True
             if event[0] == "pruned" and is_live(server, event[1]):
                 raise Violation(f"{event[1]} was pruned, and has come back")
+            if event[0] == "superseded" and event[1] in self._undisturbed:
+                raise Violation(f"{event[1]} was stopped by a process that had no right to its run")
+            if event[0] == "replaced":
+                live = frozenset(map(str, _lineage(server, event[1]).live))
+                if live & event[2]:
+                    raise Violation(f"a checkpoint was replaced, and is read still: {', '.join(live & event[2])}")
+            if event[0] == "took over":
+                _, who, run, attempt, before, seen = event
+                if owners.setdefault((run, attempt), who) != who:
+                    raise Violation(f"attempt {attempt} of {run} is both {who}'s and {owners[run, attempt]}'s")
+                self.check_takeover(server, run, attempt, before, seen)
             if event[0] == "announced":
                 _, run, name = event
                 key = f"refs/{run}/{name}"
-                latest[run] = max(name, latest.get(run, ""))
+                latest[run] = max(name[:STEP], latest.get(run, ""))
                 if is_live(server, key):
                     if name not in visible[run]:
                         raise Violation(f"{key} was announced, and the lineage does not show it")
@@ -396,8 +486,28 @@ class Promises:
                     raise Violation(f"{key} was announced, and is gone")
         if not deleting:
             for run, name in latest.items():
-                if max(visible[run], default="") < name:
+                if max(visible[run], default="")[:STEP] < name:
                     raise Violation(f"{name} was the latest announced of {run}, and is gone")
+
+    def check_takeover(self, server: Server, run: str, attempt: int, before: int | None, seen: Set[str]) -> None:
+        """Check that an attempt has followed the one that its process saw, and left behind only what that saw.
+
+        Raises
+        ------
+        Violation
+        """
+        if before is None:
+            return  # it has appended, and abandoned nothing
+        if attempt != before + 1:
+            raise Violation(f"attempt {attempt} of {run} has taken over from others than attempt {before}, as it saw")
+        key = f"runs/{run}/attempts/{attempt:06d}.from"
+        data = server.values[key][0] if key in server.values else b'{"abandoned": []}'
+        left = self._seals.get((key, data))
+        if left is None:
+            abandoned = json.loads(data)["abandoned"]
+            left = self._seals[key, data] = frozenset(item["ref"] for item in abandoned)
+        if left - seen:
+            raise Violation(f"attempt {attempt} of {run} has abandoned what it did not know: {sorted(left - seen)}")
 
     def visible(self, server: Server) -> dict[str, frozenset[str]]:
         """Check what depends on the server's content alone; returns the checkpoints visible in each run."""
@@ -415,7 +525,10 @@ class Promises:
             raise Violation(f"needed, and missing: {', '.join(sorted(missing))}")
         visible: dict[str, frozenset[str]] = {}
         for run in {key.split("/")[1] for key in server.values if key.startswith("refs/")}:
-            visible[run] = frozenset(map(str, _visible(server, run)))
+            names = _visible(server, run)
+            if not self._replaces and len({(name.attempt, name.step) for name in names}) != len(names):
+                raise Violation(f"an attempt at {run} has a step twice: {', '.join(map(str, names))}")
+            visible[run] = frozenset(map(str, names))
         if self._leaks and server.mark % self._leaks == 0:
             self.swept += 1
             check_sweep(server, needed)
@@ -446,8 +559,12 @@ def is_live(server: Server, key: str) -> bool:
     return key in server.values and len(server.values[key][0]) != 7
 
 
+def _lineage(server: Server, run: str) -> Lineage:
+    return Store(SimulatedBackend(server.perform)).run(run).lineage()
+
+
 def _visible(server: Server, run: str) -> list[RefName]:
-    lineage = Store(SimulatedBackend(server.perform)).run(run).lineage()
+    lineage = _lineage(server, run)
     steps = [name.step for name in lineage.live]
     if len(set(steps)) != len(steps):
         raise Violation(f"the lineage of {run} has a step twice: {', '.join(map(str, lineage.live))}")
