@@ -61,7 +61,7 @@ def open_url(url: str, storage_options: Mapping[str, Any]) -> Backend:
     if match is None:
         raise OptionError(f"not a GCS URL, as gs://bucket/path: {redact(url)}")
     options = dict(storage_options)
-    limits = take_options(options, url)
+    limits = take_options(options, redact(url))
     return GCSBackend(match["bucket"], match["path"] or "", options, **limits)
 
 

@@ -96,7 +96,7 @@ def check_url(text: str) -> None:
         return
     if match[2] or match[1].lower() in _SCHEMES:
         raise OptionError(
-            f"{text!r:.200}: a URL has two slashes after '{match[1]}:', as {match[1]}://bucket/prefix; known are "
+            f"a URL has two slashes after '{match[1]}:', as {redact(f'{match[1]}://{text[match.end() :]}')}; known are "
             f"{', '.join(f'{scheme}://' for scheme in _SCHEMES)} and fsspec's protocols. (To name a folder "
             f"{match[1]}:, begin with './')"
         )

@@ -81,7 +81,7 @@ def open_url(url: str, storage_options: Mapping[str, Any]) -> Backend:
     if match is None:
         raise OptionError(f"not an S3 URL, as s3://bucket/path: {redact(url)}")
     options = dict(storage_options)
-    limits = take_options(options, url)
+    limits = take_options(options, redact(url))
     return S3Backend(match["bucket"], match["path"] or "", options, **limits)
 
 

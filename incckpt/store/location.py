@@ -85,8 +85,8 @@ def _path_text(path: os.PathLike[str]) -> str:
     collapsed = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", text)
     if collapsed is not None:
         raise OptionError(
-            f"{path!r} was a URL before it became a path object, which makes one slash of two: give the URL as a "
-            f"string, as '{collapsed[1]}://…'. (To name a folder {collapsed[1]}:, give its absolute path.)"
+            f"the path {collapsed[1]}:/… was a URL before it became a path object, which makes one slash of two: give "
+            f"the URL as a string, as '{collapsed[1]}://…'. (To name a folder {collapsed[1]}:, give its absolute path.)"
         )
     return os.path.join(".", text) if ":" in text else text  # keeps `open_backend` from taking it for a URL
 
