@@ -40,6 +40,9 @@ class ChunkRead:
         ``(offset in the chunk, array)``: where its parts are to be copied besides.
     names
         Tensors that need it, for messages.
+    base_damaged
+        Set where what `base_out` holds is not the base, though the chunk is whole: a frame of it that the delta has no
+        use for is damaged.
     """
 
     chunk: Chunk
@@ -47,6 +50,7 @@ class ChunkRead:
     base_out: Bytes | None = None
     pieces: list[tuple[int, Bytes]] = field(default_factory=list)
     names: tuple[str, ...] = ()
+    base_damaged: bool = False
 
 
 class Reader:
@@ -57,7 +61,7 @@ class Reader:
     threads
         For decoding.
     verify
-        Whether to check the digests of chunks. What is kept whole, to be the base of later saves, is always verified: a
+        Whether to check the digests of chunks. What is kept whole, to be the base of later saves, is always checked: a
         delta against other bytes than the base's could never be read.
     bytes_in_flight
         Bound on host memory beyond the destinations.
@@ -125,10 +129,7 @@ class Reader:
             base = None
             if chunk.base is not None:
                 key = keys[1]
-                kept = [item.base_out for item in group if item.base_out is not None]
-                base = self._read_base(chunk.base, key, kept[0] if kept else out, verify=bool(kept))
-                for other in kept[1:]:
-                    other[:] = kept[0]
+                base = self._read_base(chunk.base, key, group, out)
                 key = keys[0]
             identity = bytes.fromhex(chunk.identity)
             if base is None and chunk.size == codec.max_nbytes(chunk.nbytes):  # nothing in it is compressed
@@ -149,16 +150,27 @@ class Reader:
         except CorruptionError as error:
             raise CorruptionError(f"{error} ({_needed_by(group)})") from error
 
-    def _read_base(self, stored: Stored, key: ObjectKey, out: Bytes, *, verify: bool) -> codec.Base:
-        """Decode a delta's base; `out` may be the memory that the delta is decoded to.
+    def _read_base(self, stored: Stored, key: ObjectKey, group: Sequence[ChunkRead], out: Bytes) -> codec.Base:
+        """Decode a delta's base, to where `group` keeps it or to `out`, which the delta is decoded to as well.
 
-        Unless it is kept it need not be verified: a wrong base gives a wrong chunk, whose digests are.
+        For the delta it need not be verified: a wrong base gives a wrong chunk, whose digests are.
         """
+        kept = [item.base_out for item in group if item.base_out is not None]
+        target = kept[0] if kept else out
         data = self._fetch(key, stored.size)
         identity = bytes.fromhex(stored.identity)
         with self._pipeline.cpu:
-            codec.decode(data, out, identity=identity, verify=verify)
-        return codec.Base(identity, out)
+            try:
+                codec.decode(data, target, identity=identity, verify=bool(kept))
+            except CodecError:
+                if not kept:
+                    raise
+                codec.decode(data, target, identity=identity, verify=False)
+                for item in group:
+                    item.base_damaged = True
+            for other in kept[1:]:
+                other[:] = target
+        return codec.Base(identity, target)
 
     def _fetch(self, key: ObjectKey, size: int) -> Bytes:
         data = self._scratch(size)

@@ -121,5 +121,19 @@ def restore_into(
         assert delivered is not None
         assignment.deliver(index, delivered)
     assignment.finish()
+    damaged = [index for index, read in reads.items() if read.base_damaged]
+    if damaged:
+        names = ", ".join(dict.fromkeys(name for index in damaged for name in reads[index].names[:3]))
+        log.error(
+            "step %d is whole, but what deltas of %d of its chunks are against is damaged, in a part that they do not "
+            "use (tensors: %s); the next save stores these in full",
+            manifest.step, len(damaged), names,
+        )  # fmt: skip
     if layout is not None:
-        base.adopt(layout, [Content.of_full(kept[index], chunk) for index, chunk in enumerate(manifest.chunks)])
+        base.adopt(
+            layout,
+            [
+                None if index in damaged else Content.of_full(kept[index], chunk)
+                for index, chunk in enumerate(manifest.chunks)
+            ],
+        )

@@ -147,7 +147,7 @@ class Baseline:
             layout, _ = self._current
             self._current = layout, _slots_of(layout)
 
-    def adopt(self, layout: Layout, contents: Sequence[Content]) -> None:
+    def adopt(self, layout: Layout, contents: Sequence[Content | None]) -> None:
         """Take a restored checkpoint's contents as the base, so that the next save is incremental already.
 
         Parameters
@@ -155,7 +155,8 @@ class Baseline:
         layout
             Given by `layout_for` for the checkpoint's ranges.
         contents
-            One per chunk; those whose object is a delta come with the content of the full object it is against.
+            One per chunk; those whose object is a delta come with the content of the full object it is against. A
+            chunk with ``None`` has no base: the next save stores it in full.
         """
         with self._lock:
             if self.keep and layout is self._current[0]:
