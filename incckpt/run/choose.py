@@ -86,8 +86,10 @@ def _best(run: Run, lineage: Lineage, metric: str | None, mode: Mode) -> RefName
     refs = read_refs(run, lineage, lineage.live)
     if metric is None:
         metrics = sorted({key for ref in refs for key in ref.metrics})
-        if len(metrics) != 1:
-            raise OptionError(f"'best' of {place(run)} by which metric? Give metric=; there are {metrics or 'none'}")
+        if not metrics:
+            raise CheckpointNotFoundError(f"no checkpoint of {place(run)} is the best: none was saved with metrics")
+        if len(metrics) > 1:
+            raise OptionError(f"'best' of {place(run)} by which metric? Give metric=; there are {', '.join(metrics)}")
         metric = metrics[0]
     record = best([to_record(ref) for ref in refs], metric, mode)
     if record is None:

@@ -117,7 +117,7 @@ def test_what_is_not_there_is_an_error(tmp_path: Path) -> None:
         verify(tmp_path, step=999)
     with pytest.raises(CheckpointNotFoundError, match=r"'other' .*the store has run default"):
         verify(tmp_path, run="other")
-    with pytest.raises(OptionError, match="by which metric"):
+    with pytest.raises(CheckpointNotFoundError, match="none was saved with metrics"):
         verify(f"{tmp_path}#@best")
     with pytest.raises(CheckpointNotFoundError, match="metric 'loss'"):
         verify(f"{tmp_path}#@best", metric="loss")
