@@ -140,7 +140,7 @@ class BacklogFullError(IncckptError, RuntimeError):
 
 
 class SupersededError(IncckptError, RuntimeError):
-    """Another writer has taken over the run; this one can no longer commit to it."""
+    """Another process has taken over the run, or it has moved on since it was restored: this one may not write to it."""
 
 
 class ManagerClosedError(IncckptError, RuntimeError):
