@@ -140,7 +140,7 @@ class BacklogFullError(IncckptError, RuntimeError):
 
 
 class SupersededError(IncckptError, RuntimeError):
-    """Another process has taken over the run, or it has moved on since it was restored: this one may not write to it."""
+    """The run was taken over by another process, or has moved on since it was restored: it was not written to."""
 
 
 class ManagerClosedError(IncckptError, RuntimeError):
