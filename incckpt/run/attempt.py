@@ -132,17 +132,21 @@ class Attempt:
         return any(name.step == step for name in tuple(self._history))
 
     def existing(self, step: int) -> Ref | None:
-        """Return the checkpoint of `step` among those, unless it was pruned.
+        """Return the checkpoint of `step` among those, unless it was pruned (one request).
 
         Raises
         ------
         CorruptionError, FormatError
             If its ref is unreadable.
+        StoreNotFoundError, StoreReplacedError
+            If the store is not there any more.
         """
-        for name, ref in tuple(self._history.items()):
+        for name in tuple(self._history):
             if name.step == step:
-                found = ref or self._run.read(name)
-                return found if isinstance(found, Ref) else None
+                found = self._run.read(name)  # what is remembered may have been removed with its store
+                if isinstance(found, Ref):
+                    return found
+                self._store.check_unchanged()
         return None
 
     # -- the beginning

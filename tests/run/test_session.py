@@ -80,6 +80,16 @@ def test_a_store_that_was_removed_renamed_or_replaced_begins_anew(tmp_path: Path
     assert torch.equal(incckpt.load(store)["w"], state["w"])
 
 
+def test_what_is_skipped_is_there(tmp_path: Path) -> None:
+    store = tmp_path / "ck"
+    incckpt.save({"n": 1}, store, step=5)
+    assert incckpt.save({"n": 2}, store, step=5, if_exists="skip").step == 5
+    assert incckpt.load(store) == {"n": 1}
+    shutil.rmtree(store)
+    assert incckpt.save({"n": 3}, store, step=5, if_exists="skip").step == 5
+    assert incckpt.load(store) == {"n": 3}
+
+
 def test_the_options_given_count(s3_server: dict[str, Any], tmp_path: Path) -> None:
     """One URL, two servers in turn."""
     url = f"s3://{tmp_path.name.replace('_', '-')}/ck"

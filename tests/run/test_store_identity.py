@@ -49,6 +49,16 @@ def test_removed_and_restored(tmp_path: Path) -> None:
         assert manager.restore(target) is None
 
 
+def test_removed_and_skipped(tmp_path: Path) -> None:
+    store = tmp_path / "ck"
+    with incckpt.CheckpointManager(store) as manager:
+        manager.save(1, state(1)).result()
+        assert manager.save(1, state(2), if_exists="skip").result().step == 1
+        shutil.rmtree(store)
+        with pytest.raises(StoreNotFoundError):
+            manager.save(1, state(2), if_exists="skip").result()
+
+
 def test_replaced(tmp_path: Path) -> None:
     store, other = tmp_path / "ck", tmp_path / "other"
     for url in (store, other):
