@@ -1,10 +1,11 @@
 """Restore in place: a checkpoint into the modules, optimizers, tensors and values of a live state.
 
 First everything is matched, and nothing touched: what does not fit is an error that names all of it. Then the bytes
-come, straight into the memory of the live tensors where that is laid out as it was; then the objects are told.
+come, straight into the memory of live tensors where that is laid out as it was. Last, in the order of the target,
+objects load and values are set.
 
-Only where loading is torch's own, and would copy and do nothing else, are bytes written to an object's tensors behind
-its back. Every other object gets a state dict of its own memory, and its ``load_state_dict`` decides.
+Bytes are written to an object's tensors only where loading is torch's own and would copy, and do nothing else. Every
+other object gets a state dict in memory of its own, and its ``load_state_dict`` decides (docs/decisions/013).
 """
 
 from __future__ import annotations
@@ -115,14 +116,15 @@ class Assignment:
         the checkpoint has besides is left out, which is logged. In detail:
 
         - A tensor or array is written in place; shape and dtype must be the same. Its device and stride may differ.
-        - ``nn.Module``: names, shapes and dtypes must be the same; written in place.
+        - ``nn.Module``: names, shapes and dtypes must be the same. It is written in place; ``load_state_dict`` would do
+          the same, and is not called.
         - ``Optimizer`` of ``torch.optim``: the numbers of parameters must be the same, and moments have their shapes.
           State that exists is written in place. What ``load_state_dict`` would cast (to the dtype of the parameter)
           is restored as it was, bit for bit.
-        - Any other object with ``load_state_dict`` is given a new state dict to load: modules and optimizers too of
-          which a class, a hook or a tensor takes part in loading. Nothing is checked before; what it raises is raised.
-          It may keep the tensors. Optimizers that load by torch's own method are corrected as above; of others, it is
-          logged which tensors come back in another dtype.
+        - Any other object with ``load_state_dict`` is given a new state dict, whose tensors it may keep. So are modules
+          and optimizers if a class, a hook or a tensor of theirs takes part in loading. Nothing is checked before, and
+          what the object raises is raised. Casts are undone, as above, where an optimizer loads by torch's own method;
+          for other objects it is logged which tensors come back in another dtype.
         - Objects load in the order of the target, but for `RngState`, which is last.
         - A dict, list or other container that holds none of these is replaced in its contents, whatever those were; a
           plain value is replaced where what contains it can be written to. At the top, containers are matched item by
