@@ -73,6 +73,7 @@ EXTENSIONS = [
     extension("staging/_detect", "_detect.h", "_sums.h"),
     extension("codec/_planes", "_frames.h", "_planes.h", "huffman/_huffman.h", "huffman/_unhuffman.h"),
     extension("backends/_files"),
+    extension("state/_packing"),
 ]
 
 setup(

@@ -14,6 +14,7 @@ from incckpt.state.assign import Assignment
 from incckpt.state.build import MapLocation, build
 from incckpt.state.entries import TensorEntry, check_entries, entry_from_json, entry_to_json
 from incckpt.state.flatten import FlatState, flatten
+from incckpt.state.packing import opened
 from incckpt.state.ranges import ByteRange
 from incckpt.state.selection import select
 from incckpt.state.tree import Tree, parse, references
@@ -44,6 +45,14 @@ class Stored:
             live_bytes(item).tobytes() if item.tensor is None else item.tensor.cpu().numpy().tobytes()
             for item in flat.ranges
         ]
+        self.packed = [
+            b"".join(value.blocks)
+            if isinstance(value.blocks, list)
+            else value.blocks.encode("utf-8", "surrogatepass")
+            if isinstance(value.blocks, str)
+            else value.blocks
+            for value in flat.packed
+        ]
         self.sizes = [len(data) for data in self.ranges]
         assert self.sizes == [item.nbytes for item in flat.ranges]
 
@@ -53,7 +62,8 @@ class Stored:
         return entries
 
     def tree(self, keys: str | Sequence[str] | None = None) -> Tree:
-        tree = parse(self.document["structure"], len(self.document["tensors"]))
+        tree = parse(self.document["structure"], len(self.document["tensors"]), len(self.packed))
+        tree = opened(tree, dict(enumerate(self.packed)))
         return tree if keys is None else select(tree, keys)
 
     def load(

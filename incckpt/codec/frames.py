@@ -34,7 +34,7 @@ __all__ = [
     "CodedFrame",
     "decode_frame",
     "encode_chunks",
-    "encode_text",
+    "encode_text_frame",
 ]
 
 FRAME_BYTES: Final = _planes.FRAME_BYTES
@@ -148,7 +148,7 @@ def encode_chunks(
         return [[CodedFrame(*frame) for frame in frames] for frames in encoder.encode(chunks)]
 
 
-def encode_text(raw: memoryview, out: memoryview) -> CodedFrame:
+def encode_text_frame(raw: memoryview, out: memoryview) -> CodedFrame:
     """Code a frame, ``uint8[n]``, to the first bytes of `out`, ``uint8[n]``, by zstd or not at all."""
     with _encoder() as encoder:
         coded = encoder.general.compress(raw)

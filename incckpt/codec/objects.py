@@ -21,7 +21,16 @@ import numpy as np
 import numpy.typing as npt
 
 from incckpt.codec.digests import frame_digests
-from incckpt.codec.frames import DELTA, FRAME_BYTES, RAW, WAYS, CodedFrame, decode_frame, encode_chunks, encode_text
+from incckpt.codec.frames import (
+    DELTA,
+    FRAME_BYTES,
+    RAW,
+    WAYS,
+    CodedFrame,
+    decode_frame,
+    encode_chunks,
+    encode_text_frame,
+)
 from incckpt.errors import CodecError
 
 __all__ = [
@@ -43,6 +52,7 @@ __all__ = [
     "encode",
     "encode_document",
     "encode_many",
+    "encode_text",
     "header_nbytes",
     "max_nbytes",
     "read_header",
@@ -304,23 +314,20 @@ def encode_many(sources: Sequence[Source]) -> list[Encoded]:
 
 
 def encode_document(raw: Buffer, *, digest: Digest) -> bytes:
-    """Return the object of a document, such as a manifest: text, every frame of which goes the way of zstd.
+    """Return the object of a document, such as a manifest; the arguments are those of `encode_text`."""
+    return encode_text(raw, digest=digest).data.tobytes()
 
-    Parameters
-    ----------
-    raw
-        Its bytes.
-    digest
-        What `digest` returned for `raw`.
-    """
+
+def encode_text(raw: Buffer, *, digest: Digest, out: Buffer | None = None) -> Encoded:
+    """Return the object of text, or of what repeats itself as text does: frames go the way of zstd; see `Source`."""
     view = _view(raw)
-    coded = _Object(view, digest, None)
+    coded = _Object(view, digest, out)
     frames: list[CodedFrame] = []
     at = 0
     for start, stop in _spans(len(view)):
-        frames.append(encode_text(view[start:stop], coded.frames_out[at : at + stop - start]))
+        frames.append(encode_text_frame(view[start:stop], coded.frames_out[at : at + stop - start]))
         at += frames[-1].nbytes
-    return coded.finish(frames, 1, _NO_BASE).data.tobytes()
+    return coded.finish(frames, 1, _NO_BASE)
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------

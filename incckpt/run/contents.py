@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from incckpt.errors import CorruptionError, FormatError, StateError
+from incckpt.run.reader import Bytes, Reader, reads_for
 from incckpt.run.snapshot import Snapshot
+from incckpt.staging.hostmem import new_buffer
 from incckpt.state.entries import TensorEntry, check_entries, entry_from_json
+from incckpt.state.packing import opened
 from incckpt.state.selection import select
-from incckpt.state.tree import Tree, parse, references
+from incckpt.state.tree import Tree, packed_refs, parse, references
 from incckpt.store.document import Json
 from incckpt.store.manifest import Manifest
 
-__all__ = ["Contents", "ReadBack"]
+__all__ = ["Contents", "ReadBack", "read_packed"]
+
+
+Fetch: TypeAlias = Callable[[Mapping[int, str]], Mapping[int, Bytes]]
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,16 @@ class Contents:
     wanted: frozenset[int]
 
     @classmethod
-    def of(cls, manifest: Manifest, keys: str | Sequence[str] | None = None) -> Contents:
+    def of(cls, manifest: Manifest, keys: str | Sequence[str] | None = None, *, fetch: Fetch | None = None) -> Contents:
         """Parse and check a manifest's structure and tensors; select what `keys` match.
+
+        Parameters
+        ----------
+        keys
+            Globs of dotted names.
+        fetch
+            Given the names of packed values by index, returns their bytes by index; without, they stay references. What
+            `keys` cannot match is not fetched.
 
         Raises
         ------
@@ -47,7 +63,16 @@ class Contents:
             If `keys` match nothing.
         """
         entries = _entries(manifest.tensors, [item.nbytes for item in manifest.ranges])
-        tree = parse(manifest.structure, len(entries))
+        tree = parse(manifest.structure, len(entries), len(manifest.packed))
+        if fetch is not None and manifest.packed:
+            prefixes = None if keys is None else [_literal(key) for key in ([keys] if isinstance(keys, str) else keys)]
+            names = {
+                ref.index: name
+                for name, ref in packed_refs(tree)
+                if prefixes is None
+                or any(name.startswith(start) or f"{start}.".startswith(f"{name}.") for start in prefixes)
+            }
+            tree = opened(tree, fetch(names))
         if keys is not None:
             tree = select(tree, keys)
         wanted = frozenset(entries[index].range for index in references(tree)) - {-1}
@@ -62,12 +87,21 @@ class Contents:
         return names
 
 
+def read_packed(reader: Reader, manifest: Manifest, names: Mapping[int, str]) -> dict[int, Bytes]:
+    """Return the bytes of packed values, given their names by index."""
+    found = {index: new_buffer(manifest.packed[index].nbytes) for index in names}
+    buffers = [found.get(index) for index in range(len(manifest.packed))]
+    needed_by = [[names[index]] if index in names else [] for index in range(len(manifest.packed))]
+    reader.read(reads_for(manifest, manifest.packed, buffers, needed_by).values())
+    return found
+
+
 class ReadBack:
     """Parses what a save is about to write as a reader will; what has not changed since the last save is skipped."""
 
     def __init__(self) -> None:
         self._tensors: tuple[Sequence[Json], Sequence[int]] | None = None
-        self._structure: tuple[Json, int] | None = None
+        self._structure: tuple[Json, int, int] | None = None
 
     def check(self, snapshot: Snapshot) -> None:
         """Check that a reader takes the structure and the tensors of `snapshot`.
@@ -78,7 +112,7 @@ class ReadBack:
             If not; the message names the place in the state.
         """
         tensors = snapshot.tensors, [nbytes for nbytes, _ in snapshot.layout.sizes]
-        structure = snapshot.structure, len(snapshot.tensors)
+        structure = snapshot.structure, len(snapshot.tensors), len(snapshot.packed.ranges)
         try:
             if tensors != self._tensors:
                 _entries(*tensors)
@@ -90,6 +124,11 @@ class ReadBack:
             raise StateError(
                 f"step {snapshot.step} was not saved, since it could not be read back: {error}; please report this"
             ) from error
+
+
+def _literal(pattern: str) -> str:
+    """Return what the names that a glob matches begin with."""
+    return re.split(r"[*?[]", pattern, maxsplit=1)[0]
 
 
 def _entries(tensors: Sequence[Json], sizes: Sequence[int]) -> list[TensorEntry]:

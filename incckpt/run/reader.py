@@ -15,7 +15,7 @@ from incckpt.codec import objects as codec
 from incckpt.errors import CodecError, CorruptionError, MissingObjectError
 from incckpt.run.pipeline import LOCAL_REQUESTS, Pipeline
 from incckpt.staging.hostmem import HostPool
-from incckpt.store.manifest import Chunk, Manifest, Stored
+from incckpt.store.manifest import Chunk, Manifest, Range, Stored
 from incckpt.store.objects import ObjectKey, chunk_keys
 from incckpt.store.store import Store
 
@@ -193,19 +193,21 @@ class Reader:
 
 
 def reads_for(
-    manifest: Manifest, buffers: Sequence[Bytes | None], names: Sequence[Sequence[str]]
+    manifest: Manifest, ranges: Sequence[Range], buffers: Sequence[Bytes | None], names: Sequence[Sequence[str]]
 ) -> dict[int, ChunkRead]:
     """Return the reads that fill `buffers`, by chunk index.
 
     Parameters
     ----------
+    ranges
+        Of the manifest: those of the tensors, or those of packed values.
     buffers
-        One per range of the manifest, ``uint8[range.nbytes]``; ``None`` for a range that is not wanted.
+        One per range, ``uint8[range.nbytes]``; ``None`` for a range that is not wanted.
     names
-        The tensors in each range.
+        What is in each range.
     """
     reads: dict[int, ChunkRead] = {}
-    for item, buffer, needed_by in zip(manifest.ranges, buffers, names, strict=True):
+    for item, buffer, needed_by in zip(ranges, buffers, names, strict=True):
         if buffer is None:
             continue
         position = 0

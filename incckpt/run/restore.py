@@ -6,11 +6,12 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
-from incckpt.run.contents import Contents
+from incckpt.run.contents import Contents, read_packed
 from incckpt.run.reader import Bytes, Reader, reads_for
 from incckpt.staging.baseline import Baseline
 from incckpt.staging.content import Content
@@ -45,11 +46,11 @@ def load_state(
     progress: bool | None = None,
 ) -> Any:
     """Return the state of a checkpoint, or the part of it that `keys` match, in new memory."""
-    contents = Contents.of(manifest, keys)
+    contents = Contents.of(manifest, keys, fetch=partial(read_packed, reader, manifest))
     buffers = [
         new_buffer(item.nbytes) if index in contents.wanted else None for index, item in enumerate(manifest.ranges)
     ]
-    reads = reads_for(manifest, buffers, contents.names())
+    reads = reads_for(manifest, manifest.ranges, buffers, contents.names())
     with progress_bar(sum(read.chunk.nbytes for read in reads.values()), manifest.step, progress) as count:
         reader.read(reads.values(), count)
     return build(contents.tree, contents.entries, buffers, map_location=map_location, allow_pickle=allow_pickle)
@@ -82,7 +83,7 @@ def restore_into(
     Exception
         What an object's own ``load_state_dict`` raises, with a note of its path; `target` is undefined then as well.
     """
-    contents = Contents.of(manifest)
+    contents = Contents.of(manifest, fetch=partial(read_packed, reader, manifest))
     sizes = [(item.nbytes, item.itemsize) for item in manifest.ranges]
     assignment = Assignment(
         contents.tree,
@@ -97,7 +98,7 @@ def restore_into(
     for index in assignment.ranges:
         own = assignment.destination(index)
         buffers[index] = new_buffer(sizes[index][0]) if own is None else own
-    reads = reads_for(manifest, buffers, contents.names())
+    reads = reads_for(manifest, manifest.ranges, buffers, contents.names())
     base.forget()
     layout = None
     if base.keep and len(assignment.ranges) == len(sizes):
@@ -108,7 +109,8 @@ def restore_into(
             base.chunk_bytes,
         )
         layout = None
-    kept = {index: base.pool.take(chunk.nbytes) for index, chunk in enumerate(manifest.chunks)} if layout else {}
+    chunks = manifest.chunks[: len(layout.table.chunk_nbytes)] if layout else ()  # those of packed values come after
+    kept = {index: base.pool.take(chunk.nbytes) for index, chunk in enumerate(chunks)}
     for index, buffer in kept.items():
         if manifest.chunks[index].base is None:
             reads[index].out = buffer
@@ -132,8 +134,5 @@ def restore_into(
     if layout is not None:
         base.adopt(
             layout,
-            [
-                None if index in damaged else Content.of_full(kept[index], chunk)
-                for index, chunk in enumerate(manifest.chunks)
-            ],
+            [None if index in damaged else Content.of_full(kept[index], chunk) for index, chunk in enumerate(chunks)],
         )

@@ -26,6 +26,7 @@ from incckpt.run.snapshot import Snapshot
 from incckpt.staging.baseline import live_contents
 from incckpt.staging.detect import default_threads
 from incckpt.staging.layout import DEFAULT_CHUNK_BYTES, Layout
+from incckpt.staging.packed import PackedStage
 from incckpt.state.flatten import FlatState
 from incckpt.store.store import Store
 
@@ -83,7 +84,9 @@ class Session:
         attempt.check_step(step, attempt.last_step, if_exists)
         layout = Layout.of(flat.sizes, flat.kinds, DEFAULT_CHUNK_BYTES)
         contents = live_contents(flat, layout)
-        snapshot = Snapshot.of(step, metrics, time.time(), flat.structure, flat.tensors, layout, contents)
+        packed = PackedStage(DEFAULT_CHUNK_BYTES, keep=False).stage(flat.packed)
+        now = time.time()
+        snapshot = Snapshot.of(step, metrics, now, flat.structure, flat.tensors, layout, contents, packed=packed)
         return Checkpoint.of(self._run, attempt.write(snapshot, SaveReport(step=step), if_exists))
 
     def rest(self) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from incckpt.run.report import SaveReport
 from incckpt.staging.baseline import Baseline
 from incckpt.staging.content import Content
 from incckpt.staging.layout import Layout
+from incckpt.staging.packed import NOTHING_PACKED, PackedChunks
 from incckpt.state.entries import TensorEntry, entry_to_json
 from incckpt.state.flatten import flatten
 from incckpt.store.document import Json
+from incckpt.store.manifest import Range
 
 __all__ = ["Snapshot", "stage"]
 
@@ -26,6 +28,8 @@ class Snapshot:
     ----------
     layout, contents
         How its ranges lie in chunks, and one content per chunk.
+    packed
+        Its packed values; their chunks follow those of the layout.
     """
 
     step: int
@@ -36,6 +40,16 @@ class Snapshot:
     layout: Layout
     contents: Sequence[Content]
     norms: Mapping[str, tuple[float, float]] | None = None
+    packed: PackedChunks = NOTHING_PACKED
+
+    @property
+    def packed_ranges(self) -> tuple[Range, ...]:
+        """The ranges of the packed values, chunks numbered as in the manifest."""
+        first = len(self.contents)
+        return tuple(
+            replace(item, pieces=tuple((chunk + first, offset, nbytes) for chunk, offset, nbytes in item.pieces))
+            for item in self.packed.ranges
+        )
 
     @classmethod
     def of(
@@ -48,10 +62,11 @@ class Snapshot:
         layout: Layout,
         contents: Sequence[Content],
         norms: Mapping[str, tuple[float, float]] | None = None,
+        packed: PackedChunks = NOTHING_PACKED,
     ) -> Snapshot:
         """Put a snapshot together from what flattening and staging gave."""
         entries = tuple(entry_to_json(entry) for entry in tensors)
-        return cls(step, metrics, time, structure, entries, layout, contents, norms)
+        return cls(step, metrics, time, structure, entries, layout, contents, norms, packed)
 
 
 def stage(
@@ -62,7 +77,8 @@ def stage(
     flat = flatten(app, allow_pickle=allow_pickle)
     flattened = time.perf_counter()
     layout, contents = base.stage(flat, report)
+    packed = base.stage_packed(flat, report)
     report.spent("flatten", flattened - started)
     report.spent("stage", time.perf_counter() - flattened)
     structure, tensors, now, norms = flat.structure, flat.tensors, time.time(), report.norms or None
-    return lambda: Snapshot.of(step, metrics, now, structure, tensors, layout, contents, norms)
+    return lambda: Snapshot.of(step, metrics, now, structure, tensors, layout, contents, norms, packed)

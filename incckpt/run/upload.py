@@ -14,7 +14,7 @@ from incckpt.run.pipeline import Pipeline
 from incckpt.run.report import SaveReport
 from incckpt.run.snapshot import Snapshot
 from incckpt.staging.baseline import Baseline
-from incckpt.staging.content import Content, compute_digests
+from incckpt.staging.content import Content, TextContent, compute_digests
 from incckpt.staging.hostmem import HostPool
 from incckpt.staging.layout import Layout, batches
 from incckpt.store.manifest import Chunk, Stored
@@ -105,14 +105,16 @@ class Uploader:
 
     def store(self, snapshot: Snapshot, nonce: str, known: Known, report: SaveReport) -> list[Chunk]:
         """Make sure that every content is stored, each identity once; return where, by chunk."""
-        contents = snapshot.contents
+        contents = [*snapshot.contents, *snapshot.packed.contents]
         claims: dict[str, int] = {}
         claiming = threading.Lock()
 
         def look(index: int) -> Content | None:
             content = contents[index]
             content.stored = self._reusable(content, known)
-            return None if content.stored is not None else self._base(content, snapshot.layout, index, known)
+            if content.stored is not None or isinstance(content, TextContent):
+                return None
+            return self._base(content, snapshot.layout, index, known)
 
         def store_batch(batch: Sequence[int]) -> None:
             try:
@@ -168,9 +170,13 @@ class Uploader:
                 base = codec.Base(bytes.fromhex(full.stored.identity), full.raw)
             out = self._buffers.take(codec.max_nbytes(content.nbytes))
             sources.append(codec.Source(content.raw, content.itemsize, content.digest, base, out))
+        texts = [index for index, (content, _) in enumerate(contents) if isinstance(content, TextContent)]
         with self.pipeline.cpu:
             started = time.perf_counter()
-            encoded = codec.encode_many(sources)
+            encoded = codec.encode_many([source for index, source in enumerate(sources) if index not in texts])
+            for index in texts:
+                source = sources[index]
+                encoded.insert(index, codec.encode_text(source.raw, digest=source.digest, out=source.out))
             poor_deltas = [index for index, one in enumerate(encoded) if not Content.is_worthwhile(one)]
             again = codec.encode_many([sources[index]._replace(base=None) for index in poor_deltas])
             report.spent("encode", time.perf_counter() - started)

@@ -271,6 +271,7 @@ class Writer:
             tensors=snapshot.tensors,
             ranges=snapshot.layout.ranges,
             chunks=tuple(chunks),
+            packed=snapshot.packed_ranges,
             norms=snapshot.norms,
         )
 

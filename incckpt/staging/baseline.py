@@ -25,6 +25,7 @@ from incckpt.staging.content import Bytes, Content, LiveContent
 from incckpt.staging.device import DeviceCopies
 from incckpt.staging.hostmem import HostPool
 from incckpt.staging.layout import Addresses, ChunkTable, Layout, batches, check_chunk_bytes
+from incckpt.staging.packed import PackedChunks, PackedStage
 from incckpt.staging.threshold import RangeThresholds, Thresholds
 from incckpt.state.flatten import ByteRange, FlatState
 
@@ -112,6 +113,7 @@ class Baseline:
     delta: bool = True
     threads: int = 1
     thresholds: Thresholds = field(default_factory=Thresholds)
+    _packed: PackedStage = field(init=False)
     _current: tuple[Layout, list[Slot]] = field(init=False)  # in one attribute: an interrupt may come at any time
     _lock: threading.Lock = field(default_factory=threading.Lock)
     pool: HostPool = field(default_factory=HostPool)
@@ -119,6 +121,7 @@ class Baseline:
     _copies: DeviceCopies = field(default_factory=DeviceCopies)
 
     def __post_init__(self) -> None:
+        self._packed = PackedStage(self.chunk_bytes, keep=self.keep)
         self._current = Layout.of([], [], check_chunk_bytes(self.chunk_bytes)), []
 
     @property
@@ -206,6 +209,16 @@ class Baseline:
         report.changed_chunks = len(staged)
         report.changed_bytes = sum(content.nbytes for content in staged.values())
         return layout, complete
+
+    def stage_packed(self, flat: FlatState, report: StageReport) -> PackedChunks:
+        """Cut the packed values into chunks, and add those to `report`; the ones that the last save had are its own."""
+        packed = self._packed.stage(flat.packed)
+        changed, nbytes = packed.new
+        report.chunks += len(packed.contents)
+        report.nbytes += sum(content.nbytes for content in packed.contents)
+        report.changed_chunks += changed
+        report.changed_bytes += nbytes
+        return packed
 
     def settle(self, layout: Layout, contents: Sequence[Content]) -> None:
         """Note that a save's contents are stored: full objects become the base, deltas are let go of.

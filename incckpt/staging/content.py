@@ -11,7 +11,7 @@ import numpy.typing as npt
 from incckpt.codec.objects import Digest, Encoded, digest_many
 from incckpt.store.manifest import Chunk
 
-__all__ = ["Bytes", "Content", "DeltaHistory", "LiveContent", "compute_digests"]
+__all__ = ["Bytes", "Content", "DeltaHistory", "LiveContent", "TextContent", "compute_digests"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -170,6 +170,12 @@ class LiveContent(Content):
     def release(self) -> None:
         """Let go of the copy."""
         self.raw = None
+
+
+class TextContent(Content):
+    """A content that repeats itself as text does, not as numbers do: it is coded by zstd, and never as a delta."""
+
+    __slots__ = ()
 
 
 def compute_digests(contents: Sequence[Content]) -> None:

@@ -19,8 +19,10 @@ from incckpt.state.tree import (
     DEFAULT_FACTORIES,
     GeneratorRef,
     MappingNode,
+    PackedRef,
     Pickled,
     Plain,
+    PlainItems,
     SequenceNode,
     TensorRef,
     Tree,
@@ -166,6 +168,14 @@ class Builder:
                 return value
             case TensorRef(index):
                 return self._live[index] if index in self._live else self.tensor(index)
+            case MappingNode("dict", PlainItems() as items) | SequenceNode("list", PlainItems() as items):
+                return items.value
+            case MappingNode(kind, PlainItems() as items, extra):
+                return self._mapping(kind, items.value, extra)
+            case SequenceNode(kind, PlainItems() as items, extra):
+                return self._sequence(kind, items.value, extra)
+            case PackedRef(index):
+                raise OptionError(f"no bytes were given for packed range {index}")
             case MappingNode(kind, items, extra):
                 return self._mapping(kind, [(key, self.value(child)) for key, child in items], extra)
             case SequenceNode(kind, items, extra):
@@ -187,7 +197,7 @@ class Builder:
                 raise
             raise FormatError(f"tensor {entry.name!r} cannot be made here: {error}") from error
 
-    def _mapping(self, kind: str, items: list[tuple[Any, Any]], extra: Any) -> dict[Any, Any]:
+    def _mapping(self, kind: str, items: list[tuple[Any, Any]] | dict[Any, Any], extra: Any) -> dict[Any, Any]:
         if kind == "dict":
             return dict(items)
         if kind == "counter":
@@ -199,7 +209,7 @@ class Builder:
             ordered._metadata = self.value(extra)  # type: ignore[attr-defined]
         return ordered
 
-    def _sequence(self, kind: str, items: list[Any], extra: Any) -> Any:
+    def _sequence(self, kind: str, items: Any, extra: Any) -> Any:
         if kind == "list":
             return items
         if kind == "tuple":

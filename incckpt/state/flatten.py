@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from incckpt.errors import PickleRefusedError, StateError
 from incckpt.state.entries import Json, TensorEntry, range_kinds
+from incckpt.state.packing import HEAVY_BYTES, PackedValue, pack, weighs_much
 from incckpt.state.plain import MAX_DEPTH, encode_key, encode_plain, shown, type_name
 from incckpt.state.ranges import ByteRange, TensorTable
 from incckpt.state.targets import is_stateful
@@ -39,11 +40,14 @@ class FlatState:
         One entry per tensor or array; the structure refers to them by index.
     ranges
         The memory that they lie in, live: what is written to the state's tensors after `flatten` is seen here.
+    packed
+        Plain values that are stored beside the structure, which refers to them by index; copies, or immutable.
     """
 
     structure: Json
     tensors: list[TensorEntry]
     ranges: list[ByteRange]
+    packed: list[PackedValue] = dataclasses.field(default_factory=list)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -95,7 +99,7 @@ def flatten(state: object, *, allow_pickle: bool = False) -> FlatState:
         except _Refused as refused:
             where = "".join(reversed(refused.path))
             raise refused.kind(f"cannot save state{where}: {refused}") from refused.__cause__
-        return FlatState(structure, *walker.table.finish())
+        return FlatState(structure, *walker.table.finish(), walker.packed)
 
 
 @contextmanager
@@ -124,6 +128,7 @@ class _Refused(Exception):
 class _Walker:
     def __init__(self, allow_pickle: bool) -> None:
         self.table = TensorTable()
+        self.packed: list[PackedValue] = []
         self._allow_pickle = allow_pickle
         self._open: set[int] = set()  # containers and objects that the walk is inside of
 
@@ -136,13 +141,39 @@ class _Walker:
                 return {"tensor": self.table.add_torch(value, name, parameter=True)}
             container = _CONTAINERS.get(kind)
             if container is not None:
-                return self._inside(value, name, container)
+                return self._packed(value, name) or self._inside(value, name, container)
             if kind is np.ndarray or kind is np.memmap:
                 return {"tensor": self.table.add_numpy(value, name)}
-            plain = encode_plain(value)
+            plain = (self._packed(value, name) if kind in _PACKED_ALONE else None) or encode_plain(value)
         except StateError as error:
             raise _Refused(str(error), type(error)) from error
         return plain if plain is not None or value is None else self._object(value, name)
+
+    def _packed(self, value: Any, name: str) -> Json:
+        """Return the node of a value that is packed; ``None`` if it stands in the structure itself."""
+        kind = type(value)
+        depth = len(self._open)
+        if kind is bytes or kind is str or kind is bytearray:
+            if len(value) < HEAVY_BYTES:
+                return None
+            blocks: list[bytes] | bytes | str = bytes(value) if kind is bytearray else value
+        elif not weighs_much(value, depth) or getattr(value, "_metadata", None) is not None:
+            return None
+        else:
+            try:
+                blocks = pack(value, depth)
+            except RuntimeError as error:
+                raise _Refused(f"this {kind.__name__} was changed by another thread while it was saved") from error
+        node = self._beside(blocks, name, _KINDS[kind])
+        if kind is deque:
+            node["maxlen"] = value.maxlen
+        elif kind is defaultdict:
+            node["factory"] = self._factory(value)
+        return node
+
+    def _beside(self, blocks: list[bytes] | bytes | str, name: str, kind: str) -> dict[str, Json]:
+        self.packed.append(PackedValue(name, blocks))
+        return {"packed": len(self.packed) - 1, "kind": kind}
 
     def mapping(self, value: Mapping[Any, Any], name: str) -> list[Json]:
         items: list[Json] = []
@@ -174,9 +205,12 @@ class _Walker:
         return node
 
     def default_dict(self, value: defaultdict[Any, Any], name: str) -> Json:
+        return {"defaultdict": self.mapping(value, name), "factory": self._factory(value)}
+
+    def _factory(self, value: defaultdict[Any, Any]) -> str:
         for factory, known in DEFAULT_FACTORIES.items():
             if value.default_factory is known:
-                return {"defaultdict": self.mapping(value, name), "factory": factory}
+                return factory
         raise _Refused(
             f"a defaultdict with the factory {value.default_factory!r} cannot be saved; "
             f"use dict(...), or one of the factories {', '.join(DEFAULT_FACTORIES)}"
@@ -236,6 +270,8 @@ class _Walker:
             data = pickle.dumps(value)
         except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
             raise _Refused(f"a {type_name(value)} cannot be pickled: {error}") from error
+        if len(data) >= HEAVY_BYTES:
+            return self._beside(data, name, "pickle") | {"type": type_name(value)}
         return {"pickle": base64.b64encode(data).decode("ascii"), "type": type_name(value)}
 
 
@@ -248,6 +284,14 @@ _CONTAINERS: dict[type, Callable[[_Walker, Any, str], Json]] = {
     OrderedDict: _Walker.ordered_dict,
     defaultdict: _Walker.default_dict,
 }
+
+
+_KINDS: dict[type, str] = {
+    Counter: "counter",
+    **{kind: kind.__name__ for kind in (bytes, bytearray, str, list, tuple, set, frozenset, dict, deque, defaultdict)},
+    OrderedDict: "ordereddict",
+}
+_PACKED_ALONE = frozenset((bytes, bytearray, str, set, frozenset))
 
 
 def _tensor_subclass(tensor: torch.Tensor) -> str:

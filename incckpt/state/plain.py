@@ -20,6 +20,7 @@ from incckpt.state.entries import Json, numpy_dtype_from_json, numpy_dtype_to_js
 __all__ = [
     "DECODERS",
     "MAX_DEPTH",
+    "PLAIN_TYPES",
     "Malformed",
     "as_bytes",
     "as_list",
@@ -88,6 +89,10 @@ _ENCODERS: dict[type, Callable[[Any], Json]] = {
     torch.memory_format: lambda value: {"torch.memory_format": str(value).removeprefix("torch.")},
     TorchVersion: lambda value: {"torch.TorchVersion": str(value)},
 }
+
+
+PLAIN_TYPES = frozenset(_ENCODERS)
+"""What `encode_plain` takes besides numpy's scalars and dtypes."""
 
 
 def encode_plain(value: object) -> Json | None:

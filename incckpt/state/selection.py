@@ -98,6 +98,8 @@ class Selection:
         chosen = self.chooses(name) or chosen
         if not isinstance(tree, (MappingNode, SequenceNode)):
             return tree if chosen else None
+        if chosen and not self._ignore and all(pattern in self._hits for pattern, _ in self._keys or ()):
+            return tree
         kept = [(key, child, self._prune(child, join_name(name, key), chosen=chosen)) for key, child in children(tree)]
         if not chosen and all(part is None for _, _, part in kept):
             return None

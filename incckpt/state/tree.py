@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -32,10 +32,14 @@ from incckpt.state.plain import (
 __all__ = [
     "DEFAULT_FACTORIES",
     "FORMS",
+    "MAPPINGS",
+    "PACKED_KINDS",
     "GeneratorRef",
     "MappingNode",
+    "PackedRef",
     "Pickled",
     "Plain",
+    "PlainItems",
     "SequenceNode",
     "TensorRef",
     "Tree",
@@ -44,9 +48,15 @@ __all__ = [
     "join_name",
     "leaves",
     "named_tuple_type",
+    "packed_refs",
     "parse",
     "references",
 ]
+
+MAPPINGS = ("dict", "ordereddict", "counter", "defaultdict")
+"""The kinds of a `MappingNode`."""
+
+PACKED_KINDS = (*MAPPINGS, "list", "tuple", "deque", "set", "frozenset", "bytes", "bytearray", "str", "pickle")
 
 DEFAULT_FACTORIES: dict[str, Callable[[], Any] | None] = {
     "None": None,
@@ -86,11 +96,55 @@ class Pickled:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedRef:
+    """A plain value whose bytes lie in the packed range `index`. `extra` as for its kind of node; a pickle's type."""
+
+    index: int
+    kind: str
+    extra: Any = None
+
+
+class PlainItems(Sequence[Any]):
+    """The items of a `MappingNode` or `SequenceNode` whose value is here already: nodes are made as they are asked for.
+
+    Attributes
+    ----------
+    value
+        A list or tuple; or, for a mapping, a dict.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.value, dict):
+            return ((key, _plain_tree(item)) for key, item in self.value.items())
+        return map(_plain_tree, self.value)
+
+
+def _plain_tree(value: Any) -> Tree:
+    kind = type(value)
+    if kind is dict:
+        return MappingNode("dict", PlainItems(value))
+    if kind is list or kind is tuple:
+        return SequenceNode(kind.__name__, PlainItems(value))
+    if isinstance(value, tuple) and hasattr(kind, "_fields"):
+        return SequenceNode("namedtuple", PlainItems(value), kind)
+    return Plain(value)
+
+
+@dataclass(frozen=True, slots=True)
 class MappingNode:
     """A dict, or a kind of one. `extra`: a defaultdict's factory name, an OrderedDict's ``_metadata`` tree or None."""
 
     kind: str
-    items: list[tuple[Hashable, Tree]]
+    items: Sequence[tuple[Hashable, Tree]]
     extra: Any = None
 
 
@@ -99,11 +153,11 @@ class SequenceNode:
     """A list, tuple, deque or namedtuple. `extra`: a deque's ``maxlen``, a namedtuple's type."""
 
     kind: str
-    items: list[Tree]
+    items: Sequence[Tree]
     extra: Any = None
 
 
-Tree: TypeAlias = Plain | TensorRef | GeneratorRef | Pickled | MappingNode | SequenceNode
+Tree: TypeAlias = Plain | TensorRef | GeneratorRef | Pickled | PackedRef | MappingNode | SequenceNode
 """A structure document, parsed and checked."""
 
 
@@ -149,7 +203,7 @@ def named_tuple_type(name: str, fields: tuple[str, ...]) -> type[tuple[Any, ...]
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def parse(structure: Json, tensors: int) -> Tree:
+def parse(structure: Json, tensors: int, packed: int = 0) -> Tree:
     """Return the tree of a structure document.
 
     Parameters
@@ -158,6 +212,8 @@ def parse(structure: Json, tensors: int) -> Tree:
         As ``json.loads`` gives it.
     tensors
         Length of the list of entries that it refers to.
+    packed
+        Length of the list of packed ranges that it refers to.
 
     Raises
     ------
@@ -167,16 +223,18 @@ def parse(structure: Json, tensors: int) -> Tree:
         If it needs a newer version of incckpt, torch or numpy, or another platform.
     """
     try:
-        return _Parser(tensors).tree(structure)
+        return _Parser(tensors, packed).tree(structure)
     except Malformed as error:
         where = "".join(reversed(error.path))
         raise error.kind(f"checkpoint structure, at state{where}: {error}") from error
 
 
 class _Parser:
-    def __init__(self, tensors: int) -> None:
+    def __init__(self, tensors: int, packed: int) -> None:
         self._tensors = tensors
+        self._packed = packed
         self._seen: set[int] = set()
+        self._seen_packed: set[int] = set()
         self._depth = 0
 
     def tree(self, node: Json) -> Tree:
@@ -219,7 +277,7 @@ class _Parser:
             raise Malformed(f"not a key: {excerpt(node)}")
         try:
             hash(tree.value)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # the second, of a timedelta64 without a unit
             raise Malformed(f"not a key: {excerpt(node)} ({error})") from error
         return tree.value  # type: ignore[no-any-return]
 
@@ -250,15 +308,13 @@ class _Parser:
         return self.mapping("ordereddict", node, metadata)
 
     def default_dict(self, node: Json) -> MappingNode:
-        if not isinstance(node["factory"], str) or node["factory"] not in DEFAULT_FACTORIES:
-            raise Malformed(f"unknown default factory {excerpt(node['factory'])}")
-        return self.mapping("defaultdict", node, node["factory"])
+        return self.mapping("defaultdict", node, _factory(node["factory"]))
 
     def deque(self, node: Json) -> SequenceNode:
         sequence, maxlen = self.sequence("deque", node), node["maxlen"]
-        if maxlen is not None and (type(maxlen) is not int or not len(sequence.items) <= maxlen <= sys.maxsize):
+        if (most := _maxlen(maxlen)) is not None and most < len(sequence.items):
             raise Malformed(f"a deque of {len(sequence.items)} elements with maxlen {excerpt(maxlen)}")
-        return replace(sequence, extra=maxlen)
+        return replace(sequence, extra=most)
 
     def named_tuple(self, node: Json) -> SequenceNode:
         pairs = as_list(node["namedtuple"])
@@ -275,6 +331,27 @@ class _Parser:
 
     def pickled(self, node: Json) -> Pickled:
         return Pickled(as_bytes(node["pickle"]), as_text(node["type"]))
+
+    def packed(self, node: Json) -> PackedRef:
+        index, kind = node["packed"], as_text(node["kind"])
+        extra: int | str | None = None
+        if type(index) is not int or not 0 <= index < self._packed:
+            raise Malformed(f"there is no packed range {excerpt(index)}")
+        if index in self._seen_packed:
+            raise Malformed(f"packed range {index} occurs twice")
+        self._seen_packed.add(index)
+        if kind not in PACKED_KINDS:
+            raise Malformed(f"unknown kind of packed value: {excerpt(kind)}; update incckpt", FormatError)
+        more = node.keys() - {"packed", "kind"}
+        if more != _PACKED_EXTRA.get(kind, set()):
+            raise Malformed(f"a packed {kind} with the members {', '.join(sorted(more))}")
+        if kind == "deque":
+            extra = _maxlen(node["maxlen"])
+        elif kind == "defaultdict":
+            extra = _factory(node["factory"])
+        elif kind == "pickle":
+            extra = as_text(node["type"])
+        return PackedRef(index, kind, extra)
 
     def _child(self, node: Json, key: Hashable) -> Tree:
         try:
@@ -299,6 +376,21 @@ class _Parser:
         return index
 
 
+_PACKED_EXTRA = {"deque": {"maxlen"}, "defaultdict": {"factory"}, "pickle": {"type"}}
+
+
+def _factory(node: Json) -> str:
+    if not isinstance(node, str) or node not in DEFAULT_FACTORIES:
+        raise Malformed(f"unknown default factory {excerpt(node)}")
+    return node
+
+
+def _maxlen(node: Json) -> int | None:
+    if node is not None and (type(node) is not int or not 0 <= node <= sys.maxsize):
+        raise Malformed(f"not the maxlen of a deque: {excerpt(node)}")
+    return node
+
+
 FORMS: dict[frozenset[str], Callable[[_Parser, Json], Tree]] = {
     frozenset(members): form
     for members, form in (
@@ -316,6 +408,8 @@ FORMS: dict[frozenset[str], Callable[[_Parser, Json], Tree]] = {
         (("numpy.scalar", "dtype"), lambda parser, node: Plain(decode_numpy_scalar(node))),
         (("torch.Generator", "device"), _Parser.generator),
         (("pickle", "type"), _Parser.pickled),
+        (("packed", "kind"), _Parser.packed),
+        *((("packed", "kind", extra), _Parser.packed) for extra in ("maxlen", "factory", "type")),
     )
 }
 """By the exact set of members that a node has."""
@@ -333,15 +427,29 @@ def children(tree: Tree) -> Iterator[tuple[Hashable, Tree]]:
         yield from zip(fields, tree.items, strict=True)
 
 
-def leaves(tree: Tree) -> Iterator[Plain | TensorRef | GeneratorRef | Pickled]:
-    """Yield every leaf of `tree`, those of an OrderedDict's ``_metadata`` included."""
+def leaves(tree: Tree) -> Iterator[Plain | TensorRef | GeneratorRef | Pickled | PackedRef]:
+    """Yield every leaf of `tree`, those of an OrderedDict's ``_metadata`` included; what was unpacked as one."""
     if not isinstance(tree, (MappingNode, SequenceNode)):
         yield tree
-        return
-    for _, child in children(tree):
-        yield from leaves(child)
-    if tree.kind == "ordereddict" and tree.extra is not None:
-        yield from leaves(tree.extra)
+    elif isinstance(tree.items, PlainItems):
+        yield Plain(tree.items.value)
+    else:
+        for _, child in children(tree):
+            yield from leaves(child)
+        if tree.kind == "ordereddict" and tree.extra is not None:
+            yield from leaves(tree.extra)
+
+
+def packed_refs(tree: Tree, name: str = "") -> Iterator[tuple[str, PackedRef]]:
+    """Yield the reference to each packed value and its dotted name; in an OrderedDict's ``_metadata``, the dict's."""
+    if isinstance(tree, PackedRef):
+        yield name, tree
+    elif isinstance(tree, (MappingNode, SequenceNode)) and not isinstance(tree.items, PlainItems):
+        for key, child in children(tree):
+            yield from packed_refs(child, join_name(name, key))
+        if tree.kind == "ordereddict" and tree.extra is not None:
+            for _, ref in packed_refs(tree.extra):
+                yield name, ref
 
 
 def references(tree: Tree) -> list[int]:
@@ -358,6 +466,8 @@ def describe(tree: Tree) -> str:
             return "a torch.Generator"
         case Pickled(_, name):
             return f"a pickled {name}"
+        case PackedRef(_, kind):
+            return f"a packed {kind}"
         case Plain(value):
             return f"a value of type {type_name(value)}"
         case MappingNode(kind, items) | SequenceNode(kind, items):

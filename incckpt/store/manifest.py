@@ -108,6 +108,8 @@ class Manifest:
         The tensor entries, as JSON (``docs/structure.md``); the structure refers to them by index.
     ranges, chunks
         Where the tensors' bytes are.
+    packed
+        Byte ranges of plain values that are packed; the structure refers to them by index.
     norms
         Per tensor name ``(relative change, norm)`` where the save computed them.
     """
@@ -123,6 +125,7 @@ class Manifest:
     tensors: tuple[Mapping[str, Json], ...]
     ranges: tuple[Range, ...]
     chunks: tuple[Chunk, ...]
+    packed: tuple[Range, ...] = ()
     norms: Mapping[str, tuple[float, float]] | None = None
 
     @property
@@ -142,16 +145,15 @@ class Manifest:
             "chunk_bytes": self.chunk_bytes,
             "structure": self.structure,
             "tensors": list(self.tensors),
-            "ranges": [
-                {"bytes": item.nbytes, "item": item.itemsize, "pieces": [list(piece) for piece in item.pieces]}
-                for item in self.ranges
-            ],
+            "ranges": [_range_to_json(item) for item in self.ranges],
             "chunks": [_chunk_to_json(chunk) for chunk in self.chunks],
         }
+        if self.packed:
+            document["packed"] = [_range_to_json(item) for item in self.packed]
         if self.norms is not None:
             document["norms"] = {name: [encode_float(x) for x in pair] for name, pair in self.norms.items()}
         short = any(chunk.base is not None and chunk.base.digits != _ALL_DIGITS for chunk in self.chunks)
-        return dump_document("manifest", document, version=2 if short else 1)
+        return dump_document("manifest", document, version=2 if short or self.packed else 1)
 
     @classmethod
     def from_json(cls, data: bytes, name: str) -> Manifest:
@@ -167,9 +169,8 @@ class Manifest:
         document = parse_document(data, "manifest", name)
         fields = Fields(document, name)
         chunks = tuple(_chunk_from_json(item, f"{name}: chunk {i}") for i, item in enumerate(fields.list("chunks")))
-        ranges = tuple(
-            _range_from_json(item, chunks, f"{name}: range {i}") for i, item in enumerate(fields.list("ranges"))
-        )
+        ranges = _ranges_from_json(fields, "ranges", chunks, f"{name}: range")
+        packed = _ranges_from_json(fields, "packed", chunks, f"{name}: packed range") if "packed" in document else ()
         tensors = tuple(as_mapping(item, f"{name}: tensor {i}") for i, item in enumerate(fields.list("tensors")))
         norms = None
         if "norms" in document:
@@ -187,6 +188,7 @@ class Manifest:
             tensors=tensors,
             ranges=ranges,
             chunks=chunks,
+            packed=packed,
             norms=norms,
         )
 
@@ -245,6 +247,14 @@ def _chunk_from_json(item: Json, name: str) -> Chunk:
         size=fields.count("size"),
         base=base,
     )
+
+
+def _range_to_json(item: Range) -> dict[str, Json]:
+    return {"bytes": item.nbytes, "item": item.itemsize, "pieces": [list(piece) for piece in item.pieces]}
+
+
+def _ranges_from_json(fields: Fields, field: str, chunks: tuple[Chunk, ...], name: str) -> tuple[Range, ...]:
+    return tuple(_range_from_json(item, chunks, f"{name} {i}") for i, item in enumerate(fields.list(field)))
 
 
 def _range_from_json(item: Json, chunks: tuple[Chunk, ...], name: str) -> Range:

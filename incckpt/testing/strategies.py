@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from collections.abc import Callable
+from keyword import iskeyword
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,23 @@ import torch
 from hypothesis import strategies as st
 
 from incckpt.state.entries import TORCH_DTYPES, byte_extent
+from incckpt.state.packing import HEAVY
+from incckpt.state.plain import PLAIN_TYPES
 from incckpt.state.ranges import CARRIERS
+from incckpt.state.tree import MAPPINGS
 
-__all__ = ["NUMPY_DTYPES", "arrays", "keys", "plain_values", "shared_memory", "states", "tensors", "torch_dtypes"]
+__all__ = [
+    "NUMPY_DTYPES",
+    "arrays",
+    "keys",
+    "named_tuples",
+    "packed_values",
+    "plain_values",
+    "shared_memory",
+    "states",
+    "tensors",
+    "torch_dtypes",
+]
 
 NUMPY_DTYPES = [
     *map(np.dtype, ("|b1", "|i1", "<i2", ">i4", "<i8", "|u1", ">u2", "<u4", "<u8", "<f2", ">f4", "<f8", "<c8", ">c16")),
@@ -45,40 +61,127 @@ def _texts() -> st.SearchStrategy[str]:
     return st.text(max_size=6) | st.text(st.characters(categories=["Cs", "Lu"]), max_size=3)
 
 
-def _scalars() -> st.SearchStrategy[Any]:
-    return st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers() | st.integers(-(2**80), 2**80) | st.sampled_from([2**53 - 1, 2**53, 2**53 + 1, -(2**63), 2**200]),
-        _floats(),
-        st.builds(complex, _floats(), _floats()),
-        _texts(),
-        st.binary(max_size=5),
-    )
+def _constants(cls: type) -> st.SearchStrategy[Any]:
+    return st.sampled_from([value for value in vars(torch).values() if type(value) is cls])
+
+
+@st.composite
+def _integers(draw: st.DrawFn) -> int:
+    edges = st.sampled_from(
+        [2**53 - 1, 2**53, 2**63 - 1, 2**63, 2**200, 10**5000]
+    )  # Python writes 4,300 digits at most
+    return draw(st.integers() | st.integers(-(2**80), 2**80) | edges) * draw(st.sampled_from([1, -1]))
+
+
+_BY_TYPE: dict[type, Callable[[], st.SearchStrategy[Any]]] = {
+    type(None): st.none,
+    bool: st.booleans,
+    int: _integers,
+    float: _floats,
+    complex: lambda: st.builds(complex, _floats(), _floats()),
+    str: _texts,
+    bytes: lambda: st.binary(max_size=5),
+    bytearray: lambda: st.binary(max_size=5).map(bytearray),
+    set: lambda: st.sets(keys(), max_size=3),
+    frozenset: lambda: st.frozensets(keys(), max_size=3),
+    torch.Size: lambda: st.lists(st.integers(0, 2**63 - 1), max_size=3).map(torch.Size),
+    torch.dtype: lambda: _constants(torch.dtype),
+    torch.device: lambda: st.sampled_from(["cpu", "cuda:3", "meta", "mps:0", "hpu", "xpu:1"]).map(torch.device),
+    torch.layout: lambda: _constants(torch.layout),
+    torch.memory_format: lambda: _constants(torch.memory_format),
+    type(torch.__version__): lambda: st.just(torch.__version__),
+}
+_UNHASHABLE = (bytearray, set)
 
 
 def keys() -> st.SearchStrategy[Any]:
-    """Return keys of dicts: mostly strings and integers; no NaN, which equals nothing, itself included."""
+    """Return keys of dicts, of every type that one may have; no NaN, which equals nothing, itself included."""
     common = _texts() | st.integers()
-    rare = _scalars().filter(lambda value: value == value) | st.sampled_from([torch.float32, torch.device("cpu")])
-    return st.one_of(common, common, rare, st.tuples(common, rare), st.frozensets(common, max_size=2))
+    rare = st.sampled_from(sorted(PLAIN_TYPES - {*_UNHASHABLE, frozenset}, key=str)).flatmap(
+        lambda kind: _BY_TYPE[kind]()
+    )
+    # Not those that cannot be hashed, nor long doubles, some of whose bits are no number.
+    dtypes = [dtype for dtype in NUMPY_DTYPES if dtype.kind != "V" and dtype != "<m8" and dtype.char not in "gG"]
+    numpy = st.sampled_from(dtypes).flatmap(_numpy_scalars)
+    rare = (rare | numpy).filter(lambda value: value == value)
+    nested = st.tuples(common, st.tuples(rare))
+    return st.one_of(common, common, rare, nested, st.frozensets(common | nested, max_size=2))
 
 
 def plain_values() -> st.SearchStrategy[Any]:
-    """Return every kind of value that is no container and no tensor."""
+    """Return values of every type that is no container and no tensor, by the tables that saving goes by."""
     return st.one_of(
-        _scalars(),
-        st.binary(max_size=5).map(bytearray),
-        st.sets(keys(), max_size=3),
-        st.frozensets(keys(), max_size=3),
+        st.sampled_from(sorted(PLAIN_TYPES, key=str)).flatmap(lambda kind: _BY_TYPE[kind]()),
         st.sampled_from(NUMPY_DTYPES).flatmap(_numpy_scalars),
-        st.sampled_from([np.str_("a\0"), np.bytes_(b"b\0"), *NUMPY_DTYPES]),
-        st.lists(st.integers(0, 2**40), max_size=3).map(torch.Size),
-        torch_dtypes(),
-        st.sampled_from(
-            [torch.device("cuda:3"), torch.strided, torch.sparse_coo, torch.channels_last, torch.__version__]
-        ),
+        st.sampled_from([np.str_("a\0\ud800"), np.bytes_(b"b\0"), *NUMPY_DTYPES]),
     )
+
+
+def named_tuples(children: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Return namedtuples with names and fields of all kinds that Python allows."""
+    words = [
+        "a",
+        "_S",
+        "x1",
+        "count",
+        "index",
+        "match",
+        "é",
+        "ﬁx",
+        "Ａ",
+        "self",
+        "cls",
+        "_cls",
+        "class",
+        "_0",
+        "x y",
+        "",
+    ]
+    names = st.sampled_from(words) | st.text(st.characters(categories=["Lu", "Ll", "Nd", "Pc"]), max_size=3)
+
+    def make(name: str, fields: list[str], values: list[Any]) -> Any:
+        name = name if name.isidentifier() and not iskeyword(name) else "Named"
+        try:
+            made = namedtuple(name, fields, rename=True)  # type: ignore[misc]
+        except SyntaxError:  # two fields that are one identifier
+            return tuple(values)
+        return made(*values[: len(fields)])
+
+    values = st.lists(children, min_size=3, max_size=3)
+    return st.builds(make, names, st.lists(names, max_size=3), values)
+
+
+def packed_values() -> st.SearchStrategy[Any]:
+    """Return containers so large that they are stored beside the structure, with values of every type in them."""
+    inner = st.recursive(
+        plain_values(),
+        lambda children: st.one_of(
+            st.lists(children, max_size=2),
+            st.lists(children, max_size=2).map(tuple),
+            st.dictionaries(keys(), children, max_size=2),
+            named_tuples(children),
+        ),
+        max_leaves=4,
+    )
+    count = st.sampled_from([HEAVY - 1, HEAVY, HEAVY + 1, 2000])
+
+    def fill(kind: str, some: list[Any], some_keys: list[Any], count: int) -> Any:
+        if kind in ("list", "tuple", "deque"):
+            values = [some[index % len(some)] for index in range(count)]
+            return deque(values, 2 * count) if kind == "deque" else tuple(values) if kind == "tuple" else values
+        if kind in ("set", "frozenset"):
+            return {"set": set, "frozenset": frozenset}[kind](range(count)) | {key for key in some_keys if key == key}
+        items = {**dict(zip(some_keys, some, strict=False)), **{f"k{i}": some[i % len(some)] for i in range(count)}}
+        return {"dict": dict, "ordereddict": OrderedDict, "counter": Counter}.get(
+            kind, lambda pairs: defaultdict(int, pairs)
+        )(items)
+
+    kinds = st.sampled_from(["list", "tuple", "deque", "set", "frozenset", *MAPPINGS])
+    large = st.builds(fill, kinds, st.lists(inner, min_size=1, max_size=4), st.lists(keys(), max_size=4), count)
+    runs = st.builds(
+        lambda unit, kind: kind(unit * 70_000), st.binary(min_size=1, max_size=3), st.sampled_from([bytes, bytearray])
+    )
+    return large | runs | st.text(st.characters(), min_size=1, max_size=3).map(lambda unit: unit * 70_000)
 
 
 def _numpy_scalars(dtype: np.dtype[Any]) -> st.SearchStrategy[Any]:
@@ -182,7 +285,7 @@ def states(max_leaves: int = 12) -> st.SearchStrategy[Any]:
             mapping,
             sequence,
             sequence.map(tuple),
-            st.builds(Point, children, children),
+            named_tuples(children),
             mapping.map(OrderedDict),
             st.builds(_with_metadata, mapping, children),
             mapping.map(lambda items: defaultdict(list, items)),

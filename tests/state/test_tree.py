@@ -164,6 +164,7 @@ MALFORMED: list[tuple[Any, str]] = [
     ({"dict": [[{"list": []}, 1]]}, "not a key"),
     ({"dict": [[{"bytearray": ""}, 1]]}, "not a key.*unhashable"),
     ({"dict": [[{"tensor": 0}, 1]]}, "not a key"),
+    ({"dict": [[{"numpy.scalar": "AAAAAAAAAAA=", "dtype": "<m8"}, 1]]}, "not a key.*hash"),
     ({"tensor": 3}, "there is no tensor 3"),
     ({"tensor": -1}, "there is no tensor"),
     ({"tensor": True}, "there is no tensor"),

@@ -11,8 +11,9 @@ import torch
 import incckpt
 from incckpt.backends import open_backend
 from incckpt.run.verify import verify
+from incckpt.state.tree import MAPPINGS, PACKED_KINDS
 from incckpt.testing.compare import assert_same_state
-from tests.fixtures.states import state_at
+from tests.fixtures.states import packed_state, state_at
 from tests.stores import object_keys, orphans
 
 ECRYPTFS = 143  # bytes of a name, the least of what file systems in use allow
@@ -27,6 +28,16 @@ def test_every_checkpoint_restores(store: Path) -> None:
     best = incckpt.load(f"{store}#default@best", metric="loss", keys="scalar")
     assert best["scalar"] == 2**53 + 3, "of equally good ones, the later"
     assert verify(store)
+
+
+def test_large_plain_values_restore() -> None:
+    store = Path(__file__).parents[1] / "fixtures" / "format2"
+    state = packed_state()
+    kinds = {"bytes", "bytearray", "str", "list", "tuple", "set", "frozenset", "deque", *MAPPINGS}
+    assert set(state) == kinds == {*PACKED_KINDS} - {"pickle"}
+    assert_same_state(incckpt.load(f"{store}#packed"), state)
+    part = incckpt.load(f"{store}#packed", keys="list.3")
+    assert part == {"list": [None] * 3 + [-5] + [None] * (len(state["list"]) - 4)}
 
 
 @pytest.mark.parametrize("store", STORES, ids=lambda path: path.name)
