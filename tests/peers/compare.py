@@ -76,4 +76,5 @@ def _tensors(a: torch.Tensor, b: torch.Tensor, place: str) -> str:
 
 
 def _bits(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return bytes(plain.reshape(-1).view(torch.uint8).numpy())
