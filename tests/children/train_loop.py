@@ -2,7 +2,7 @@
 
 ``ckpt-chaos run`` kills it at every file event and starts it again. ``final.pt`` then has to be that of an
 uninterrupted run, and no announced step may be lost. It sees only what Python does, so the store makes its system calls
-from there.
+from there. A plan "drifts" for it whenever a file's name holds a nonce.
 """
 
 from __future__ import annotations
