@@ -200,7 +200,8 @@ class Uploader:
         for chunk in candidates:
             if chunk is not None and self._usable(chunk, known):
                 return chunk
-        if self.look_up:
+        # Where puts may leave parts of values behind, a listing does not tell what is whole.
+        if self.look_up and self._store.backend.exclusive:
             for key, size in self._store.objects.find(identity):
                 if str(key) not in known.condemned:
                     return Chunk(identity, content.nbytes, content.itemsize, key.nonce, size)

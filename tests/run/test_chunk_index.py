@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 import incckpt
+from incckpt.backends.generic import GenericBackend
 from incckpt.backends.registry import open_backend
+from incckpt.run import upload
 from incckpt.run.chunk_index import ChunkIndex
 from incckpt.store.manifest import Chunk, Stored
 from incckpt.store.objects import chunk_keys
@@ -79,3 +82,18 @@ def test_what_another_run_has_pruned_is_put_again(tmp_path: Path) -> None:
         assert b.history[-1].put_objects == 1
     assert torch.equal(incckpt.load(tmp_path, run="b")["common"], common)
     assert not orphans(tmp_path)
+
+
+def test_parts_that_a_killed_put_left_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system of fsspec's may leave a part of a value behind at its key."""
+    weights = torch.randn(1 << 18)
+    with incckpt.CheckpointManager(tmp_path, run="a") as manager:
+        manager.save(1, {"w": weights}).result()
+    (largest,) = (path for path in (tmp_path / "objects").rglob("*.*") if path.stat().st_size > 1 << 19)
+    with largest.open("r+b") as file:
+        file.truncate(1000)
+    monkeypatch.setattr(upload, "process_index", ChunkIndex)  # as in another process
+    backend = GenericBackend(f"local://{tmp_path}", {})
+    with incckpt.CheckpointManager(backend, run="b") as manager:
+        manager.save(1, {"w": weights}).result()
+    assert torch.equal(incckpt.load(tmp_path, run="b")["w"], weights)
