@@ -12,6 +12,9 @@ import pytest
 from tests.servers.installed import NotInstalled, azurite, rclone
 from tests.servers.processes import free_port, program_server, python_server
 
+# What the tests' saves put is decoded again before; incckpt, not imported yet, reads this once.
+os.environ.setdefault("INCCKPT_VERIFY_WRITES", "1")
+
 SERVERS = frozenset({"azure_server", "gcs_server", "s3_server", "rclone_server", "rclone_mount", "s3_mount"})
 
 

@@ -8,6 +8,7 @@ from zstandard import BufferSegment
 _Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
 FRAME_BYTES: Final[int]
+PLANE_GAP: Final[int]
 VARIANTS: Final[tuple[str, ...]]
 BEST: Final[int]
 

@@ -52,7 +52,7 @@ cdef extern from "_frames.h" nogil:
     ) noexcept
 
     const size_t FRAME_NBYTES "FRAME_BYTES"
-    const size_t PLANE_GAP
+    const size_t PLANE_SPACING "PLANE_GAP"
 
     ctypedef struct frames_rules:
         double worthwhile
@@ -113,6 +113,7 @@ cdef extern from "_frames.h" nogil:
 ctypedef uint8_t *(*hash_function)(const uint8_t *, size_t, uint8_t *) noexcept nogil
 
 FRAME_BYTES = FRAME_NBYTES
+PLANE_GAP = PLANE_SPACING
 VARIANTS = tuple(planes_variants[i].name.decode() for i in range(planes_usable()))
 BEST = len(VARIANTS) - 1
 
@@ -284,7 +285,7 @@ cdef class Coder:
         double zstd_gain,
         size_t fewest,
     ):
-        cdef size_t planes = FRAME_NBYTES + 8 * PLANE_GAP
+        cdef size_t planes = FRAME_NBYTES + 8 * PLANE_SPACING
         self.state.rules.worthwhile, self.state.rules.huffman_bits = worthwhile, huffman_bits
         self.state.rules.masked_share, self.state.rules.delta_gain = masked_share, delta_gain
         self.state.rules.zstd_gain, self.state.rules.fewest = zstd_gain, fewest

@@ -22,6 +22,7 @@ import numpy as np
 import zstandard
 
 from incckpt.codec import _planes
+from incckpt.codec.environment import CODER
 from incckpt.errors import CodecError
 
 __all__ = [
@@ -52,7 +53,6 @@ _MASKED_SHARE = 0.31  # of the commonest byte, from which a mask beats Huffman c
 _DELTA_GAIN = 0.985  # of intra's cost, below which a delta is worth the reading of its base
 _ZSTD_GAIN = 0.9  # of the planes' cost, below which zstd is worth its slower decoding
 _FEWEST = 64  # elements, below which planes do not pay for their heads
-_PLANE_GAP = 192  # bytes between planes in scratch memory: at a distance of a power of two they would share cache sets
 
 
 class CodedFrame(NamedTuple):
@@ -73,25 +73,6 @@ class CodedFrame(NamedTuple):
     full_nbytes: int
 
 
-class _Worker(threading.local):
-    """A decompressor and scratch memory of one thread, for decoding."""
-
-    def __init__(self) -> None:
-        self.decompressor = zstandard.ZstdDecompressor(max_window_size=FRAME_BYTES)
-        self._planes = memoryview(bytearray(FRAME_BYTES + 8 * _PLANE_GAP))
-        self.others = memoryview(bytearray(FRAME_BYTES))
-        self.bitmap = memoryview(bytearray(FRAME_BYTES // 8))
-        self.gaps = memoryview(bytearray(FRAME_BYTES))
-
-    def plane(self, j: int, n: int) -> memoryview:
-        """Return scratch memory for plane `j` of planes of `n` bytes."""
-        start = j * (n + _PLANE_GAP)
-        return self._planes[start : start + n]
-
-
-_worker = _Worker()
-
-
 # ---- encoding --------------------------------------------------------------------------------------------------------
 
 
@@ -101,7 +82,9 @@ class _Encoder:
     def __init__(self) -> None:
         self._fast = zstandard.ZstdCompressor(level=1)
         self.general = zstandard.ZstdCompressor(level=3)
-        self._coder = _planes.Coder(_WORTHWHILE, _HUFFMAN_BITS, _MASKED_SHARE, _DELTA_GAIN, _ZSTD_GAIN, _FEWEST)
+        # Blocks of fewer bits go to zstd, of which there are 8 at most.
+        huffman_bits = _HUFFMAN_BITS if CODER == "huffman" else 8.0
+        self._coder = _planes.Coder(_WORTHWHILE, huffman_bits, _MASKED_SHARE, _DELTA_GAIN, _ZSTD_GAIN, _FEWEST)
 
     def encode(
         self, chunks: Sequence[tuple[memoryview, memoryview | None, int, memoryview]]
@@ -162,7 +145,109 @@ def encode_text_frame(raw: memoryview, out: memoryview) -> CodedFrame:
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
-def decode_frame(way: int, itemsize: int, coded: memoryview, base: memoryview | None, raw: memoryview) -> None:
+class _Decoder(threading.local):
+    """A decompressor and scratch memory, of each thread its own.
+
+    Parameters
+    ----------
+    own
+        Whether to try our own decoder before libzstd's.
+    """
+
+    def __init__(self, *, own: bool) -> None:
+        self._own = own
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=FRAME_BYTES)
+        self._planes = memoryview(bytearray(FRAME_BYTES + 8 * _planes.PLANE_GAP))
+        self._others = memoryview(bytearray(FRAME_BYTES))
+        self._bitmap = memoryview(bytearray(FRAME_BYTES // 8))
+        self._gaps = memoryview(bytearray(FRAME_BYTES))
+
+    def planes(self, coded: memoryview, n: int, count: int) -> tuple[list[bytes | memoryview], int]:
+        """Return `count` planes of `n` bytes, which may be scratch memory, and where their blocks end."""
+        planes, at = [], 0
+        for j in range(count):
+            start = j * (n + _planes.PLANE_GAP)
+            plane, at = self._read_block(coded, at, n, self._planes[start : start + n], masks=True)
+            planes.append(plane)
+        return planes, at
+
+    def _read_block(
+        self, coded: memoryview, at: int, n: int, scratch: memoryview, *, masks: bool
+    ) -> tuple[bytes | memoryview, int]:
+        """Return the `n` bytes of the block at `at`, which may be `scratch`, and where the block ends."""
+        if len(coded) - at < _BLOCK.size:
+            raise CodecError("it ends within the head of a block")
+        kind, length = _BLOCK.unpack_from(coded, at)
+        at += _BLOCK.size
+        end = at + length
+        if end > len(coded):
+            raise CodecError(f"a block has {length} bytes where {len(coded) - at} are left")
+        content = coded[at:end]
+        if kind == BLOCK_RAW and length == n:
+            return content, end
+        if kind == BLOCK_CONSTANT and length == 1:
+            np.frombuffer(scratch, np.uint8).fill(content[0])
+            return scratch, end
+        if kind == BLOCK_ZSTD:
+            if self._own and _planes.unhuffman(content, scratch, _planes.BEST):
+                return scratch, end
+            return self.inflate(content, n), end
+        if kind == BLOCK_MASKED and masks and length >= 1:
+            self._read_mask(content, n, scratch)
+            return scratch, end
+        if kind == BLOCK_SPARSE and masks and length >= _SPARSE.size:
+            self._read_sparse(content, n, scratch)
+            return scratch, end
+        raise CodecError(f"a block of kind {kind} has {length} bytes for {n}")
+
+    def _read_mask(self, content: memoryview, n: int, scratch: memoryview) -> None:
+        """Put the `n` bytes of a masked block into `scratch`."""
+        bitmap_nbytes = (n + 7) // 8
+        bitmap, at = self._read_block(content, 1, bitmap_nbytes, self._bitmap[:bitmap_nbytes], masks=False)
+        count = _planes.popcount(bitmap, _planes.BEST)
+        if count > n:
+            raise CodecError(f"a mask has {count} bits set for {n} bytes")
+        others, at = self._read_block(content, at, count, self._others[:count], masks=False)
+        if at != len(content):
+            raise CodecError(f"a masked block is followed by {len(content) - at} bytes of its own")
+        try:
+            _planes.unmask(bitmap, others, content[0], scratch, _planes.BEST)
+        except ValueError as error:
+            raise CodecError(str(error)) from error
+
+    def _read_sparse(self, content: memoryview, n: int, scratch: memoryview) -> None:
+        """Put the `n` bytes of a sparse block into `scratch`."""
+        common, gap_nbytes = _SPARSE.unpack_from(content)
+        if gap_nbytes > n:
+            raise CodecError(f"a sparse block has {gap_nbytes} gaps for {n} bytes")
+        gaps, at = self._read_block(content, _SPARSE.size, gap_nbytes, self._gaps[:gap_nbytes], masks=False)
+        count = _planes.gap_ends(gaps)
+        others, at = self._read_block(content, at, count, self._others[:count], masks=False)
+        if at != len(content):
+            raise CodecError(f"a sparse block is followed by {len(content) - at} bytes of its own")
+        try:
+            _planes.fill_gaps(gaps, others, common, scratch)
+        except ValueError as error:
+            raise CodecError(str(error)) from error
+
+    def inflate(self, coded: memoryview, nbytes: int) -> bytes:
+        """Return the `nbytes` that a zstd frame holds; nothing is allocated on the frame's own word."""
+        try:
+            promised = zstandard.frame_content_size(coded)
+            if promised != nbytes:
+                raise CodecError(f"a zstd frame holds {promised} bytes, not {nbytes}")
+            return self._decompressor.decompress(coded, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise CodecError(str(error)) from error
+
+
+_zstd_decoder = _Decoder(own=False)
+_decoder = _Decoder(own=True) if CODER == "huffman" else _zstd_decoder
+
+
+def decode_frame(
+    way: int, itemsize: int, coded: memoryview, base: memoryview | None, raw: memoryview, *, by_zstd: bool = False
+) -> None:
     """Decode a frame, from all of `coded` to all of `raw`.
 
     Parameters
@@ -177,25 +262,25 @@ def decode_frame(way: int, itemsize: int, coded: memoryview, base: memoryview | 
         ``uint8[n]``, the same place of the base; needed where `way` is a delta. May be the memory of `raw`.
     raw
         ``uint8[n]``, ``n <= FRAME_BYTES``. Undefined if an error is raised.
+    by_zstd
+        Whether to do without our own decoder of Huffman codes.
 
     Raises
     ------
     CodecError
         If these are not the coded bytes of a frame of that size.
     """
+    decoder = _zstd_decoder if by_zstd else _decoder
     if way == RAW:
         if len(coded) != len(raw):
             raise CodecError(f"{len(coded)} bytes are stored for {len(raw)}")
         _planes.copy(coded, raw)
     elif way == ZSTD:
-        _planes.copy(_inflate(coded, len(raw)), raw)
+        _planes.copy(decoder.inflate(coded, len(raw)), raw)
     else:
         n = len(raw) // itemsize
         body, tail = raw[: n * itemsize], raw[n * itemsize :]
-        planes, at = [], 0
-        for j in range(itemsize):
-            plane, at = _read_block(coded, at, n, _worker.plane(j, n), masks=True)
-            planes.append(plane)
+        planes, at = decoder.planes(coded, n, itemsize)
         if len(coded) - at != len(tail):
             raise CodecError(f"{len(coded) - at} bytes follow the planes, not {len(tail)}")
         if way == INTRA:
@@ -204,81 +289,3 @@ def decode_frame(way: int, itemsize: int, coded: memoryview, base: memoryview | 
             raise CodecError("it is a delta, and there is no base")
         _planes.join(planes, None if base is None else base[: len(body)], body, _planes.BEST)
         tail[:] = coded[at:]
-
-
-def _read_block(
-    coded: memoryview, at: int, n: int, scratch: memoryview, *, masks: bool
-) -> tuple[bytes | memoryview, int]:
-    """Return the `n` bytes of the block at `at`, which may be `scratch`, and where the block ends."""
-    if len(coded) - at < _BLOCK.size:
-        raise CodecError("it ends within the head of a block")
-    kind, length = _BLOCK.unpack_from(coded, at)
-    at += _BLOCK.size
-    end = at + length
-    if end > len(coded):
-        raise CodecError(f"a block has {length} bytes where {len(coded) - at} are left")
-    content = coded[at:end]
-    if kind == BLOCK_RAW and length == n:
-        return content, end
-    if kind == BLOCK_CONSTANT and length == 1:
-        np.frombuffer(scratch, np.uint8).fill(content[0])
-        return scratch, end
-    if kind == BLOCK_ZSTD:
-        return _expand(content, scratch), end
-    if kind == BLOCK_MASKED and masks and length >= 1:
-        _read_mask(content, n, scratch)
-        return scratch, end
-    if kind == BLOCK_SPARSE and masks and length >= _SPARSE.size:
-        _read_sparse(content, n, scratch)
-        return scratch, end
-    raise CodecError(f"a block of kind {kind} has {length} bytes for {n}")
-
-
-def _read_mask(content: memoryview, n: int, scratch: memoryview) -> None:
-    """Put the `n` bytes of a masked block into `scratch`."""
-    bitmap_nbytes = (n + 7) // 8
-    bitmap, at = _read_block(content, 1, bitmap_nbytes, _worker.bitmap[:bitmap_nbytes], masks=False)
-    count = _planes.popcount(bitmap, _planes.BEST)
-    if count > n:
-        raise CodecError(f"a mask has {count} bits set for {n} bytes")
-    others, at = _read_block(content, at, count, _worker.others[:count], masks=False)
-    if at != len(content):
-        raise CodecError(f"a masked block is followed by {len(content) - at} bytes of its own")
-    try:
-        _planes.unmask(bitmap, others, content[0], scratch, _planes.BEST)
-    except ValueError as error:
-        raise CodecError(str(error)) from error
-
-
-def _read_sparse(content: memoryview, n: int, scratch: memoryview) -> None:
-    """Put the `n` bytes of a sparse block into `scratch`."""
-    common, gap_nbytes = _SPARSE.unpack_from(content)
-    if gap_nbytes > n:
-        raise CodecError(f"a sparse block has {gap_nbytes} gaps for {n} bytes")
-    gaps, at = _read_block(content, _SPARSE.size, gap_nbytes, _worker.gaps[:gap_nbytes], masks=False)
-    count = _planes.gap_ends(gaps)
-    others, at = _read_block(content, at, count, _worker.others[:count], masks=False)
-    if at != len(content):
-        raise CodecError(f"a sparse block is followed by {len(content) - at} bytes of its own")
-    try:
-        _planes.fill_gaps(gaps, others, common, scratch)
-    except ValueError as error:
-        raise CodecError(str(error)) from error
-
-
-def _expand(coded: memoryview, scratch: memoryview) -> bytes | memoryview:
-    """Return the bytes of an entropy-coded block, which may be `scratch`."""
-    if _planes.unhuffman(coded, scratch, _planes.BEST):
-        return scratch
-    return _inflate(coded, len(scratch))
-
-
-def _inflate(coded: memoryview, nbytes: int) -> bytes:
-    """Return the `nbytes` that a zstd frame holds; nothing is allocated on the frame's own word."""
-    try:
-        promised = zstandard.frame_content_size(coded)
-        if promised != nbytes:
-            raise CodecError(f"a zstd frame holds {promised} bytes, not {nbytes}")
-        return _worker.decompressor.decompress(coded, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise CodecError(str(error)) from error

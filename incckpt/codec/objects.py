@@ -11,16 +11,16 @@ threads codes as many chunks at once as there are cores.
 from __future__ import annotations
 
 import hashlib
-import struct
-import zlib
-from collections.abc import Iterator, Sequence
+import itertools
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from incckpt.codec.digests import frame_digests
+from incckpt.codec.environment import VERIFY_WRITES
 from incckpt.codec.frames import (
     DELTA,
     FRAME_BYTES,
@@ -31,6 +31,7 @@ from incckpt.codec.frames import (
     encode_chunks,
     encode_text_frame,
 )
+from incckpt.codec.header import Buffer, Header, flat, header_nbytes, max_nbytes, read_header, spans, write_header
 from incckpt.errors import CodecError
 
 __all__ = [
@@ -58,17 +59,9 @@ __all__ = [
     "read_header",
 ]
 
-Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
+log = logging.getLogger(__name__)
 
-MAGIC: Final = b"\x93inc"
-FORMAT: Final = 1
-
-_HEAD = struct.Struct("<4sBBBBQ32s")
-_ENTRY = struct.Struct("<B3sI32s")
-_CHECK = struct.Struct("<I")
-_HAS_BASE = 1
-_NO_BASE = bytes(32)
-_NO_PADDING = bytes(3)
+_faults = itertools.count()  # of the coder; only the first is logged
 
 
 class Digest(NamedTuple):
@@ -130,63 +123,6 @@ class Encoded:
     full_nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What an object says of itself.
-
-    Attributes
-    ----------
-    itemsize
-        Bytes of an element: 1, 2, 4 or 8.
-    nbytes
-        Raw bytes.
-    base
-        Identity of the base, or ``None`` for a full object.
-    ways
-        Way of each frame, an index into `WAYS`.
-    offsets
-        Where each frame's coded bytes begin in the object, and behind the last, where the object ends.
-    digests
-        The frames' digests, 32 bytes each, end to end.
-    """
-
-    itemsize: int
-    nbytes: int
-    base: bytes | None
-    ways: tuple[int, ...]
-    offsets: tuple[int, ...]
-    digests: bytes
-
-    @property
-    def identity(self) -> bytes:
-        """Identity of the raw bytes."""
-        return hashlib.sha256(self.digests).digest()
-
-    def frames(self, start: int, stop: int) -> range:
-        """Return the frames that raw bytes ``[start, stop)`` lie in."""
-        if not 0 <= start <= stop <= self.nbytes:
-            raise ValueError(f"no bytes [{start}, {stop}) in a chunk of {self.nbytes}")
-        return range(start // FRAME_BYTES, -(-stop // FRAME_BYTES)) if start < stop else range(0)
-
-    def raw_span(self, frames: range) -> tuple[int, int]:
-        """Return where the raw bytes of consecutive `frames` begin and end in the chunk."""
-        return (frames.start * FRAME_BYTES, min(frames.stop * FRAME_BYTES, self.nbytes)) if frames else (0, 0)
-
-    def coded_span(self, frames: range) -> tuple[int, int]:
-        """Return where the coded bytes of consecutive `frames` begin and end in the object: what to fetch."""
-        return (self.offsets[frames.start], self.offsets[frames.stop]) if frames else (0, 0)
-
-
-def header_nbytes(nbytes: int) -> int:
-    """Return the size of the header of an object of `nbytes` raw bytes."""
-    return _HEAD.size + _ENTRY.size * -(-nbytes // FRAME_BYTES) + _CHECK.size
-
-
-def max_nbytes(nbytes: int) -> int:
-    """Return the most bytes that an object of `nbytes` raw bytes can have."""
-    return header_nbytes(nbytes) + nbytes
-
-
 def digest(raw: Buffer) -> Digest:
     """Return the digests of a chunk.
 
@@ -200,18 +136,7 @@ def digest(raw: Buffer) -> Digest:
 
 def digest_many(chunks: Sequence[Buffer]) -> list[Digest]:
     """Return the digests of chunks, as `digest` does of one; the interpreter's lock is handed over once for all."""
-    return [Digest(hashlib.sha256(frames).digest(), frames) for frames in frame_digests([_view(raw) for raw in chunks])]
-
-
-def _view(data: Buffer) -> memoryview:
-    """Return the bytes of `data`, flat, without a copy."""
-    view = data.data if isinstance(data, np.ndarray) else memoryview(data)
-    return view if view.format == "B" and view.ndim == 1 and view.c_contiguous else view.cast("B")
-
-
-def _spans(nbytes: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, nbytes, FRAME_BYTES):
-        yield start, min(start + FRAME_BYTES, nbytes)
+    return [Digest(hashlib.sha256(frames).digest(), frames) for frames in frame_digests([flat(raw) for raw in chunks])]
 
 
 # ---- encoding --------------------------------------------------------------------------------------------------------
@@ -250,29 +175,57 @@ class _Object:
         if len(digest.frames) != 32 * len(range(0, len(raw), FRAME_BYTES)):
             raise ValueError(f"{len(digest.frames) // 32} frame digests cannot be those of {len(raw)} bytes")
         room = max_nbytes(len(raw))
-        self.out = _view(np.empty(room, np.uint8) if out is None else out)
+        self.out = flat(np.empty(room, np.uint8) if out is None else out)
         if len(self.out) < room or self.out.readonly:
             raise ValueError(f"`out` must be writable, of at least {room} bytes")
         self._frames_at = header_nbytes(len(raw))
         self.frames_out = self.out[self._frames_at : room]
 
-    def finish(self, frames: Sequence[CodedFrame], itemsize: int, base: bytes) -> Encoded:
-        """Write the header."""
-        delta = any(frame.way == DELTA for frame in frames)
-        head = (itemsize, _HAS_BASE, 0, len(self.raw), base) if delta else (itemsize, 0, 0, len(self.raw), _NO_BASE)
-        _HEAD.pack_into(self.out, 0, MAGIC, FORMAT, *head)
-        at, end = _HEAD.size, self._frames_at
+    def finish(self, frames: Sequence[CodedFrame], itemsize: int, base: Base | None) -> Encoded:
+        """Write the header; where writes are verified, store as they are the raw bytes that do not come back."""
+        encoded = self._write_header(frames, itemsize, base)
+        if VERIFY_WRITES and (fault := self._fault(encoded.data, base)):
+            if next(_faults) == 0:
+                log.error(
+                    "the chunk %s of %d bytes was coded wrongly and is stored uncoded: %s. Please report this; "
+                    "INCCKPT_CODEC=zstd does without incckpt's own coder. Further chunks like it are not logged",
+                    self.digest.identity.hex(),
+                    len(self.raw),
+                    fault,
+                )
+            self.frames_out[:] = self.raw
+            sizes = [stop - start for start, stop in spans(len(self.raw))]
+            encoded = self._write_header([CodedFrame(RAW, size, size) for size in sizes], itemsize, None)
+        return encoded
+
+    def _write_header(self, frames: Sequence[CodedFrame], itemsize: int, base: Base | None) -> Encoded:
+        identity = base.identity if base is not None and any(frame.way == DELTA for frame in frames) else None
+        entries = [(frame.way, frame.nbytes) for frame in frames]
+        write_header(self.out, itemsize, len(self.raw), identity, entries, self.digest.frames)
         totals: dict[str, WayBytes] = {}
-        for i, ((start, stop), frame) in enumerate(zip(_spans(len(self.raw)), frames, strict=True)):
-            frame_digest = self.digest.frames[32 * i : 32 * i + 32]
-            _ENTRY.pack_into(self.out, at, frame.way, _NO_PADDING, frame.nbytes, frame_digest)
-            at += _ENTRY.size
-            end += frame.nbytes
+        for (start, stop), frame in zip(spans(len(self.raw)), frames, strict=True):
             total = totals.get(WAYS[frame.way], WayBytes(0, 0))
             totals[WAYS[frame.way]] = WayBytes(total.raw + stop - start, total.stored + frame.nbytes)
-        _CHECK.pack_into(self.out, at, zlib.crc32(self.out[:at]))
+        end = self._frames_at + sum(frame.nbytes for frame in frames)
         full_nbytes = self._frames_at + sum(frame.full_nbytes for frame in frames)
-        return Encoded(self.out[:end], base if delta else None, totals, full_nbytes)
+        return Encoded(self.out[:end], identity, totals, full_nbytes)
+
+    def _fault(self, data: memoryview, base: Base | None) -> str | None:
+        """Return why `data` is no object of the raw bytes, or ``None`` if it is one; libzstd decodes it."""
+        scratch = np.empty(min(len(self.raw), FRAME_BYTES), np.uint8)
+        try:
+            header = read_header(data)
+            for i, (start, stop) in enumerate(spans(len(self.raw))):
+                frame = range(i, i + 1)
+                coded = data[slice(*header.coded_span(frame))]
+                before = None if base is None else Base(base.identity, flat(base.raw)[start:stop])
+                found = scratch[: stop - start]
+                decode_frames(header, frame, coded, found, base=before, verify=False, by_zstd=True)
+                if not np.array_equal(found, np.frombuffer(self.raw[start:stop], np.uint8)):
+                    return f"frame {i} ({WAYS[header.ways[i]]}) decodes to other bytes"
+        except CodecError as error:
+            return str(error)
+        return None
 
 
 def encode(
@@ -301,14 +254,14 @@ def encode_many(sources: Sequence[Source]) -> list[Encoded]:
     for source in sources:
         if source.itemsize not in (1, 2, 4, 8, 16):
             raise ValueError(f"itemsize must be 1, 2, 4, 8 or 16, not {source.itemsize}")
-        raw = _view(source.raw)
-        identity, before = (_NO_BASE, None) if source.base is None else (source.base.identity, _view(source.base.raw))
-        if len(identity) != 32 or (before is not None and len(before) != len(raw)):
+        raw = flat(source.raw)
+        before = None if source.base is None else flat(source.base.raw)
+        if source.base is not None and (len(source.base.identity) != 32 or before is None or len(before) != len(raw)):
             raise ValueError(f"the base must have an identity of 32 bytes, and {len(raw)} raw bytes as the chunk has")
         objects.append(_Object(raw, source.digest, source.out))
         chunks.append((raw, before, min(source.itemsize, 8), objects[-1].frames_out))
     return [
-        one.finish(frames, min(source.itemsize, 8), _NO_BASE if source.base is None else source.base.identity)
+        one.finish(frames, min(source.itemsize, 8), source.base)
         for one, frames, source in zip(objects, encode_chunks(chunks), sources, strict=True)
     ]
 
@@ -320,57 +273,17 @@ def encode_document(raw: Buffer, *, digest: Digest) -> bytes:
 
 def encode_text(raw: Buffer, *, digest: Digest, out: Buffer | None = None) -> Encoded:
     """Return the object of text, or of what repeats itself as text does: frames go the way of zstd; see `Source`."""
-    view = _view(raw)
+    view = flat(raw)
     coded = _Object(view, digest, out)
     frames: list[CodedFrame] = []
     at = 0
-    for start, stop in _spans(len(view)):
+    for start, stop in spans(len(view)):
         frames.append(encode_text_frame(view[start:stop], coded.frames_out[at : at + stop - start]))
         at += frames[-1].nbytes
-    return coded.finish(frames, 1, _NO_BASE)
+    return coded.finish(frames, 1, None)
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
-
-
-def read_header(data: Buffer) -> Header:
-    """Return the header that an object begins with, after checking it.
-
-    Parameters
-    ----------
-    data
-        The object, or its beginning, of at least `header_nbytes` of the chunk's size.
-
-    Raises
-    ------
-    CodecError
-        If it is not the header of an object, or not as it was written.
-    """
-    view = _view(data)
-    if len(view) < header_nbytes(0):
-        raise CodecError(f"not an object: {len(view)} bytes are fewer than any header has")
-    magic, version, itemsize, flags, reserved, nbytes, base = _HEAD.unpack_from(view)
-    if magic != MAGIC:
-        raise CodecError(f"not an object: it begins with {magic!r}, not with {MAGIC!r}")
-    if version != FORMAT:
-        raise CodecError(f"the object is of format {version}, and this version reads format {FORMAT}")
-    size = header_nbytes(nbytes)
-    if len(view) < size:
-        raise CodecError(f"the header of {nbytes} raw bytes takes {size} bytes, and there are {len(view)}")
-    (check,) = _CHECK.unpack_from(view, size - _CHECK.size)
-    if zlib.crc32(view[: size - _CHECK.size]) != check:
-        raise CodecError("the header is damaged: its check sum is wrong")
-    if itemsize not in (1, 2, 4, 8) or flags > _HAS_BASE or reserved or (base != _NO_BASE and not flags):
-        raise CodecError(f"the header makes no sense: element size {itemsize}, flags {flags}, reserved {reserved}")
-    ways, offsets, digests = [], [size], []
-    for i, (start, stop) in enumerate(_spans(nbytes)):
-        way, padding, coded, frame_digest = _ENTRY.unpack_from(view, _HEAD.size + _ENTRY.size * i)
-        if way >= len(WAYS) or (way == DELTA and not flags) or padding != _NO_PADDING or coded > stop - start:
-            raise CodecError(f"the header makes no sense: frame {i} of way {way} with {coded} coded bytes")
-        ways.append(way)
-        offsets.append(offsets[-1] + coded)
-        digests.append(frame_digest)
-    return Header(itemsize, nbytes, base if flags else None, tuple(ways), tuple(offsets), b"".join(digests))
 
 
 def decode(data: Buffer, out: Buffer, *, identity: bytes, base: Base | None = None, verify: bool = True) -> None:
@@ -395,7 +308,7 @@ def decode(data: Buffer, out: Buffer, *, identity: bytes, base: Base | None = No
     CodecError
         If the object is damaged, is another one, or needs a base that it was not given.
     """
-    view = _view(data)
+    view = flat(data)
     header = read_header(view)
     if header.identity != identity:
         raise CodecError(f"the object holds {header.identity.hex()}, not {identity.hex()}")
@@ -421,7 +334,7 @@ def decode_in_place(head: Buffer, out: Buffer, *, identity: bytes, verify: bool 
     CodecError
         As `decode`.
     """
-    view = _view(out)
+    view = flat(out)
     header = read_header(head)
     if header.identity != identity:
         raise CodecError(f"the object holds {header.identity.hex()}, not {identity.hex()}")
@@ -433,7 +346,14 @@ def decode_in_place(head: Buffer, out: Buffer, *, identity: bytes, verify: bool 
 
 
 def decode_frames(
-    header: Header, frames: range, coded: Buffer, out: Buffer, *, base: Base | None = None, verify: bool = True
+    header: Header,
+    frames: range,
+    coded: Buffer,
+    out: Buffer,
+    *,
+    base: Base | None = None,
+    verify: bool = True,
+    by_zstd: bool = False,
 ) -> None:
     """Fill `out` with the raw bytes of consecutive frames of an object.
 
@@ -452,13 +372,15 @@ def decode_frames(
         The base's identity and, of its raw bytes, those of the same span; where the object is a delta.
     verify
         Whether to hash what was decoded.
+    by_zstd
+        Whether to do without our own decoder, which is the default only under ``INCCKPT_CODEC=zstd``.
 
     Raises
     ------
     CodecError
         As `decode`.
     """
-    source, target = _view(coded), _view(out)
+    source, target = flat(coded), flat(out)
     origin, end = header.raw_span(frames)
     coded_origin, coded_end = header.coded_span(frames)
     if len(target) != end - origin:
@@ -470,8 +392,9 @@ def decode_frames(
         start, stop = i * FRAME_BYTES - origin, min((i + 1) * FRAME_BYTES, end) - origin
         piece = source[header.offsets[i] - coded_origin : header.offsets[i + 1] - coded_origin]
         raw = target[start:stop]
+        its_base = None if before is None else before[start:stop]
         try:
-            decode_frame(header.ways[i], header.itemsize, piece, None if before is None else before[start:stop], raw)
+            decode_frame(header.ways[i], header.itemsize, piece, its_base, raw, by_zstd=by_zstd)
         except CodecError as error:
             raise CodecError(f"frame {i} ({WAYS[header.ways[i]]}) is damaged: {error}") from error
         if verify and hashlib.sha256(raw).digest() != header.digests[32 * i : 32 * i + 32]:
@@ -486,7 +409,7 @@ def _base_of(header: Header, base: Base | None, nbytes: int) -> memoryview | Non
         raise CodecError(f"the object is a delta against {header.base.hex()}, which is needed to decode it")
     if base.identity != header.base:
         raise CodecError(f"the object is a delta against {header.base.hex()}, not against {base.identity.hex()}")
-    view = _view(base.raw)
+    view = flat(base.raw)
     if len(view) != nbytes:
         raise CodecError(f"the base has {len(view)} raw bytes, where the object has {nbytes}")
     return view

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from incckpt.codec.frames import FRAME_BYTES
 from incckpt.errors import OptionError
 from incckpt.state.ranges import ByteRange
 from incckpt.store.manifest import Range
 
-__all__ = ["DEFAULT_CHUNK_BYTES", "FRAME_BYTES", "ChunkTable", "Layout", "batches", "check_chunk_bytes", "plan"]
+__all__ = ["DEFAULT_CHUNK_BYTES", "ChunkTable", "Layout", "batches", "check_chunk_bytes", "plan"]
 
-FRAME_BYTES = 1 << 20
 DEFAULT_CHUNK_BYTES = 16 << 20
 
 Int64s = npt.NDArray[np.int64]

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from incckpt.codec.frames import FRAME_BYTES
 from incckpt.staging.content import TextContent
-from incckpt.staging.layout import FRAME_BYTES
 from incckpt.state.packing import PackedValue
 from incckpt.store.manifest import Range
 

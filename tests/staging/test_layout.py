@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from incckpt.codec.frames import FRAME_BYTES
 from incckpt.errors import OptionError
-from incckpt.staging.layout import FRAME_BYTES, plan
+from incckpt.staging.layout import plan
 
 MIB = 1 << 20
 FIELDS = ("seg_range", "seg_range_offset", "seg_chunk", "seg_chunk_offset", "seg_nbytes")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from incckpt.staging.layout import FRAME_BYTES
+from incckpt.codec.frames import FRAME_BYTES
 from incckpt.staging.packed import PackedChunks, PackedStage
 from incckpt.state.packing import PackedValue
 
