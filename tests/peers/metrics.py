@@ -131,7 +131,9 @@ def case(name: str, make: Callable[[], Any], inputs: Inputs) -> Case:
 
     def build() -> App:
         metric = make()
-        metric.persistent(True)
+        for part in metric.modules():
+            if isinstance(part, torchmetrics.Metric):
+                part.persistent(True)
         return {"metric": metric}
 
     def step(app: App, number: int) -> Any:
@@ -195,7 +197,7 @@ def _wrappers() -> Iterator[Case]:
     yield case("MetricCollection", lambda: _collection(compute_groups=True), classes)
     yield case("MetricCollection, no groups", lambda: _collection(compute_groups=False), classes)
     yield case("MetricTracker", _Tracker, values)
-    yield case("composition", lambda: _Sum(), values)
+    yield case("composition", _Sum, values)
 
 
 def _multitask() -> Any:
@@ -220,10 +222,6 @@ class _Tracker(wrappers.MetricTracker):  # type: ignore[misc]
         super().__init__(torchmetrics.MeanSquaredError())
         self.increment()
 
-    def persistent(self, mode: bool) -> None:
-        for metric in self:
-            metric.persistent(mode)
-
 
 class _Sum(torch.nn.Module):
     """Two metrics in a module of one's own."""
@@ -231,10 +229,6 @@ class _Sum(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two = torchmetrics.MeanSquaredError(), torchmetrics.SpearmanCorrCoef()
-
-    def persistent(self, mode: bool) -> None:
-        self.one.persistent(mode)
-        self.two.persistent(mode)
 
     def update(self, *inputs: Any) -> None:
         self.one.update(*inputs)
