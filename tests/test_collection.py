@@ -54,7 +54,9 @@ def test_beside_a_living_writer(tmp_path: Path) -> None:
     put_garbage(tmp_path)
     with incckpt.CheckpointManager(tmp_path, keep_last_n=2, threads=1) as manager:
         for step in range(6):
-            manager.save(step, {"w": torch.full((1000,), float(step))})
+            saved = manager.save(step, {"w": torch.full((1000,), float(step))})
+            if step == 0:
+                saved.result()  # which makes the store
             incckpt.collect(tmp_path, dry_run=False, min_age=0)
         manager.wait()
         assert incckpt.load(tmp_path, progress=False)["w"][0] == 5

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import incckpt
+
+pytestmark = pytest.mark.slow
 
 
 def test_ranks_with_runs_of_their_own(tmp_path: Path) -> None:

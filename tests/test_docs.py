@@ -12,6 +12,8 @@ import pytest
 
 import incckpt
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.walk_packages(incckpt.__path__, "incckpt."))
 

@@ -13,6 +13,8 @@ from torch.distributed.checkpoint import staging
 
 import incckpt
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -67,6 +67,7 @@ def test_modules_stay_readable() -> None:
     assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
 
 
+@pytest.mark.slow
 def test_import_loads_no_cloud_library() -> None:
     program = "import sys, incckpt; print(*sorted(name.partition('.')[0] for name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -241,6 +241,7 @@ def test_an_exception_in_the_loop_is_not_hidden(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
 
+@pytest.mark.slow
 def test_the_interpreter_exits_with_saves_pending(tmp_path: Path) -> None:
     program = """
 import sys, torch, incckpt
@@ -610,6 +611,7 @@ def test_a_closed_manager(tmp_path: Path) -> None:
         manager.save(1, {})
 
 
+@pytest.mark.slow
 def test_a_forked_child_is_told(tmp_path: Path) -> None:
     program = """
 import os, sys, torch, incckpt

@@ -8,6 +8,7 @@ import uuid
 from concurrent.futures import Future
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -18,6 +19,8 @@ from incckpt.backends.base import Backend, ReadableBuffer
 from incckpt.backends.memory import MemoryBackend
 from incckpt.backends.wrapper import WrapperBackend
 from incckpt.errors import BackendError, SaveError
+
+pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
 NAMES = st.sampled_from(["a", "b", "c", "d"])

@@ -30,6 +30,8 @@ from tests.servers.fault_proxy import FaultProxy, Rule
 from tests.servers.processes import python_server
 from tests.stores import object_keys, orphans
 
+pytestmark = pytest.mark.slow
+
 BUCKET = "runs"
 
 

@@ -178,6 +178,7 @@ SECRETS: list[str | Path] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", SECRETS)
 def test_messages_show_no_secrets(url: Any) -> None:
     for call in every_way_in(url):

@@ -59,6 +59,7 @@ class Folders:
             try:
                 self.calls.mkdir(folder)
             except FileNotFoundError:
+                self.forget()  # the parent has been removed since it was made
                 self.make(parent)
                 self.calls.mkdir(folder)
             except FileExistsError:

@@ -31,7 +31,7 @@ from incckpt.state.optimizers import (
     optimizer_problems,
     reordered,
 )
-from incckpt.state.plain import type_name
+from incckpt.state.plain import shown, type_name
 from incckpt.state.rng import RngState
 from incckpt.state.selection import UNSELECTED, Patterns, Selection
 from incckpt.state.targets import (
@@ -313,7 +313,7 @@ class Assignment:
         name = join_name(at.name, key if part is None else part)
         if self._selection.ignores(name):
             return None
-        return _At(f"{at.path}[{key!r}]", name, self._selection.chooses(name) or at.chosen, settable)
+        return _At(f"{at.path}[{shown(key)}]", name, self._selection.chooses(name) or at.chosen, settable)
 
     def _match_dict(self, tree: Tree, target: dict[Any, Any], at: _At) -> _Restore:
         if not isinstance(tree, MappingNode):
@@ -332,7 +332,7 @@ class Assignment:
                 restores.append((key, self._match(child, value, place)))
             elif place.chosen:
                 self._problems.append(f"{place.path} is not in the checkpoint")
-        self._left_out += [f"{at.path}[{key!r}]" for key in stored]
+        self._left_out += [f"{at.path}[{shown(key)}]" for key in stored]
 
         def restore() -> dict[Any, Any]:
             for key, step in restores:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from incckpt.state.plain import MAX_DEPTH, type_name
+from incckpt.state.plain import MAX_DEPTH, shown, type_name
 
 __all__ = [
     "OPTIMIZER_HOOKS",
@@ -187,7 +187,7 @@ def load_and_compare(target: Any, state: Any, path: str) -> None:
         log.warning("%s was restored, but its state_dict() raises %r: it cannot be saved now", path, error)
         return
     changed = [
-        f"{''.join(f'[{key!r}]' for key in place)} ({dtypes[place]} to {tensor.dtype})"
+        f"{''.join(f'[{shown(key)}]' for key in place)} ({dtypes[place]} to {tensor.dtype})"
         for place, tensor in loaded
         if dtypes.get(place, tensor.dtype) != tensor.dtype
     ]

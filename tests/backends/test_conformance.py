@@ -48,12 +48,14 @@ class TestMemoryConformance(BackendConformance):
             backend.delete([entry.key for entry in backend.list()])
 
 
+@pytest.mark.slow
 class TestWrapperConformance(BackendConformance):
     @pytest.fixture
     def backend(self) -> Backend:
         return WrapperBackend(CountingBackend(MemoryBackend(str(uuid.uuid4()))))
 
 
+@pytest.mark.slow
 class TestGenericConformance(BackendConformance):
     """Over fsspec's local file system, which stands for any protocol without a backend of its own."""
 
@@ -137,6 +139,7 @@ def test_credentials_are_not_shown(url: str, shown: str) -> None:
     assert redact(url) == shown
 
 
+@pytest.mark.slow
 def test_no_cloud_library_is_loaded_until_it_is_used() -> None:
     code = (
         "import sys\n"

@@ -26,6 +26,8 @@ from tests.backends.remote_suite import patient
 from tests.servers.fault_proxy import FaultProxy, Rule
 from tests.servers.processes import python_server
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

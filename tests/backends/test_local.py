@@ -79,6 +79,7 @@ class Trickling(SystemCalls):
         return super().pread(fd, min(nbytes, 1_000), offset)
 
 
+@pytest.mark.slow
 class TestWithoutLinks(BackendConformance):
     large_value = 1 << 20
 
@@ -88,6 +89,7 @@ class TestWithoutLinks(BackendConformance):
             yield backend
 
 
+@pytest.mark.slow
 class TestTrickling(BackendConformance):
     large_value = 1 << 20
     many_keys = 20
@@ -368,6 +370,7 @@ def test_deletes_are_durable(tmp_path: Path) -> None:
     assert list(backend.list()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [_create, _replace])
 def test_kill_at_every_system_call(tmp_path: Path, write: Callable[[Backend], None]) -> None:
     """As above with a real SIGKILL; a killed process leaves at most one temporary file, which is found and removed."""
@@ -534,6 +537,19 @@ def test_nothing_is_made_before_the_first_put(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
     backend.put("a/b/k", NEW)
     assert files(tmp_path) == ["not/yet/a/b/k"]
+
+
+@pytest.mark.parametrize("removed", ["objects/ab", "objects", "."])
+def test_folders_removed_meanwhile_are_made_again(tmp_path: Path, removed: str) -> None:
+    """Whichever of the folders above a key it is, and whether the key's own folder was there before or not."""
+    for key in ("objects/ab/again", "objects/cd/new"):
+        root = tmp_path / key.replace("/", "-")
+        backend = LocalBackend(root)
+        backend.put("objects/ab/first", OLD)
+        shutil.rmtree(root / removed)
+        backend.put_many([(key, NEW)])
+        backend.create("objects/ef/created", NEW)
+        assert files(root) == sorted([key, "objects/ef/created"])
 
 
 def test_a_root_that_is_removed_meanwhile_is_made_again(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from incckpt.backends.local import LocalBackend
 from incckpt.testing.conformance import BackendConformance
 from tests.servers.installed import NotInstalled, rclone
 
+pytestmark = pytest.mark.server
+
 
 @contextmanager
 def mounted(command: list[str], folder: Path) -> Iterator[Path]:

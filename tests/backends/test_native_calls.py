@@ -18,6 +18,8 @@ from incckpt.backends.local import LocalBackend
 from incckpt.backends.system import NativeCalls, SystemCalls
 from tests.forks import exit_code, fork, forks
 
+pytestmark = pytest.mark.slow
+
 BOTH = pytest.mark.parametrize("calls", [SystemCalls(), NativeCalls()], ids=["Python", "native"])
 
 # Writes down, through the dynamic linker, what is called and how it ended; the folder's own path is left out.

@@ -15,6 +15,8 @@ from incckpt.testing.faults import PowerCut, StopAt, UnsyncedDisk
 from tests.children.save_loop import equals, state_at
 from tests.stores import orphans
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 
 

@@ -44,6 +44,7 @@ def retrying(inner: Backend, clock: Clock | None = None, limit: float = 1_000.0)
     return RetryBackend(inner, limit=limit, sleep=clock.sleep, clock=clock)
 
 
+@pytest.mark.slow
 class TestConformanceUnderFaults(BackendConformance):
     """Every third operation fails before its work, and every fifth after it: nobody notices."""
 

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 KERNEL_TESTS = ["tests/staging/test_detect.py", "tests/codec/test_planes.py"]
 PROGRAM = """
@@ -39,7 +43,7 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 def test_a_build_for_any_processor_without_openmp_passes_the_kernels_tests(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "incckpt", tmp_path / "incckpt", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", *KERNEL_TESTS):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     output = run(
         *("setup.py", "build_ext", "--inplace"),

@@ -21,6 +21,8 @@ from incckpt.codec import objects as codec
 from incckpt.codec.frames import CodedFrame, encode_chunks
 from incckpt.errors import CodecError, OptionError
 
+pytestmark = pytest.mark.slow
+
 Bytes = npt.NDArray[np.uint8]
 
 STATE = """

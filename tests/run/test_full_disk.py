@@ -16,6 +16,8 @@ from incckpt.errors import BackendError, SaveError
 from incckpt.testing.small_disk import SmallDisk
 from tests.stores import orphans
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 
 

@@ -14,6 +14,8 @@ from incckpt.manager import CheckpointManager
 from tests.children.save_loop import KEEP_LAST, STEPS, equals, state_at
 from tests.stores import orphans
 
+pytestmark = pytest.mark.slow
+
 INSTANTS = 200
 
 

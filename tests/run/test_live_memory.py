@@ -23,6 +23,8 @@ from incckpt.staging.content import compute_digests
 from incckpt.staging.layout import Layout
 from incckpt.state.flatten import flatten
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 
 

@@ -23,6 +23,8 @@ from incckpt.testing import strategies as states
 from incckpt.testing.compare import assert_same_state
 from tests.stores import orphans
 
+pytestmark = pytest.mark.slow
+
 
 def log_of(count: int) -> list[dict[str, Any]]:
     return [{"step": i, "loss": random.Random(i).random(), "phase": "train"} for i in range(count)]

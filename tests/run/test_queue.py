@@ -22,6 +22,8 @@ from incckpt.errors import ManagerClosedError, SaveError
 from incckpt.run.queue import BackgroundQueue
 from tests.forks import exit_code, fork, forks
 
+pytestmark = pytest.mark.slow
+
 HANGS = 120  # seconds until a subprocess counts as hung
 
 

@@ -39,6 +39,7 @@ def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backend]
         yield backend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["compressible", "deltas", "incompressible"])
 def test_memory_beyond_the_destination_is_bounded(backend: Backend, content: str) -> None:
     state = {f"w{i}": torch.randn(6 << 20).bfloat16() for i in range(8)}

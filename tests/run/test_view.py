@@ -21,6 +21,8 @@ from incckpt.store.manifest import Manifest
 from incckpt.store.objects import OBJECTS
 from incckpt.store.store import Store
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def writer(tmp_path: Path) -> incckpt.CheckpointManager:

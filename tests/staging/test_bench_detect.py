@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs() -> None:
     result = subprocess.run(
         [sys.executable, "benchmarks/bench_detect.py", "--scale", "0.001", "--rounds", "1"],

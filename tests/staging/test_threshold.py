@@ -18,6 +18,8 @@ from incckpt.errors import OptionError
 from incckpt.staging.threshold import Thresholds
 from incckpt.store.refs import Ref
 
+pytestmark = pytest.mark.slow
+
 
 def relative(current: torch.Tensor, stored: torch.Tensor) -> float:
     """Return the relative L2 distance, in float64."""

@@ -137,6 +137,7 @@ def test_a_model_and_optimizer_that_run_are_restored_without_new_memory() -> Non
     assert [state["exp_avg"].data_ptr() for state in job.optimizer.state.values()] == moments
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(states.states(), st.booleans())
 def test_any_state_is_restored_into_one_like_it(state: Any, in_place: bool) -> None:
@@ -149,6 +150,15 @@ def test_any_state_is_restored_into_one_like_it(state: Any, in_place: bool) -> N
     restored, _ = stored.restore(target, in_place=in_place)
     assert_same_state([state], restored)
     assert all(before is after for before, after in zip(held, tensors_in(restored), strict=True))
+
+
+def test_a_key_too_long_for_python_to_write() -> None:
+    stored = Stored([{10**5000: torch.ones(2)}])
+    target = [{10**5000: torch.zeros(2)}]
+    stored.restore(target)
+    assert torch.equal(target[0][10**5000], torch.ones(2))
+    with pytest.raises(StateMismatchError, match=r"state\[0\]\[<int>\]"):
+        stored.restore([{10**5000: torch.zeros(3)}])
 
 
 def tensors_in(value: Any) -> Iterator[Any]:

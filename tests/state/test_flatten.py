@@ -35,6 +35,7 @@ def examples(count: int) -> settings:
     return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=checks)
 
 
+@pytest.mark.slow
 @examples(400)
 @given(states.states())
 def test_a_state_comes_back_bit_for_bit(state: Any) -> None:

@@ -26,6 +26,8 @@ from incckpt.testing import strategies as states
 from incckpt.testing.compare import assert_same_state
 from tests.states import Stored
 
+pytestmark = pytest.mark.slow
+
 
 def examples(count: int) -> settings:
     """Return settings for that many examples, the same at every run."""

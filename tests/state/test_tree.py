@@ -85,6 +85,7 @@ SAMPLE = Stored(sample())
 # --- anything at all --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @examples(800)
 @given(any_json())
 def test_any_structure_is_read_or_refused(document: Any) -> None:
@@ -95,6 +96,7 @@ def test_any_structure_is_read_or_refused(document: Any) -> None:
     assert set(sys.modules) == before
 
 
+@pytest.mark.slow
 @examples(500)
 @given(st.data())
 def test_a_changed_document_is_refused_or_stays_inside_its_bytes(data: st.DataObject) -> None:

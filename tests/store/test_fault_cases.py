@@ -36,6 +36,8 @@ from incckpt.testing.faults import Fail, Fault, FaultyBackend, Pause
 from tests.children.stopper import state_at
 from tests.stores import object_keys, orphans
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 LOST = Fail(BackendError("the reply was lost", transient=True), after_work=True)
 

@@ -32,6 +32,8 @@ from incckpt.store.objects import DELTAS, OBJECTS, ObjectKey, manifest_keys
 from incckpt.store.refs import CondemnedLists, Ref, RefName, list_refs
 from incckpt.store.store import Store
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = int(os.environ.get("INCCKPT_FUZZ", "10000")) // 50
 RUNS = ("default", "other")
 

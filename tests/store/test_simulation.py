@@ -22,6 +22,8 @@ from tests.simulation.scenarios import SCENARIOS
 from tests.simulation.stories import Story
 from tests.simulation.world import simulated
 
+pytestmark = pytest.mark.slow
+
 MORE = int(os.environ.get("INCCKPT_SIMULATION", "0"))
 LIMIT = 200_000  # far beyond what any scope has by default
 MORE_LIMIT = 300_000
