@@ -29,6 +29,11 @@ def test_the_reference_has_every_public_name() -> None:
         assert getattr(incckpt, name).__doc__, name
 
 
+def test_every_page_is_in_the_table_of_contents() -> None:
+    contents = (ROOT / "docs" / "index.md").read_text().split("```{toctree}\n")[1].splitlines()
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} - set(contents) == set()
+
+
 def has_examples(name: str) -> bool:
     """Whether a module's source, if it is Python, holds doctests."""
     origin = importlib.import_module(name).__file__
