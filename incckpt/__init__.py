@@ -16,7 +16,7 @@ from incckpt.run.verify import Verified, VerifyResult, verify
 from incckpt.state.rng import RngState
 from incckpt.store.plan import CollectionPlan
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Checkpoint",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from incckpt.backends.base import Backend, Entry, Leftover
 from incckpt.errors import BackendError, CollectionError, CorruptionError, FormatError, KeyNotFoundError
-from incckpt.store.objects import DELTAS, OBJECTS, manifest_keys
+from incckpt.store.objects import DELTAS, OBJECTS, is_object, manifest_keys
 from incckpt.store.plan import Collected, CollectionPlan, Reason, Removal
 from incckpt.store.refs import Pin, Ref, RefName, Tombstone, create_once, list_pins, list_refs, new_nonce
 from incckpt.store.store import Store
@@ -271,7 +271,8 @@ class Collector:
                 f"nothing was collected: {error}. If no other process collects at {self._backend.url}, remove that list"
             ) from error
         others = {name: keys for name, keys in lists.items() if name not in self._lists}
-        there = {entry.key: entry for space in (OBJECTS, DELTAS) for entry in self._backend.list(space)}
+        listed = (entry for space in (OBJECTS, DELTAS) for entry in self._backend.list(space))
+        there = {entry.key: entry for entry in listed if is_object(entry.key)}  # other people's files stay
         pins, waiting = self._pins()
         leftovers = self._leftovers()
         now = None

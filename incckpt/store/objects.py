@@ -14,7 +14,7 @@ from incckpt.backends.base import Backend, ReadableBuffer
 from incckpt.errors import CorruptionError, KeyNotFoundError, MissingObjectError
 from incckpt.store.manifest import Chunk, Manifest
 
-__all__ = ["DELTAS", "OBJECTS", "ObjectKey", "Objects", "chunk_keys", "manifest_keys"]
+__all__ = ["DELTAS", "OBJECTS", "ObjectKey", "Objects", "chunk_keys", "is_object", "manifest_keys"]
 
 OBJECTS = "objects/"
 DELTAS = "deltas/"
@@ -62,6 +62,11 @@ class ObjectKey:
         if match is None or (match["space"] == "deltas") != (match["base"] is not None):
             raise CorruptionError(f"not the key of an object: {key!r}")
         return cls(match["head"] + match["tail"], match["nonce"], match["base"])
+
+
+def is_object(key: str) -> bool:
+    """Whether `key` can be that of an object; anything else in its folder is not ours."""
+    return _KEY.fullmatch(key) is not None
 
 
 def chunk_keys(chunk: Chunk) -> tuple[ObjectKey, ...]:

@@ -364,7 +364,17 @@ def test_an_unknown_name_among_the_refs_stops_the_collector(backend: MemoryBacke
 
 @pytest.mark.parametrize("content", [b"", b"[.ShellClassInfo]\r\nIconResource=x.ico,0\r\n", bytes(range(256))])
 @pytest.mark.parametrize(
-    "folder", ["refs/default", "refs", "pins/default", "pins", "gc", "gc/0123456789abcdef", "runs/default/attempts"]
+    "folder",
+    [
+        "refs/default",
+        "refs",
+        "pins/default",
+        "pins",
+        "gc",
+        "gc/0123456789abcdef",
+        "runs/default/attempts",
+        "objects/ab",
+    ],
 )
 def test_a_stray_file_changes_nothing(
     backend: MemoryBackend, folder: str, content: bytes, caplog: pytest.LogCaptureFixture
@@ -379,9 +389,9 @@ def test_a_stray_file_changes_nothing(
     check_read(backend, 2)
     assert garbage in Collector(Store(backend)).sweep().deleted
     assert backend.get(stray) == content
-    assert [record.message for record in caplog.records if "desktop.ini" in record.message] == [
-        f"{backend.url}/{stray} is not a file of incckpt; it is ignored"
-    ]
+    said = [record.message for record in caplog.records if "desktop.ini" in record.message]
+    if folder not in ("objects/ab", "deltas"):  # where only a sweep looks at all names
+        assert said == [f"{backend.url}/{stray} is not a file of incckpt; it is ignored"]
 
 
 @pytest.mark.parametrize("folder", ["pins/default", "gc/0123456789abcdef", "runs/default/attempts"])
