@@ -56,7 +56,7 @@ def save(
     run
         Name of the run, in place of the fragment.
     metrics
-        Numbers to go with it.
+        Metrics of this checkpoint.
     if_exists
         What to do if the run has a checkpoint of `step`: raise an ``"error"``, ``"skip"`` the save and return that
         checkpoint, or ``"replace"`` it.

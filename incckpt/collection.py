@@ -30,7 +30,7 @@ def collect(
     """Find what no checkpoint of a store needs, whichever the run, and with ``dry_run=False`` delete it.
 
     Managers collect what they prune by themselves. This is for what else there is: objects of saves that were killed,
-    of runs that nobody goes on with, lists of collectors that were killed, temporary files, unfinished uploads. Writers
+    of runs that ended, lists of collectors that were killed, temporary files, unfinished uploads. Writers
     and readers of the store need not stop.
 
     Parameters

@@ -88,7 +88,7 @@ class BackendPermissionError(BackendError, PermissionError):
 
 
 class UnreachableError(BackendError, ConnectionError):
-    """No connection to the server could be made: its name is unknown, or nobody listens there."""
+    """No connection to the server could be made: its name is unknown, or no server listens there."""
 
 
 class BackendTimeoutError(BackendError, TimeoutError):

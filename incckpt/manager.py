@@ -331,7 +331,7 @@ class CheckpointManager:
         app
             Any state, see :mod:`incckpt.state.flatten`.
         metrics
-            Numbers to go with it; retention and ``"best"`` go by them.
+            Metrics of this checkpoint; retention and ``"best"`` use them.
         if_exists
             What to do if the run has a checkpoint of this step: raise an ``"error"``, ``"skip"`` the save (the future
             resolves to that checkpoint), or ``"replace"`` it (the new one is committed before the old one goes).
@@ -449,7 +449,7 @@ class CheckpointManager:
         Parameters
         ----------
         abandoned
-            Whether to list those, too, that a later attempt went back behind.
+            Whether to include checkpoints abandoned by rewinding.
         """
         return self._view.checkpoints(abandoned=abandoned)
 
@@ -487,7 +487,7 @@ class CheckpointManager:
         Raises
         ------
         SaveError, SupersededError
-            If a save failed that nobody has heard of yet.
+            If a save failed and no call has reported it yet.
         """
         if self._calls.closed or self._calls.forked:  # what there is to let go of is the parent's
             return

@@ -143,7 +143,7 @@ class PagedListing(Iterator[Entry]):
     def __next__(self) -> Entry:
         while True:
             for entry in self._page:
-                if is_key(entry.key):  # a console's folder marker, say, is nobody's key
+                if is_key(entry.key):  # a console's folder marker, say, is not one of ours
                     return entry
             if not self._more:
                 raise StopIteration

@@ -2,7 +2,7 @@
 
 On the event loop every body of every request goes through one thread, in pieces that are allocated, copied and joined;
 that costs a processor two to three times what the kernel's share of a transfer does. Here a connection is the standard
-library's: the kernel copies from and to the caller's memory, and nobody holds the interpreter's lock meanwhile. Who the
+library's: the kernel copies from and to the caller's memory, and the interpreter's lock is free meanwhile. Who the
 request is from, and where it goes, is settled by the backend's own client, which signs it.
 """
 

@@ -69,7 +69,7 @@ class _Session:
     """A gcsfs file system, for its credentials and endpoint, and connections of our own."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        # An empty project is none, without gcsfs's warning that buckets cannot be listed, which nobody asks for.
+        # An empty project is none, without gcsfs's warning that buckets cannot be listed.
         project = os.environ.get("GOOGLE_CLOUD_PROJECT") or os.environ.get("GCLOUD_PROJECT") or ""
         access = {"project": project, "access": "read_write"}
         self._fs = GCSFileSystem(**{**access, **options, "use_listings_cache": False, "skip_instance_cache": True})

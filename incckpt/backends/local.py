@@ -422,7 +422,7 @@ class LocalBackend(Backend):
         self._folders.sync(os.path.dirname(path))
 
     def _temporary_name(self) -> str:
-        """Return a name that nobody else uses, on whatever machine; a forked child has a token of its own."""
+        """Return a name unique across machines; a forked child has its own token."""
         if os.getpid() != self._token[0]:
             self._token = (os.getpid(), secrets.token_hex(8))
         return f"{_TEMPORARY}{self._token[1]}{next(self._numbers):08x}"

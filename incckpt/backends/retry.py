@@ -36,7 +36,7 @@ class RetryBackend(WrapperBackend):
     limit
         Seconds, from an operation's start, after which no further repetition is begun.
     first_limit
-        The same as long as nobody has ever answered: then it is rather the address that is wrong.
+        The same while no answer has ever come: then the address is probably wrong.
     first_wait, longest_wait
         Seconds.
     sleep, clock

@@ -309,7 +309,7 @@ class Attempt:
         self._collector.note(self._run.ref_key(ref.name), manifest_keys(manifest) | {ref.manifest})
 
     def _leave(self) -> None:
-        """Leave the run to its new writer, with a list of what this one has put for nothing."""
+        """Leave the run to its new writer, and list the objects that this one has wasted."""
         if self._condemn_wasted():
             self._discards.delete_spent()
 

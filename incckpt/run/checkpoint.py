@@ -32,7 +32,7 @@ class Checkpoint:
     written
         Bytes that the save put into the store.
     abandoned
-        Whether a later attempt went back behind it.
+        Whether it was abandoned by rewinding.
     """
 
     run: str

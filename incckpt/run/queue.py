@@ -111,7 +111,7 @@ class BackgroundQueue:
                 if self._doing is not None:
                     self._changed.wait()
                     continue
-            # Jobs, and nobody at work: a thread is about to begin, or could not be started.
+            # Jobs but no worker: a thread is about to begin, or could not be started.
             if not self._start_thread():
                 self._work()
                 continue

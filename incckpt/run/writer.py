@@ -40,7 +40,7 @@ class _CommitUnknownError(Exception):
 
 
 class _Heartbeat:
-    """Puts a pin again every minute while a save is written, so that nobody takes the writer for dead."""
+    """Renews a pin every minute while a save is written, so that no collector takes the writer for dead."""
 
     def __init__(self, run: Run, name: RefName, seconds: float) -> None:
         self._run = run
@@ -154,7 +154,7 @@ class Writer:
             written = self._write_as(name, snapshot, report)
             if written is not None:
                 return written
-            # A collector took this save for dead, after an outage say. If nobody took the run over, save again.
+            # A collector took this save for dead, after an outage say. Unless another writer has the run, save again.
             self._run.check_not_superseded(self._attempt)
             log.warning("the save of step %d was aborted as stale; saving again", snapshot.step)
         raise SupersededError(f"run {self._run.name!r}: the save of step {snapshot.step} was aborted again and again")

@@ -8,7 +8,7 @@ __all__ = ["DeviceCopies"]
 
 
 class DeviceCopies:
-    """Copies that wait for what training has enqueued so far, and for nothing that it enqueues later.
+    """Copies that wait for the work enqueued so far, and not for what training enqueues later.
 
     On CUDA each device has a side stream, so that copies overlap one another; other devices are copied from in place.
     """

@@ -58,7 +58,7 @@ class Collector:
     stale_seconds
         How long after its last heartbeat (by the server's clock) a save in flight is given up.
     discard
-        Called with keys, of lists and pins, that nobody needs any more, to delete them now or together with others.
+        Called with keys of lists and pins that are no longer needed, to delete them now or later.
     """
 
     def __init__(
@@ -401,7 +401,7 @@ class Collector:
         return pins, [pin for pin in pins if pin.ref_key not in existing]
 
     def _is_stale(self, item: Pin | Entry | Leftover, now: float | None) -> bool:
-        """Whether nobody has touched a pin or a leftover for so long that its process is taken for dead."""
+        """Whether a pin or a leftover is so old that its process is taken for dead."""
         return now is not None and item.modified is not None and now - item.modified >= self._stale_seconds
 
     def _give_up_stale(self, pins: Iterable[Pin]) -> set[str]:

@@ -47,13 +47,13 @@ class Lineage:
     Attributes
     ----------
     attempt
-        The highest attempt there is; 0 if nobody ever wrote.
+        The highest attempt; 0 if the run was never written.
     sealed
         The highest attempt that has chosen what it continues; its lineage is the run's.
     live
         The lineage's checkpoints, by step.
     abandoned
-        Checkpoints that a later attempt went back behind, or that another one of their step has replaced, by step.
+        Checkpoints abandoned by rewinding, or replaced by another of their step, ordered by step.
     known
         Contents of refs, as far as the lineage tells them (the others have to be read).
     """
@@ -71,7 +71,7 @@ class Lineage:
 
     @classmethod
     def empty(cls) -> Lineage:
-        """Return that of a run that nobody has written."""
+        """Return the lineage of a run that was never written."""
         return cls(0, 0, (), (), {})
 
     def at(self, step: int) -> tuple[RefName, ...]:

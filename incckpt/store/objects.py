@@ -91,7 +91,7 @@ class Objects:
         self.backend = backend
 
     def put(self, key: ObjectKey, data: ReadableBuffer) -> None:
-        """Store `data`, durable on return. A repeat puts the same bytes: nobody else ever uses this key."""
+        """Store `data`, durable on return. Repeating is safe: no other save ever uses this key."""
         self.backend.put(str(key), data)
 
     def put_many(self, objects: Sequence[tuple[ObjectKey, ReadableBuffer]]) -> None:

@@ -121,7 +121,7 @@ class RefName:
 
     @classmethod
     def new(cls, attempt: int, step: object) -> RefName:
-        """Return a name that nobody has used."""
+        """Return an unused name."""
         return cls(attempt, checked_step(step), new_nonce())
 
 
@@ -314,7 +314,7 @@ class CondemnedLists:
         return f"gc/{name}"
 
     def put(self, keys: Iterable[str]) -> str:
-        """Put a list; from then on nobody uses its keys. Returns its name."""
+        """Put a list; from then on no writer reuses its keys. Returns its name."""
         name = f"{new_nonce()}.condemned"
         condemned = frozenset(keys)
         self._backend.put(self.key(name), dump_document("condemned", {"keys": sorted(condemned)}))

@@ -99,7 +99,7 @@ class _State:
     server: Server
     points: tuple[int, ...]
     deleted: tuple[int, ...]  # how many keys of the delete under way are gone, by process
-    copies: tuple[Request, ...]  # requests that nobody waits for any more, and that may still be done
+    copies: tuple[Request, ...]  # requests whose client has given up, and that may still be done
     faults: int
     advances: int
     told: frozenset[object]
@@ -168,13 +168,13 @@ class Explored:
 
 
 class _MetConflictError(Exception):
-    """A request was found that conflicts with one of another process that had been taken for nobody's business."""
+    """A request conflicts with another process's that was taken for independent."""
 
 
 class Explorer:
     """Tries every order in which processes can make their requests.
 
-    Orders that differ only in requests that nobody can tell apart are tried once: a request is done at once when it
+    Orders that no process can tell apart are tried once: a request is done at once when it
     conflicts with none that any other process makes, in any order. Which those are turns out on the way; where a
     request was taken for such a one wrongly, the exploration starts again.
 
@@ -286,7 +286,7 @@ class Explorer:
         explored.states = len(seen)
 
     def _is_private(self, number: int, request: Request, advances: int) -> bool:
-        """Whether nobody else can tell when `request` is done, as far as is known; says so when that was wrong."""
+        """Whether no other process can tell when `request` is done, as far as is known."""
         if request.op in WRITES and advances and request.keys[0].startswith(self._first.server.timed):
             return False  # it leaves its time
         for other, process in enumerate(self._processes):

@@ -153,7 +153,7 @@ class Pause:
     def _wait(self, operation: Operation) -> None:
         self.reached.set()
         if not self.resume.wait(self.limit):
-            raise AssertionError(f"nobody resumed {operation} in {self.limit} s")
+            raise AssertionError(f"{operation} was not resumed within {self.limit} s")
 
 
 @dataclass(frozen=True)
