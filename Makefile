@@ -91,7 +91,7 @@ docs: $(VENV)/built $(VENV)/docs ## The pages with the reference, into build/doc
 bench: $(VENV)/built ## All benchmarks, each at its small size
 	$(BIN)/python benchmarks/bench_save.py --scale 0.2
 	$(BIN)/python benchmarks/bench_detect.py
-	$(BIN)/python benchmarks/bench_codec.py master
+	$(BIN)/python benchmarks/bench_codec.py training
 	$(BIN)/python benchmarks/bench_bytes.py --saves 5
 	$(BIN)/python benchmarks/bench_chains.py embedding --saves 21
 	$(BIN)/python benchmarks/bench_background.py --megabytes 80 --rounds 3

@@ -7,7 +7,7 @@ the contenders in turn on the same bytes in the same run, the best of several ro
 *design* is what the prototype of the design stores for the same bytes, by zstd with the fewest of matches.
 
     python benchmarks/bench_codec.py            # every data set
-    python benchmarks/bench_codec.py master     # those whose name contains "master"
+    python benchmarks/bench_codec.py training   # those whose name contains "training"
 """
 
 from __future__ import annotations
