@@ -383,7 +383,7 @@ class CheckpointManager:
             self._pending[step] = future
             return future
 
-    # -- the background
+    # -- background work
 
     def _write(
         self, make_snapshot: Callable[[], Snapshot], report: SaveReport, if_exists: IfExists, future: Future[Checkpoint]
@@ -441,7 +441,7 @@ class CheckpointManager:
         """Wait until no save is pending; failures show at the next `save` or `close`."""
         self._queue.wait()
 
-    # -- looking
+    # -- inspecting
 
     def checkpoints(self, *, abandoned: bool = False) -> list[Checkpoint]:
         """Return the run's committed checkpoints by step, oldest first.
@@ -479,7 +479,7 @@ class CheckpointManager:
         """Host memory held: bytes in use (the base, and what is in flight), and bytes kept for recycling."""
         return self._base.host_bytes
 
-    # -- the end
+    # -- closing
 
     def close(self) -> None:
         """Finish pending saves, and let go of threads and connections. Closing twice is no error.

@@ -140,7 +140,7 @@ class RetryBackend(WrapperBackend):
             if passed + wait >= limit:
                 message = f"{failure.strerror or failure} (gave up after {number} attempts in {passed:.0f} s)"
                 if not self._answered:
-                    message += "; nobody has answered there yet: is the address right, and is the server up?"
+                    message += "; the server has not answered once: is the address right, and is the server up?"
                 raise BackendTimeoutError(failure.errno, message, transient=True) from failure
             logger.warning(
                 "%s; attempt %d failed, the next in %.1f s, giving up in %.0f s",
