@@ -369,7 +369,7 @@ class CheckpointManager:
             attempt.check_step(step, self._last_step, if_exists, self._pending)
             report = SaveReport(step=step)
             future: Future[Checkpoint] = Future()
-            future.set_running_or_notify_cancel()  # a save is made as it was asked for: cancel() has no effect
+            future.set_running_or_notify_cancel()  # from here on cancel() has no effect
             if self._skip_backlog and self._queue.full:
                 log.warning("step %d was skipped: as many saves as may wait are being written still", step)
                 future.set_exception(BacklogFullError(f"step {step} was not saved: earlier saves are being written"))
@@ -511,7 +511,7 @@ class CheckpointManager:
         except IncckptError as error:
             if exc is None:
                 raise
-            log.error("while leaving after %r: %s", exc, error)  # the exception under way is the one to see
+            log.error("while leaving after %r: %s", exc, error)  # the user should see the exception under way
 
     def __repr__(self) -> str:
         return f"CheckpointManager({self._store.backend.url!r}, run={self._run_name!r})"

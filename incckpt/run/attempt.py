@@ -143,7 +143,7 @@ class Attempt:
         """
         for name in tuple(self._history):
             if name.step == step:
-                found = self._run.read(name)  # what is remembered may have been removed with its store
+                found = self._run.read(name)  # the store may have been removed since
                 if isinstance(found, Ref):
                     return found
                 self._store.check_unchanged()
@@ -170,10 +170,10 @@ class Attempt:
         if not origin.appends:
             if origin.lineage.attempt:
                 store.check_unchanged()
-            self._run.standing(origin.lineage)  # whoever is refused must not stop the run's writer
-        # Killed predecessors leave pins, and collectors lists: then one full sweep after the first commit.
+            self._run.standing(origin.lineage)  # refuse before anything stops the run's writer
+        # Killed writers leave pins, killed collectors lists: sweep once after the first commit.
         self._sweep |= bool(store.condemned.read())
-        # Without exclusive creation no collector can stop a save that it took for dead: nothing may be collected.
+        # Without exclusive creation a save taken for dead cannot be stopped, so nothing may be collected.
         self._collects = store.backend.exclusive
         number, unfinished = self._run.start_attempt(self._document, None if origin.appends else origin.lineage.attempt)
         self._sweep |= unfinished
@@ -276,7 +276,7 @@ class Attempt:
         self.start()
         replaces = if_exists == "replace"
         for ref, manifest in self._writer.settle_commits():
-            # An earlier save that was said to have failed is there after all.
+            # A save reported as failed was committed after all.
             took_the_place = self.holds(ref.step)
             self._take_up(ref, manifest)
             wanted = took_the_place or (replaces and ref.step == snapshot.step)
@@ -338,7 +338,7 @@ class Attempt:
         try:
             self._prune(step)
             self._collect()
-        except Exception as error:  # whatever it is: the checkpoint is committed, and has to be announced
+        except Exception as error:  # the checkpoint is committed: announce it, whatever went wrong since
             message = "pruning or collecting after step %d failed; nothing needed was touched: %s"
             log.warning(message, step, error, exc_info=None if isinstance(error, IncckptError) else error)
         self._discards.spend(self._run.take_tombstones())
@@ -380,7 +380,7 @@ class Attempt:
             return
         self._run.check_not_superseded(self._number)
         try:
-            # Before they are expired: killed in between, the list tells the next attempt that there is garbage.
+            # List first: if this process is killed in between, the list tells the next attempt of the garbage.
             if self._collects:
                 self._collector.condemn([self._run.ref_key(name) for name in doomed])
         except CollectionError as error:
@@ -394,7 +394,7 @@ class Attempt:
 
     def _collect(self) -> None:
         if self._sweep:
-            self._discards.delete_spent()  # the pins of failed saves would be waited for
+            self._discards.delete_spent()  # a sweep would wait for the pins of failed saves
         if not self._collects:
             return
         collected = self._collector.sweep() if self._sweep else self._collector.finish()

@@ -56,7 +56,7 @@ class OneAtATime:
                 "called in the middle of another call to this manager, by a signal handler or a state_dict(): let the "
                 "handler set a flag, and save in the training loop"
             )
-        # A `with` of the lock itself, since Ctrl-C between `acquire` and `try` would leave it locked for good.
+        # Use `with`: Ctrl-C between `acquire` and `try` would leave the lock held for good.
         with _without_waiting(self._lock) if self._in_background() else self._lock:
             try:
                 self._inside = threading.get_ident()

@@ -34,7 +34,7 @@ class Pipeline:
         self._size = max(requests, threads)
         self._name = name
         self._workers: ThreadPoolExecutor | None = None
-        # A separate pool avoids deadlock: workers block on its results. Without it each makes its requests by itself.
+        # A separate pool avoids deadlock: workers block on its results. Without it each makes its own requests.
         self._separate = requests > threads
         self._requests: ThreadPoolExecutor | None = None
         self.cpu = threading.BoundedSemaphore(threads)
@@ -127,7 +127,7 @@ def _submit(pool: ThreadPoolExecutor, function: Callable[..., _R], *arguments: A
     """Submit a call to a pool; call here if it takes none: at a limit on threads, or when the interpreter exits."""
     turns = iter([function])
 
-    def call_once() -> Any:  # a pool that could not start a thread may still get round to it
+    def call_once() -> Any:  # a pool that could not start a thread may still run it later
         return next(turns, _nothing)(*arguments)
 
     try:

@@ -126,7 +126,7 @@ class BackgroundQueue:
         if _exiting:
             return False
         try:
-            # A daemon: the interpreter waits for other threads before it lets anyone finish what is pending.
+            # A daemon: the interpreter joins other threads before `_finish_all` could run.
             threading.Thread(target=self._work, name=self._name, daemon=True).start()
         except RuntimeError as error:
             log.warning("no thread can be started (%s): saving in the foreground", error)
@@ -145,7 +145,7 @@ class BackgroundQueue:
             try:
                 job()
             finally:
-                del job  # what it held goes back to its pool before the next is waited for
+                del job  # return its memory to the pool before waiting for the next job
                 with self._changed:
                     self._doing = None
                     self._changed.notify_all()
@@ -164,17 +164,17 @@ _exiting = False
 
 def _finish_all() -> None:
     global _exiting
-    _exiting = True  # from here on, saves of other threads and of atexit handlers are made in the foreground
+    _exiting = True  # from here on other threads and atexit handlers save in the foreground
     for queue in list(_queues):
         queue.wait()
 
 
 def _forget_all() -> None:
     for queue in list(_queues):
-        queue._reset()  # the jobs are the parent's, and a thread of its may have held the lock
+        queue._reset()  # the jobs are the parent's, and one of its threads may have held the lock
 
 
-# atexit comes too late: by then no thread can be started. Registered after concurrent.futures has registered what stops
-# its pools, this runs before it.
+# atexit comes too late: by then no thread can be started. These run in reverse order, so this one comes before the one
+# with which concurrent.futures stops its pools.
 threading._register_atexit(_finish_all)  # type: ignore[attr-defined]
 os.register_at_fork(after_in_child=_forget_all)

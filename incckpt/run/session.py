@@ -208,7 +208,7 @@ class Sessions:
     def _take(self, key: _Key, options: object) -> Session | None:
         with self._changed:
             session = self._idle.pop(key, None)
-        # A link may lead elsewhere by now: the place is that of today.
+        # A link may lead elsewhere by now: what counts is where it leads today.
         if session is not None and (session.options != options or session.store.backend.place != key[0]):
             session.close()
             return None
@@ -245,7 +245,7 @@ _inherited: list[object] = []  # the parent's sessions, in a forked child: to fi
 
 def _forked() -> None:
     _inherited.append(dict(vars(_sessions)))
-    _sessions.reset()  # with a new lock: whoever held the old one is not in this process
+    _sessions.reset()  # with a new lock: the thread that held the old one is not in this process
 
 
 os.register_at_fork(after_in_child=_forked)

@@ -24,7 +24,7 @@ from incckpt.store.store import Store
 __all__ = ["Known", "Uploader"]
 
 _LOCAL_BATCH = 64 << 20  # bytes hashed, coded, put, without the interpreter's lock changing hands (docs/decisions/007)
-_REMOTE_BATCH = 16 << 20  # the same, but for the putting, which should begin soon
+_REMOTE_BATCH = 16 << 20  # the same without the putting, which should begin soon
 _IN_FLIGHT = 256 << 20  # bytes
 
 
@@ -73,7 +73,7 @@ class Uploader:
         self.look_up = True
         self._store = store
         self._baseline = baseline
-        # On this machine's own disk a put is work for its cores, the syncing included, not waiting to be filled.
+        # A put to a local disk keeps a core busy, syncing included; more threads than cores would gain nothing.
         remote = store.backend.remote
         requests = REMOTE_REQUESTS if remote else threads
         self._batch_bytes = _REMOTE_BATCH if remote else _LOCAL_BATCH
@@ -158,7 +158,7 @@ class Uploader:
 
     def _encode(self, contents: Sequence[tuple[Content, Content | None]], report: SaveReport) -> list[codec.Encoded]:
         """Return the objects of contents, each with the one that it may be a delta against."""
-        self._buffers.trim(self._spare_bytes)  # where chunks are of many sizes, few of them are used again
+        self._buffers.trim(self._spare_bytes)  # chunks of many sizes leave many buffers that fit none again
         sources: list[codec.Source] = []
         for content, full in contents:
             assert content.raw is not None
@@ -200,7 +200,7 @@ class Uploader:
         for chunk in candidates:
             if chunk is not None and self._usable(chunk, known):
                 return chunk
-        # Where puts may leave parts of values behind, a listing does not tell what is whole.
+        # Where a killed put may leave a part behind, a listing does not prove that an object is whole.
         if self.look_up and self._store.backend.exclusive:
             for key, size in self._store.objects.find(identity):
                 if str(key) not in known.condemned:
@@ -243,7 +243,7 @@ class Uploader:
 
         def put(index: int) -> None:
             self._store.objects.put(*objects[index])
-            note(index)  # should another one fail, this one need not be put again
+            note(index)  # if another one fails, this one is not put again
 
         if self._store.backend.remote:
             self.pipeline.together(put, range(len(objects)))

@@ -58,7 +58,7 @@ class _Heartbeat:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # Joined before the pin is removed: a beat that lands later would leave a pin behind.
+        # Join before the pin is removed: a later beat would put it again.
         self._done.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -165,7 +165,7 @@ class Writer:
         self._uploader.tried = []
         pin = self._run.pin_key(name)
         if not self._store.backend.remote:
-            self._store.check_unchanged()  # the pin would make a folder that was moved away again
+            self._store.check_unchanged()  # putting the pin would re-create a folder that was moved away
         try:
             self._run.pin(name)
             with _Heartbeat(self._run, name, self._heartbeat_seconds):
@@ -178,7 +178,7 @@ class Writer:
                 ref = self._put_manifest(name, manifest, report)
                 outcome = self._commit(ref, manifest)
         except _CommitUnknownError as unknown:
-            raise unknown.error from unknown  # the pin has to stand: the commit may come yet, and needs its objects
+            raise unknown.error from unknown  # keep the pin: the commit may still happen, and needs its objects
         except BaseException as error:
             self._discards.spend([pin])
             self._discards.waste(self._uploader.tried)
@@ -202,7 +202,7 @@ class Writer:
         try:
             return self._run.commit(ref)
         except BackendError as error:
-            # Commit and abort race for one key, so aborting finds out.
+            # Commit and abort race for one key, so an abort tells which came first.
             log.warning("the commit of step %d got no clear answer (%s); settling it", ref.step, error)
             try:
                 aborted = self._run.abort(ref.name)
@@ -285,7 +285,7 @@ class Writer:
         digest = codec.digest(document)
         data = codec.encode_document(document, digest=digest)
         key = ObjectKey(digest.identity.hex(), name.nonce)
-        # The store is looked at last, so that its removal during the save is noticed, too.
+        # Check the store last, to notice its removal during the save too.
         acts: Sequence[Callable[[], None]] = (partial(self._uploader.put, key, data), self._store.check_unchanged)
         self._uploader.pipeline.together(lambda act: act(), acts)
         report.manifest_bytes = len(data)

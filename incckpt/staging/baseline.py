@@ -114,7 +114,7 @@ class Baseline:
     threads: int = 1
     thresholds: Thresholds = field(default_factory=Thresholds)
     _packed: PackedStage = field(init=False)
-    _current: tuple[Layout, list[Slot]] = field(init=False)  # in one attribute: an interrupt may come at any time
+    _current: tuple[Layout, list[Slot]] = field(init=False)  # one attribute: an interrupt cannot tear it
     _lock: threading.Lock = field(default_factory=threading.Lock)
     pool: HostPool = field(default_factory=HostPool)
     _pinned: HostPool = field(default_factory=lambda: HostPool(pinned=torch.cuda.is_available()))
@@ -335,7 +335,7 @@ class Baseline:
                 for index, buffer in buffers:
                     segments.copy(index, buffer, self._copies.copy)
             finally:
-                self._copies.synchronize()  # also after an error: the buffers may be recycled from here on
+                self._copies.synchronize()  # even after an error: the buffers may be recycled now
             staged.update(self._keep_changed(table, held, buffers))
         return staged
 

@@ -56,7 +56,7 @@ class HostPool:
             self.used_bytes += nbytes
         if memory is None:
             memory = self._allocate(nbytes)
-        # Over a memoryview and not another array, so that views of this array refer to it and not past it.
+        # Built on a memoryview, not on another array: numpy would make views refer to that array directly.
         array = np.frombuffer(memory, np.uint8)
         weakref.finalize(array, self._give_back, memory).atexit = False
         return array

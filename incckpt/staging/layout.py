@@ -143,7 +143,7 @@ def plan(
         raise OptionError(f"range {index} has {nbytes[index]} bytes of element size {itemsize[index]}")
 
     rank = _ranks(kinds, len(table))
-    # Every segment goes with the range that its chunk begins with, which orders chunks of small ranges among the rest.
+    # Sort each segment by the first range of its chunk: this places chunks of small ranges among the others.
     large = np.flatnonzero(nbytes >= FRAME_BYTES)
     counts = -(-nbytes[large] // chunk_bytes)
     large_range = np.repeat(large, counts)

@@ -118,12 +118,12 @@ class PackedStage:
         data = value.blocks
         if isinstance(data, str):
             text, utf8 = encoded.get(id(data), ("", b""))
-            if text is not data:  # its number may be another's by now
+            if text is not data:  # the id may have been reused
                 utf8 = data.encode("utf-8", "surrogatepass")
             if self._keep:
                 self._encoded[id(data)] = data, utf8
             data = utf8
-        # A large one is known by its address, which is not reused while its chunks are held; others are compared.
+        # Large ones are recognised by address, which is not reused while their chunks are held; others are compared.
         yield from self._cut(data, id(data) if len(data) >= FRAME_BYTES else data)
 
     def _cut(self, data: bytes, key: Hashable) -> Iterator[_Part]:

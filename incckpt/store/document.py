@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 FORMAT = 1
-_HIGHEST = {"manifest": 2}  # of kinds that have changed; each is written in the lowest format that can say it
+_HIGHEST = {"manifest": 2}  # kinds that have changed; each document is written in the lowest format that can express it
 DOCUMENT_HEAD = b'{"format":'
 """What every document of every version begins with."""
 

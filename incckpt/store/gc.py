@@ -72,15 +72,15 @@ class Collector:
         self._discard = discard or store.backend.delete
         self._stale_seconds = stale_seconds
         self._needs: dict[str, frozenset[str]] = {}
-        # How many refs need a key, as far as `_needs` goes: of any run, and by run.
+        # How many of the refs in `_needs` need a key: in all runs, and by run.
         self._users: Counter[str] = Counter()
         self._users_in: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        self._shared: dict[str, str] = {}  # each key once: every manifest brings strings of its own
+        self._shared: dict[str, str] = {}  # one string per key: every manifest parses its own copies
         self._buried: set[str] = set()  # keys of refs where a tombstone was seen
         self._lists: dict[str, _List] = {}
         self._looked = False
-        self._over: list[str] = []  # pins, of those last listed, whose saves are over
-        self._fresh: str | None = None  # what this process has put since it last looked at the time
+        self._over: list[str] = []  # pins last listed whose saves are over
+        self._fresh: str | None = None  # a key put since the server's time was last read
 
     @property
     def _backend(self) -> Backend:
@@ -263,7 +263,7 @@ class Collector:
         CollectionError
             If a ref, manifest or list is unreadable.
         """
-        self._look()  # what cannot be collected should be known before everything is listed
+        self._look()  # fail early: listing everything is expensive
         try:
             lists = self._store.condemned.read()
         except (CorruptionError, FormatError) as error:
@@ -283,7 +283,7 @@ class Collector:
         under_way = frozenset(ref_key.rpartition("-")[2] for ref_key in in_flight)
         still = {name: keys & there.keys() for name, keys in others.items()}
         condemned = {key for keys in still.values() for key in keys if key not in self._users}
-        # What a save in flight has put would be spared anyway; condemning it would make the next one put it again.
+        # Objects of saves in flight would be spared anyway; condemning them would only make later saves put them again.
         garbage = {
             key for key in there if key not in self._users and key.rpartition(".")[2] not in under_way
         } - condemned
@@ -395,7 +395,7 @@ class Collector:
 
     def _pins(self) -> tuple[list[Pin], list[Pin]]:
         """Return all pins, and those whose refs do not exist: of saves in flight, or of killed ones."""
-        # List pins before refs: a save that ends in between has a ref by then.
+        # List pins before refs: a save that finishes in between already has a visible ref.
         pins = list_pins(self._backend)
         existing = self._look()
         return pins, [pin for pin in pins if pin.ref_key not in existing]

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 _ATTEMPT = re.compile(r"([0-9]{6})(\.from)?")
 
-COPY_SECONDS = 900.0  # no copy of a request takes effect longer than this after its client was done with it
+COPY_SECONDS = 900.0  # a delayed copy of a request takes effect within this time, or never
 
 
 @dataclass(frozen=True)

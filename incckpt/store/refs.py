@@ -240,7 +240,7 @@ def create_once(backend: Backend, key: str, data: ReadableBuffer) -> bytes | Non
             try:
                 found = backend.get(key)
             except KeyNotFoundError:
-                # Not there (a conflict whose cause has gone, or a request that never arrived): once more.
+                # Not there: the conflicting value has gone, or the request never arrived. Try again.
                 if left == 0 or not (isinstance(error, KeyExistsError) or error.transient):
                     raise error from None
                 continue
