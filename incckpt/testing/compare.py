@@ -100,7 +100,8 @@ def _in_order(item: object) -> str:
     if isinstance(item, (tuple, frozenset)):
         parts = map(_in_order, item)
         return f"{type(item).__name__}({', '.join(sorted(parts) if isinstance(item, frozenset) else parts)})"
-    return f"{type(item).__name__}({item!r})"
+    text = hex(item) if type(item) is int else repr(item)  # Python writes no decimal number of over 4,300 digits
+    return f"{type(item).__name__}({text})"
 
 
 def _raw_bytes(value: torch.Tensor | npt.NDArray[Any]) -> bytes:
