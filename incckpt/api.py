@@ -132,7 +132,7 @@ def load(
     allow_pickle
         Whether to unpickle what was pickled at save. Only for stores that you trust.
     threads
-        For decoding; all cores this process may use where not given.
+        For decoding; by default all cores that this process may use.
     progress
         Whether to show a progress bar; by default if a terminal watches.
     storage_options

@@ -29,7 +29,7 @@ def collect(
 ) -> CollectionPlan:
     """Find what no checkpoint of a store needs, whichever the run, and with ``dry_run=False`` delete it.
 
-    Managers collect what they prune by themselves. This is for what else there is: objects of saves that were killed,
+    Managers collect what they prune. This finds the rest: objects of saves that were killed,
     of runs that ended, lists of collectors that were killed, temporary files, unfinished uploads. Writers
     and readers of the store need not stop.
 
@@ -38,7 +38,7 @@ def collect(
     url
         Of the store, without a fragment: a collection concerns all of its runs. Or a `Backend`, which stays open.
     dry_run
-        Whether to leave it at the plan. Nothing is written then.
+        Whether to stop at the plan, writing nothing.
     min_age
         Leave objects younger than this, in seconds. Safety does not depend on it. Ages are by the server's clock; those
         of a dry run by this machine's, since the server's takes a put to find out.

@@ -80,7 +80,7 @@ class CheckpointManager:
     on_backlog
         ``"wait"``, or ``"skip"``: the save is not made, and its future raises `BacklogFullError`.
     threads
-        For comparing, copying, hashing and coding; all cores this process may use where not given.
+        For comparing, copying, hashing and coding; by default all cores that this process may use.
     chunk_bytes
         Size of the chunks that large tensors are cut into, a multiple of 1 MiB.
     threshold
@@ -88,10 +88,10 @@ class CheckpointManager:
         a number, or numbers by glob of the dotted name. 0 is exact: what is restored is what was saved, bit for
         bit.
     delta
-        Whether what changed may be stored as its difference to what was stored in full last. Lossless, several times
+        Whether a changed chunk may be stored as its difference from the last full copy. Lossless, several times
         smaller in most training, and at most one more object to read per chunk. Not used with a threshold.
     base
-        Whether to keep a copy of the state in host memory to compare with. Without, every save copies all of it.
+        Whether to keep a copy of the state in host memory to compare with. Without it every save copies everything.
     allow_pickle
         Whether to pickle what cannot be represented otherwise; has to be repeated at restore.
     read_only
@@ -184,8 +184,8 @@ class CheckpointManager:
         """Restore a checkpoint into `app`, in place, and go on from it.
 
         Nothing is written, and no other process is disturbed, until the first `save`, which goes on from here.
-        Checkpoints beyond a restored earlier step are abandoned then: listed so, and pruned when the run has passed
-        their steps. Until then they can be restored by step, too.
+        That save abandons checkpoints beyond the step restored. They can still be restored by step, until the run
+        has passed their steps and prunes them.
 
         Parameters
         ----------
@@ -206,9 +206,9 @@ class CheckpointManager:
         Raises
         ------
         StoreNotFoundError, CheckpointNotFoundError
-            If a step was asked for that is not there.
+            If the step asked for is not there.
         CorruptionError
-            If the checkpoint is damaged. Only for the latest, where `step` was not given, is the one before it tried.
+            If the checkpoint is damaged. Without `step`, earlier ones are tried first.
         StateMismatchError
             If the checkpoint does not fit `app`, or `app` cannot be written to: nothing was touched.
         """
@@ -250,7 +250,7 @@ class CheckpointManager:
         StoreNotFoundError, CheckpointNotFoundError
             If there is no store, no checkpoint in it, or no such step.
         CorruptionError
-            If the checkpoint is damaged. Only for the latest, where `step` was not given, is the one before it tried.
+            If the checkpoint is damaged. Without `step`, earlier ones are tried first.
         StateMismatchError
             If `keys` match nothing.
 
@@ -347,7 +347,7 @@ class CheckpointManager:
         SaveError
             If an earlier save failed in the background (once; the state given now is saved by calling again).
         StateError
-            If the state holds what cannot be saved.
+            If something in the state cannot be saved.
         OptionError
             If the step is not beyond the last, or a metric is not a number.
         SupersededError

@@ -178,7 +178,7 @@ def steps_kept(policy: Policy, history: Sequence[Record]) -> set[int]:
     Raises
     ------
     TypeError
-        If what it returned is not a series of steps. A policy of one's own may raise anything.
+        If it did not return a series of steps. Custom policies may raise anything.
     """
     kept: set[int] = set()
     for step in policy(history):

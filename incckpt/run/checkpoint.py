@@ -61,9 +61,9 @@ def read_refs(
     names: Iterable[RefName],
     on_unreadable: Callable[[RefName, Exception], None] | None = None,
 ) -> list[Ref]:
-    """Return the contents of refs: what the lineage lists as it is, the others by a request each.
+    """Return the contents of refs: from the lineage where it lists them, else with a request each.
 
-    A ref that was pruned meanwhile is left out, and so is one that `on_unreadable` was told of.
+    Refs pruned meanwhile, and those reported to `on_unreadable`, are left out.
     """
     refs: list[Ref] = []
     for name in names:

@@ -32,7 +32,7 @@ Level: TypeAlias = Literal["list", "sizes", "hashes"]
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found out about one checkpoint.
+    """What a check found of one checkpoint.
 
     Attributes
     ----------
@@ -123,7 +123,7 @@ def verify(
     report
         Called with the result of each checkpoint as soon as it is known.
     threads
-        For decoding; all cores this process may use where not given.
+        For decoding; by default all cores that this process may use.
     progress
         Whether to show a progress bar for each checkpoint, at level ``"hashes"``; by default if a terminal watches.
 

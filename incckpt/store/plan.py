@@ -32,7 +32,7 @@ class Removal:
     Attributes
     ----------
     name
-        Its key, or what the backend calls it if it is none.
+        Its key, or the backend's name for what is not a key.
     reason
         Why.
     nbytes
@@ -86,7 +86,7 @@ class CollectionPlan:
     min_age
         Objects younger than this, in seconds, are left alone.
     young, young_bytes
-        How many objects that no checkpoint needs are left for that, and their bytes together.
+        How many unneeded objects are left alone for their age, and their total bytes.
     lists
         The lists of other collectors, by name, with what still exists of each.
     done
