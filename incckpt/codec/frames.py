@@ -1,4 +1,4 @@
-"""One frame: up to 1 MiB of a chunk's raw bytes to coded bytes, and back.
+"""Encode and decode one frame: up to 1 MiB of a chunk's raw bytes.
 
 A frame goes the way that a sample of it says is cheapest: *raw*; *intra* (elements rotated by one bit and split into
 byte planes); *delta* (each element's difference to the base's, in the order of float values, split into byte planes);
@@ -46,13 +46,13 @@ BLOCK_RAW, BLOCK_CONSTANT, BLOCK_MASKED, BLOCK_ZSTD, BLOCK_SPARSE = range(5)
 _BLOCK = struct.Struct("<BI")
 _SPARSE = struct.Struct("<BI")
 
-# From here on choice, not format: no decoder knows of it.
-_WORTHWHILE = 0.97  # of its size, to which coding must bring a block; decoding it has to be paid for
-_HUFFMAN_BITS = 1.0  # of entropy in a byte, below which zstd's matches and runs beat codes of at least a bit
-_MASKED_SHARE = 0.31  # of the commonest byte, from which a mask beats Huffman codes alone: they take 2 bits for it
-_DELTA_GAIN = 0.985  # of intra's cost, below which a delta is worth the reading of its base
-_ZSTD_GAIN = 0.9  # of the planes' cost, below which zstd is worth its slower decoding
-_FEWEST = 64  # elements, below which planes do not pay for their heads
+# Encoder tuning, not format: decoders do not depend on it.
+_WORTHWHILE = 0.97  # coded/raw size a block must reach to repay its decoding
+_HUFFMAN_BITS = 1.0  # entropy per byte below which zstd wins: Huffman codes take at least a bit
+_MASKED_SHARE = 0.31  # share of the commonest byte from which a mask beats plain Huffman, which spends 2 bits on it
+_DELTA_GAIN = 0.985  # delta/intra cost below which a delta repays reading its base
+_ZSTD_GAIN = 0.9  # zstd/planes cost below which zstd repays its slower decoding
+_FEWEST = 64  # elements below which planes do not repay their headers
 
 
 class CodedFrame(NamedTuple):
@@ -65,7 +65,7 @@ class CodedFrame(NamedTuple):
     nbytes
         Coded bytes.
     full_nbytes
-        What it would have been without a base: an estimate where `way` is a delta.
+        Its size without a base: an estimate where `way` is a delta.
     """
 
     way: int
@@ -94,7 +94,7 @@ class _Encoder:
         )
 
 
-_idle: list[_Encoder] = []  # the last one used is the next: there are as many as ever encoded at one time
+_idle: list[_Encoder] = []  # a stack: holds at most as many as ever ran at once
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def _encoder() -> Iterator[_Encoder]:
 
 
 def _compress(compressor: zstandard.ZstdCompressor, data: Sequence[memoryview]) -> Iterator[zstandard.BufferSegment]:
-    """Return what becomes of each of `data`, none of them empty, coded in one call."""
+    """Return each of `data`, none of them empty, coded in one call."""
     coded = compressor.multi_compress_to_buffer(list[bytes | bytearray | memoryview](data), threads=1)
     return (coded[i] for i in range(len(coded)))
 
@@ -116,7 +116,7 @@ def _compress(compressor: zstandard.ZstdCompressor, data: Sequence[memoryview]) 
 def encode_chunks(
     chunks: Sequence[tuple[memoryview, memoryview | None, int, memoryview]],
 ) -> list[list[CodedFrame]]:
-    """Code the frames of chunks, each in its cheapest way.
+    """Encode the frames of chunks, each in the cheapest way.
 
     Takes and gives back the interpreter's lock one to three times, however many chunks there are: each time may put
     the training thread to sleep (docs/decisions/007).
@@ -132,7 +132,7 @@ def encode_chunks(
 
 
 def encode_text_frame(raw: memoryview, out: memoryview) -> CodedFrame:
-    """Code a frame, ``uint8[n]``, to the first bytes of `out`, ``uint8[n]``, by zstd or not at all."""
+    """Encode a frame, ``uint8[n]``, at the start of `out`, ``uint8[n]``, with zstd or stored raw."""
     with _encoder() as encoder:
         coded = encoder.general.compress(raw)
     if len(coded) < raw.nbytes:
@@ -146,7 +146,7 @@ def encode_text_frame(raw: memoryview, out: memoryview) -> CodedFrame:
 
 
 class _Decoder(threading.local):
-    """A decompressor and scratch memory, of each thread its own.
+    """A decompressor and scratch memory, one per thread.
 
     Parameters
     ----------
@@ -231,7 +231,7 @@ class _Decoder(threading.local):
             raise CodecError(str(error)) from error
 
     def inflate(self, coded: memoryview, nbytes: int) -> bytes:
-        """Return the `nbytes` that a zstd frame holds; nothing is allocated on the frame's own word."""
+        """Return the `nbytes` in a zstd frame; never allocate by the size it claims."""
         try:
             promised = zstandard.frame_content_size(coded)
             if promised != nbytes:
@@ -263,7 +263,7 @@ def decode_frame(
     raw
         ``uint8[n]``, ``n <= FRAME_BYTES``. Undefined if an error is raised.
     by_zstd
-        Whether to do without our own decoder of Huffman codes.
+        Whether to bypass our own Huffman decoder.
 
     Raises
     ------

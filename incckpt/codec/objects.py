@@ -1,4 +1,4 @@
-"""A chunk's raw bytes to an object's bytes, and back; the layout is in ``docs/objects.md``.
+"""Encode a chunk's raw bytes as an object, and decode them; for the layout see ``docs/objects.md``.
 
 An object is a header and the chunk's frames, each coded on its own by :mod:`incckpt.codec.frames`. The header has the
 SHA-256 digest of every frame's raw bytes, and the digest of those is the chunk's identity: it does not depend on how
@@ -80,7 +80,7 @@ class Digest(NamedTuple):
 
 
 class Base(NamedTuple):
-    """The content that a delta is against.
+    """The content a delta is computed against.
 
     Attributes
     ----------
@@ -95,7 +95,7 @@ class Base(NamedTuple):
 
 
 class WayBytes(NamedTuple):
-    """Raw and stored bytes of the frames that went one way."""
+    """Raw and stored bytes of the frames coded in one way."""
 
     raw: int
     stored: int
@@ -103,16 +103,16 @@ class WayBytes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An object, ready to be put.
+    """An object, ready to store.
 
     Attributes
     ----------
     data
         The object's bytes, no more than `max_nbytes` of the chunk's; a view of the `out` that `encode` got, if any.
     base
-        Identity of the base, or ``None`` if no frame is a delta: the object is a full one then.
+        Identity of the base, or ``None`` if no frame is a delta, so that the object is full.
     ways
-        For each of `WAYS` that frames went, their raw and stored bytes.
+        Raw and stored bytes for each of the `WAYS` used.
     full_nbytes
         About what `data` would be without a base, in bytes; an estimate from samples where frames are deltas.
     """
@@ -135,7 +135,7 @@ def digest(raw: Buffer) -> Digest:
 
 
 def digest_many(chunks: Sequence[Buffer]) -> list[Digest]:
-    """Return the digests of chunks, as `digest` does of one; the interpreter's lock is handed over once for all."""
+    """Return the digests of chunks, like `digest`, but release the GIL only once for all of them."""
     return [Digest(hashlib.sha256(frames).digest(), frames) for frames in frame_digests([flat(raw) for raw in chunks])]
 
 
@@ -143,7 +143,7 @@ def digest_many(chunks: Sequence[Buffer]) -> list[Digest]:
 
 
 class Source(NamedTuple):
-    """A chunk to be coded.
+    """A chunk to encode.
 
     Attributes
     ----------
@@ -168,7 +168,7 @@ class Source(NamedTuple):
 
 
 class _Object:
-    """An object to be: memory for it, in which the frames come first and the header last."""
+    """An object being written: the frames go in first, the header last."""
 
     def __init__(self, raw: memoryview, digest: Digest, out: Buffer | None) -> None:
         self.raw, self.digest = raw, digest
@@ -182,7 +182,7 @@ class _Object:
         self.frames_out = self.out[self._frames_at : room]
 
     def finish(self, frames: Sequence[CodedFrame], itemsize: int, base: Base | None) -> Encoded:
-        """Write the header; where writes are verified, store as they are the raw bytes that do not come back."""
+        """Write the header; if writes are verified, store the whole chunk raw if it fails to decode."""
         encoded = self._write_header(frames, itemsize, base)
         if VERIFY_WRITES and (fault := self._fault(encoded.data, base)):
             if next(_faults) == 0:
@@ -211,7 +211,7 @@ class _Object:
         return Encoded(self.out[:end], identity, totals, full_nbytes)
 
     def _fault(self, data: memoryview, base: Base | None) -> str | None:
-        """Return why `data` is no object of the raw bytes, or ``None`` if it is one; libzstd decodes it."""
+        """Decode `data` with libzstd; return why it does not match the raw bytes, or ``None`` if it does."""
         scratch = np.empty(min(len(self.raw), FRAME_BYTES), np.uint8)
         try:
             header = read_header(data)
@@ -236,13 +236,13 @@ def encode(
     Raises
     ------
     ValueError
-        If the arguments do not fit each other.
+        If the arguments are inconsistent.
     """
     return encode_many([Source(raw, itemsize, digest, base, out)])[0]
 
 
 def encode_many(sources: Sequence[Source]) -> list[Encoded]:
-    """Return the objects of chunks; the interpreter's lock is handed over one to three times for all.
+    """Return the objects of chunks; the GIL is released one to three times in total.
 
     Raises
     ------
@@ -272,7 +272,7 @@ def encode_document(raw: Buffer, *, digest: Digest) -> bytes:
 
 
 def encode_text(raw: Buffer, *, digest: Digest, out: Buffer | None = None) -> Encoded:
-    """Return the object of text, or of what repeats itself as text does: frames go the way of zstd; see `Source`."""
+    """Return the object of text or similarly repetitive data, coded with zstd; see `Source`."""
     view = flat(raw)
     coded = _Object(view, digest, out)
     frames: list[CodedFrame] = []
@@ -297,7 +297,7 @@ def decode(data: Buffer, out: Buffer, *, identity: bytes, base: Base | None = No
         ``uint8[n]``, contiguous and writable, ``n`` the object's raw bytes. May be the base's own memory. Undefined if
         an error is raised.
     identity
-        What the raw bytes have to be.
+        Identity the raw bytes must have.
     base
         The base, where the object is a delta.
     verify
@@ -373,7 +373,7 @@ def decode_frames(
     verify
         Whether to hash what was decoded.
     by_zstd
-        Whether to do without our own decoder, which is the default only under ``INCCKPT_CODEC=zstd``.
+        Whether to bypass our own decoder; true is the default only under ``INCCKPT_CODEC=zstd``.
 
     Raises
     ------
@@ -423,7 +423,7 @@ def decode_document(data: Buffer, max_bytes: int, identity: bytes | None = None)
     data
         The whole object.
     max_bytes
-        The most that the document may have.
+        Maximum size of the document.
     identity
         What it has to be; by default only the object's own digests are held against it.
 

@@ -1,4 +1,4 @@
-"""A parsed structure, its entries and the bytes of its ranges to a new state."""
+"""Build a new state from a parsed structure, its entries and the bytes of its ranges."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ mapping lacks, or a function returns ``None`` for, goes to where it was."""
 
 
 def device_available(device: torch.device) -> bool:
-    """Whether tensors can be made on `device` here."""
+    """Whether tensors can be created on `device` here."""
     if device.type in ("cpu", "meta"):
         return True
     try:
@@ -116,16 +116,16 @@ def build(
 
 
 class Builder:
-    """Builds values out of parsed structures; see :func:`build` for the parameters.
+    """Builds values from parsed structures; see :func:`build` for the parameters.
 
     Parameters
     ----------
     buffers
         By range.
     live
-        Tensors that exist already, by entry: they stand in for what would be built.
+        Existing tensors to use instead of building new ones, by entry.
     lenient
-        Whether what was saved on a device that is not available here goes to the CPU, which is logged.
+        Whether to load onto the CPU, and log it, if the saved device is not available here.
 
     Raises
     ------
@@ -259,7 +259,7 @@ class Builder:
         return np.ndarray(entry.shape, entry.numpy_dtype, memory, _offset(entry), entry.stride)  # type: ignore[arg-type]
 
     def _torch(self, entry: TensorEntry) -> torch.Tensor:
-        # All views of a range share one storage, but for those at an odd place in it: these get one of their own, over
+        # All views of a range share one storage, except those at unaligned offsets: each has its own, over
         # the same bytes.
         shift = _offset(entry) % entry.itemsize if entry.range >= 0 else 0
         storage = self._relocated.get((entry.range, entry.device, shift))
@@ -267,7 +267,7 @@ class Builder:
         dtype = getattr(torch, entry.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise FormatError(f"tensor {entry.name!r}: torch {torch.__version__} has no dtype {entry.dtype}")
-        # Made as integers: to make a complex32 tensor sets off a warning.
+        # Created as integers: creating a complex32 tensor triggers a warning.
         tensor = torch.empty(0, dtype=CARRIERS[entry.itemsize], device=device).view(dtype)
         if entry.range < 0:
             tensor.as_strided_(entry.shape, entry.stride)
@@ -349,19 +349,19 @@ def _no_storage() -> torch.UntypedStorage:
 
 
 def _tag(device: str) -> str:
-    """Return the name that torch gives to storages on `device`: there is but one MPS device, so it has no number."""
+    """Return the name that torch gives to storages on `device`: the only MPS device has no number."""
     return "mps" if device.startswith("mps:") else device
 
 
 def _offset(entry: TensorEntry) -> int:
-    """Return where the first element of `entry` is in its range, or in what its range is unpacked to."""
+    """Return the offset of the first element of `entry` in its range, unpacked if it was packed."""
     if not entry.packed:
         return entry.offset
     return -byte_extent(entry.shape, byte_strides(entry), entry.itemsize)[0]
 
 
 def _unpack(entry: TensorEntry, packed: Bytes) -> Bytes:
-    """Spread a packed range out over the bytes it was packed from; pages of gaps are never touched."""
+    """Unpack a range to its original layout; pages of gaps are never touched."""
     strides = byte_strides(entry)
     shape = packed_shape(entry.shape, strides)
     low, high = byte_extent(entry.shape, strides, entry.itemsize)
@@ -382,7 +382,7 @@ def _unpack_on_device(entry: TensorEntry, packed: torch.Tensor) -> torch.Tensor:
 
 
 def set_generator_state(generator: torch.Generator, state: object, saved: str, name: str) -> None:
-    """Set the state of `generator` to one saved on the device `saved`; log it if that is another kind of device."""
+    """Set the state of `generator` to one saved on the device `saved`; log it if the kind of device differs."""
     if generator.device.type != torch.device(saved).type:
         log.warning("generator %r was saved on %s; on %s it starts from a fresh state", name, saved, generator.device)
         return
