@@ -372,6 +372,7 @@ class LocalBackend(Backend):
         folder = os.path.dirname(path)
         self._folders.make(folder)
         temporary = os.path.join(folder, self._temporary_name())
+        calls = self._calls
         try:
             try:
                 write(temporary, path, view)
@@ -380,7 +381,9 @@ class LocalBackend(Backend):
                 self._folders.make(folder)
                 write(temporary, path, view)
             except OSError as exc:
-                if exc.errno not in NO_SUCH_CALL or exc.filename not in (None, temporary) or self._unsynced:
+                if exc.errno not in NO_SUCH_CALL or exc.filename not in (None, temporary):
+                    raise
+                if isinstance(calls, UnsyncedCalls):
                     raise
                 self._discard(temporary)
                 self._without_sync(exc, lambda: write(temporary, path, view))
@@ -388,13 +391,12 @@ class LocalBackend(Backend):
             self._discard(temporary)
             raise
 
-    @property
-    def _unsynced(self) -> bool:
-        return isinstance(self._calls, UnsyncedCalls)
-
     def _without_sync(self, refused: OSError, write: Callable[[], None]) -> None:
         """Write a file without making it durable, since that seems to be what was `refused`; if it works, go on so."""
         calls = self._calls
+        if isinstance(calls, UnsyncedCalls):  # another thread has found out
+            write()
+            return
         self._calls = self._folders.calls = UnsyncedCalls(calls)
         try:
             write()

@@ -129,7 +129,12 @@ class Sessions:
         metrics: Mapping[str, float],
         if_exists: IfExists = "error",
     ) -> Checkpoint:
-        """Save to a run, in the session for it or a new one."""
+        """Save to a run, in the session for it or a new one; return when it is durable.
+
+        Raises
+        ------
+        OptionError, SupersededError, BackendError
+        """
         wanted = _frozen(options or {})
         place = self._place_of_url(url, run, wanted)
         backend = None
@@ -250,20 +255,4 @@ def _forked() -> None:
 
 os.register_at_fork(after_in_child=_forked)
 
-
-def save_state(
-    url: str,
-    run: str,
-    options: Mapping[str, Any] | None,
-    flat: FlatState,
-    step: int | None,
-    metrics: Mapping[str, float],
-    if_exists: IfExists = "error",
-) -> Checkpoint:
-    """Save a state to a run of the store at `url`; return when it is durable.
-
-    Raises
-    ------
-    OptionError, SupersededError, BackendError
-    """
-    return _sessions.save(url, run, options, flat, step, metrics, if_exists)
+save_state = _sessions.save

@@ -8,8 +8,10 @@ import os
 import shutil
 import signal
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,30 @@ def test_a_mount_that_lacks_links_and_syncs_takes_one_writer(
     assert len([text for text in messages if "cannot sync a folder" in text]) <= 1
     assert torch.equal(incckpt.load(tmp_path / "store")["w"], states[2]["w"])
     assert not [name for name in files(tmp_path) if "incckpt-tmp" in name]
+
+
+def test_a_thread_that_finds_out_late_that_nothing_can_be_synced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    class FirstIsSlow(FuseMount):
+        def fsync(self, fd: int) -> None:
+            if stat.S_ISREG(os.fstat(fd).st_mode) and not entered.is_set():
+                entered.set()
+                assert go_on.wait(timeout=60)
+            super().fsync(fd)
+
+    backend = LocalBackend(tmp_path, calls=FirstIsSlow(errno.ENOSYS))
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(backend.put, "a", NEW)
+        assert entered.wait(timeout=60)
+        backend.put("b", NEW)
+        go_on.set()
+        late.result()
+    assert [backend.get(key) for key in ("a", "b")] == [NEW, NEW]
+    assert files(tmp_path) == ["a", "b"]
+    assert len([record for record in caplog.records if "cannot sync a file" in record.message]) == 1
 
 
 def test_a_full_disk_is_not_taken_for_a_mount_without_links(tmp_path: Path) -> None:
