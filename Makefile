@@ -93,6 +93,8 @@ bench: $(VENV)/built ## All benchmarks, each at its small size
 	$(BIN)/python benchmarks/bench_detect.py
 	$(BIN)/python benchmarks/bench_codec.py training
 	$(BIN)/python benchmarks/bench_bytes.py --saves 5
+	$(BIN)/python benchmarks/bench_plain.py --blob-mb 50
+	$(BIN)/python benchmarks/bench_growth.py --saves 100 --managers 10 --urls 10
 	$(BIN)/python benchmarks/bench_chains.py embedding --saves 21
 	$(BIN)/python benchmarks/bench_background.py --megabytes 80 --rounds 3
 	$(BIN)/python benchmarks/bench_scale.py --checkpoints 1000 --objects 20000

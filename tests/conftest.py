@@ -19,11 +19,10 @@ SERVERS = frozenset({"azure_server", "gcs_server", "s3_server", "rclone_server",
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses a server; begin with what is slow, so that no worker is left with it at the end."""
+    """Mark what uses a server."""
     for item in items:
         if SERVERS.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.server)
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")

@@ -166,10 +166,8 @@ class Attempt:
         if self._number:
             return
         origin, store = self._origin, self._store
-        store.create()
+        store.create()  # which finds out whether it is the store that was restored from
         if not origin.appends:
-            if origin.lineage.attempt:
-                store.check_unchanged()
             self._run.standing(origin.lineage)  # refuse before anything stops the run's writer
         # Killed writers leave pins, killed collectors lists: sweep once after the first commit.
         self._sweep |= bool(store.condemned.read())

@@ -12,16 +12,7 @@ from torch.ao.quantization import PerChannelMinMaxObserver
 import incckpt
 from incckpt.errors import StateMismatchError
 from incckpt.testing.compare import assert_same_state
-
-
-class Swapped(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = torch.nn.Parameter(torch.zeros(2))
-        self.b = torch.nn.Parameter(torch.zeros(2))
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        return super().load_state_dict({"a": state_dict["b"], "b": state_dict["a"]}, strict, assign)
+from tests.state.test_loaders import Swapped
 
 
 class Wrapped(torch.optim.SGD):
