@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, SupportsIndex, TypeVar
+from typing import Any, Self, SupportsIndex
 
 from incckpt.backends.base import Backend
-from incckpt.errors import (
-    BacklogFullError,
-    IncckptError,
-    OptionError,
-    ReadOnlyError,
-    SaveError,
-    StoreNotFoundError,
-)
+from incckpt.errors import IncckptError, OptionError, ReadOnlyError
 from incckpt.retention import Mode, Policy, policy_of
-from incckpt.run.attempt import Attempt, IfExists, Origin, check_if_exists, refuse_other_ranks
+from incckpt.run.attempt import Attempt, IfExists, check_if_exists, refuse_other_ranks
 from incckpt.run.calls import OneAtATime
 from incckpt.run.checkpoint import Checkpoint, checked_metrics
-from incckpt.run.choose import Which, checked_which, not_found
-from incckpt.run.queue import BackgroundQueue, resolved
-from incckpt.run.reader import Reader
+from incckpt.run.choose import Which, not_found
+from incckpt.run.pending import OnBacklog, PendingSaves
+from incckpt.run.position import Position
+from incckpt.run.queue import resolved
 from incckpt.run.report import SaveReport
 from incckpt.run.restore import MapLocation, load_state, restore_into
 from incckpt.run.snapshot import Snapshot, stage
@@ -36,19 +28,13 @@ from incckpt.staging.baseline import Baseline
 from incckpt.staging.detect import default_threads
 from incckpt.staging.threshold import Thresholds
 from incckpt.state.selection import Patterns
-from incckpt.store.lineage import Lineage
 from incckpt.store.location import locate
-from incckpt.store.manifest import Manifest
-from incckpt.store.refs import RefName, checked_step
+from incckpt.store.refs import checked_step
 from incckpt.store.store import Store
 
 __all__ = ["CheckpointManager"]
 
 log = logging.getLogger(__name__)
-
-_HISTORY = 1000
-
-_T = TypeVar("_T")
 
 
 class CheckpointManager:
@@ -120,7 +106,7 @@ class CheckpointManager:
         mode: Mode = "min",
         retention: Policy | None = None,
         max_pending: int = 2,
-        on_backlog: Literal["wait", "skip"] = "wait",
+        on_backlog: OnBacklog = "wait",
         threads: int | None = None,
         chunk_bytes: int = 16 << 20,
         threshold: float | Mapping[str, float] = 0.0,
@@ -134,19 +120,15 @@ class CheckpointManager:
         location = locate(url, run=run)
         if location.step is not None:
             raise OptionError(f"a manager writes a whole run; give step {location.step!r} to restore(), not in the URL")
-        if max_pending < 1:
-            raise OptionError(f"max_pending must be at least 1, not {max_pending}")
-        if on_backlog not in ("wait", "skip"):
-            raise OptionError(f"on_backlog must be 'wait' or 'skip', not {on_backlog!r}")
         if threads is not None and threads < 1:
             raise OptionError(f"threads must be at least 1, not {threads}")
         if not (read_only or location.named):
             refuse_other_ranks()
         self.read_only = read_only
-        self._policy = policy_of(keep_last_n, keep_best_n, metric, mode, retention)
-        self._threads = threads or default_threads()
+        policy = policy_of(keep_last_n, keep_best_n, metric, mode, retention)
+        threads = threads or default_threads()
         self._allow_pickle = allow_pickle
-        self._skip_backlog = on_backlog == "skip"
+        self._saves = PendingSaves(location.run, max_pending=max_pending, on_backlog=on_backlog)
         thresholds = Thresholds(threshold)
         if thresholds.active and not base:
             raise OptionError("a threshold needs base=True: without a copy of what is stored nothing is near to it")
@@ -154,21 +136,15 @@ class CheckpointManager:
             chunk_bytes,
             keep=base and not read_only,
             delta=delta and not thresholds.active,
-            threads=self._threads,
+            threads=threads,
             thresholds=thresholds,
         )
         self._store = Store(url) if isinstance(url, Backend) else Store.open(location.store, storage_options)
-        self._run_name = location.run
-        self._view = RunView(
-            self._store, self._run_name, threads=self._threads, verify=verify, metric=metric, mode=mode
+        self._view = RunView(self._store, location.run, threads=threads, verify=verify, metric=metric, mode=mode)
+        self._position = Position(
+            self._store, self._view, policy=policy, threads=threads, baseline=self._base, read_only=read_only
         )
-        self._attempt: Attempt | None = None
-        self._last_step: int | None = None
-        self._pending: dict[int, Future[Checkpoint]] = {}  # by step, the latest of each
-        self._queue = BackgroundQueue(max_pending, f"incckpt-save-{self._run_name}")
-        self._calls = OneAtATime(self._queue.works_here)
-        self._error: BaseException | None = None
-        self._reports: deque[SaveReport] = deque(maxlen=_HISTORY)
+        self._calls = OneAtATime(self._saves.works_here)
 
     # -- restoring
 
@@ -213,7 +189,8 @@ class CheckpointManager:
             If the checkpoint does not fit `app`, or `app` cannot be written to: nothing was touched.
         """
         with self._calls.call():
-            found = self._go_on_from(
+            self.wait()
+            found = self._position.read(
                 step,
                 lambda reader, manifest: restore_into(
                     reader,
@@ -268,7 +245,8 @@ class CheckpointManager:
         [1, 2]
         """
         with self._calls.call():
-            found = self._go_on_from(
+            self.wait()
+            found = self._position.read(
                 step,
                 lambda reader, manifest: load_state(
                     reader,
@@ -284,30 +262,6 @@ class CheckpointManager:
                 raise not_found(self._view.run)
             self._base.forget()
             return found[1]
-
-    def _go_on_from(self, step: Which | None, read: Callable[[Reader, Manifest], _T]) -> tuple[RefName, _T] | None:
-        checked_which(step)
-        self.wait()
-        try:
-            lineage, found = self._view.read(step, read, fall_back=step is None)
-        except StoreNotFoundError:
-            if step is not None:
-                raise
-            lineage, found = Lineage.empty(), None
-        if not self.read_only:
-            nothing = Origin.nothing(lineage)
-            self._use(nothing if found is None else Origin.restored(self._view.run, lineage, *found[:2]))
-        return None if found is None else (found[0], found[2])
-
-    def _use(self, origin: Origin) -> Attempt:
-        """Make an attempt that goes on from `origin`; it takes the run over when its first save is written."""
-        if self._attempt is not None:
-            self._attempt.close()
-        self._attempt = Attempt(
-            self._store, self._run_name, origin, policy=self._policy, threads=self._threads, baseline=self._base
-        )
-        self._last_step = self._attempt.last_step
-        return self._attempt
 
     # -- saving
 
@@ -357,60 +311,28 @@ class CheckpointManager:
         if self.read_only:
             raise ReadOnlyError("this manager is read-only; saving needs one without read_only=True")
         with self._calls.call():
-            self._raise_error()
+            self._saves.raise_failure(self._store.backend.url)
             step = checked_step(step)
             numbers = checked_metrics(metrics)
-            attempt = self._attempt or self._use(Origin.latest(self._view.run.lineage()))
-            self._pending = {step: future for step, future in self._pending.items() if not future.done()}
-            if if_exists == "skip" and step in self._pending:
-                return self._pending[step]
-            if if_exists == "skip" and (ref := attempt.existing(step)) is not None:
-                return resolved(Checkpoint.of(self._run_name, ref))
-            attempt.check_step(step, self._last_step, if_exists, self._pending)
+            attempt = self._position.attempt
+            if if_exists == "skip":
+                if (pending := self._saves.future(step)) is not None:
+                    return pending
+                if (ref := attempt.existing(step)) is not None:
+                    return resolved(Checkpoint.of(attempt.run, ref))
+            attempt.check_step(step, if_exists, self._saves.steps)
             report = SaveReport(step=step)
-            future: Future[Checkpoint] = Future()
-            future.set_running_or_notify_cancel()  # from here on cancel() has no effect
-            if self._skip_backlog and self._queue.full:
-                log.warning("step %d was skipped: as many saves as may wait are being written still", step)
-                future.set_exception(BacklogFullError(f"step {step} was not saved: earlier saves are being written"))
-                return future
-            started = time.perf_counter()
-            self._queue.wait_for_room()
-            report.spent("wait", time.perf_counter() - started)
+            if (skipped := self._saves.make_room(report)) is not None:
+                return skipped
             make_snapshot = stage(step, app, numbers, report, base=self._base, allow_pickle=self._allow_pickle)
-            self._last_step = step if self._last_step is None else max(step, self._last_step)
-            self._queue.put(partial(self._write, make_snapshot, report, if_exists, future))
-            self._pending[step] = future
-            return future
-
-    # -- background work
+            return self._saves.put(partial(self._write, attempt, make_snapshot, report, if_exists), report)
 
     def _write(
-        self, make_snapshot: Callable[[], Snapshot], report: SaveReport, if_exists: IfExists, future: Future[Checkpoint]
-    ) -> None:
-        attempt = self._attempt
-        assert attempt is not None
-        try:
-            ref = attempt.write(make_snapshot(), report, if_exists)
-        except BaseException as error:
-            log.error("saving step %d failed: %s", report.step, error)
-            if self._last_step == report.step:
-                self._last_step = attempt.last_step  # it may be tried again
-            self._error = error
-            future.set_exception(error)
-            if isinstance(error, KeyboardInterrupt):
-                raise  # saved in the foreground, see BackgroundQueue
-        else:
-            self._reports.append(report)
-            self._base.trim(report.changed_bytes)
-            future.set_result(Checkpoint.of(self._run_name, ref))
-
-    def _raise_error(self) -> None:
-        error, self._error = self._error, None
-        if isinstance(error, IncckptError) and not isinstance(error, OSError):
-            raise error
-        if error is not None:
-            raise SaveError(f"an earlier save to {self._store.backend.url} failed: {error}") from error
+        self, attempt: Attempt, make_snapshot: Callable[[], Snapshot], report: SaveReport, if_exists: IfExists
+    ) -> Checkpoint:
+        ref = attempt.write(make_snapshot(), report, if_exists)
+        self._base.trim(report.changed_bytes)
+        return Checkpoint.of(attempt.run, ref)
 
     def delete(self, step: SupportsIndex) -> bool:
         """Delete the checkpoints of `step`, abandoned and unreadable ones included, and what only they need.
@@ -432,14 +354,11 @@ class CheckpointManager:
         with self._calls.call():
             self.wait()
             with self._store.backend.freeing():
-                attempt = self._attempt or self._use(Origin.latest(self._view.run.lineage()))
-                deleted = attempt.delete(checked_step(step))
-            self._last_step = attempt.last_step
-            return deleted
+                return self._position.attempt.delete(checked_step(step))
 
     def wait(self) -> None:
         """Wait until no save is pending; failures show at the next `save` or `close`."""
-        self._queue.wait()
+        self._saves.wait()
 
     # -- inspecting
 
@@ -472,7 +391,7 @@ class CheckpointManager:
     @property
     def history(self) -> list[SaveReport]:
         """What the last saves of this manager did, oldest first."""
-        return list(self._reports)
+        return list(self._saves.reports)
 
     @property
     def host_bytes(self) -> tuple[int, int]:
@@ -492,13 +411,12 @@ class CheckpointManager:
         if self._calls.closed or self._calls.forked:  # what there is to let go of is the parent's
             return
         with self._calls.call():
-            self._queue.stop()
-            if self._attempt is not None:
-                self._attempt.close()
+            self._saves.stop()
+            self._position.close()
             self._view.close()
             self._store.close()
             self._calls.closed = True
-        self._raise_error()
+        self._saves.raise_failure(self._store.backend.url)
 
     def __enter__(self) -> Self:
         return self
@@ -514,4 +432,4 @@ class CheckpointManager:
             log.error("while leaving after %r: %s", exc, error)  # the user should see the exception under way
 
     def __repr__(self) -> str:
-        return f"CheckpointManager({self._store.backend.url!r}, run={self._run_name!r})"
+        return f"CheckpointManager({self._store.backend.url!r}, run={self._view.run.name!r})"

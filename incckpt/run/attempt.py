@@ -230,16 +230,15 @@ class Attempt:
 
     # -- checkpoints
 
-    def check_step(
-        self, step: int, last: int | None, if_exists: IfExists = "error", pending: Collection[int] = ()
-    ) -> None:
-        """Check that a checkpoint of `step` can be saved after that of `last`, with those of `pending` on their way.
+    def check_step(self, step: int, if_exists: IfExists = "error", pending: Collection[int] = ()) -> None:
+        """Check that a checkpoint of `step` can be saved, with those of the steps `pending` on their way.
 
         Raises
         ------
         OptionError
         """
         RefName.new(self._number, step)
+        last = max((one for one in (self.last_step, *pending) if one is not None), default=None)
         if last is None or step > last:
             return
         where = f"run {self._run.name!r} at {self._store.backend.url}"
@@ -280,7 +279,7 @@ class Attempt:
             wanted = took_the_place or (replaces and ref.step == snapshot.step)
             if ref.step >= snapshot.step and not wanted:
                 self._expire([ref.name])
-        self.check_step(snapshot.step, self.last_step, if_exists)
+        self.check_step(snapshot.step, if_exists)
         try:
             ref, manifest = self._writer.write(self._after_the_replaced(snapshot), report)
         except SupersededError:

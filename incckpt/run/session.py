@@ -81,7 +81,7 @@ class Session:
             step = 0 if attempt.last_step is None else attempt.last_step + 1
         if if_exists == "skip" and (existing := attempt.existing(step)) is not None:
             return Checkpoint.of(self._run, existing)
-        attempt.check_step(step, attempt.last_step, if_exists)
+        attempt.check_step(step, if_exists)
         layout = Layout.of(flat.sizes, flat.kinds, DEFAULT_CHUNK_BYTES)
         contents = live_contents(flat, layout)
         packed = PackedStage(DEFAULT_CHUNK_BYTES, keep=False).stage(flat.packed)

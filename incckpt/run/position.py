@@ -1,0 +1,89 @@
+"""Where a process stands in its run: what it has read of it, and the attempt that goes on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from incckpt.errors import StoreNotFoundError
+from incckpt.retention import Policy
+from incckpt.run.attempt import Attempt, Origin
+from incckpt.run.choose import Which, checked_which
+from incckpt.run.reader import Reader
+from incckpt.run.view import RunView
+from incckpt.staging.baseline import Baseline
+from incckpt.store.lineage import Lineage
+from incckpt.store.manifest import Manifest
+from incckpt.store.refs import RefName
+from incckpt.store.store import Store
+
+__all__ = ["Position"]
+
+_T = TypeVar("_T")
+
+
+class Position:
+    """Where a process stands in its run. It is moved by reading a checkpoint, while nothing is written.
+
+    Parameters
+    ----------
+    store
+        Of the run; it stays open.
+    view
+        What the run is read through.
+    policy, threads, baseline
+        Of the attempts, see `Attempt`.
+    read_only
+        Whether nothing will be written.
+    """
+
+    def __init__(
+        self, store: Store, view: RunView, *, policy: Policy | None, threads: int, baseline: Baseline, read_only: bool
+    ) -> None:
+        self._store = store
+        self._view = view
+        self._policy = policy
+        self._threads = threads
+        self._baseline = baseline
+        self._read_only = read_only
+        self._attempt: Attempt | None = None
+
+    @property
+    def attempt(self) -> Attempt:
+        """The attempt that goes on from here: from the latest checkpoint, where none was read."""
+        return self._attempt or self._use(Origin.latest(self._view.run.lineage()))
+
+    def read(self, step: Which | None, read: Callable[[Reader, Manifest], _T]) -> tuple[RefName, _T] | None:
+        """Read a checkpoint, and go on from it; return its name and what `read` made of it.
+
+        Without `step` it is the latest that is sound; ``None`` if there is none.
+        """
+        checked_which(step)
+        try:
+            lineage, found = self._view.read(step, read, fall_back=step is None)
+        except StoreNotFoundError:
+            if step is not None:
+                raise
+            lineage, found = Lineage.empty(), None
+        if not self._read_only:
+            nothing = Origin.nothing(lineage)
+            self._use(nothing if found is None else Origin.restored(self._view.run, lineage, *found[:2]))
+        return None if found is None else (found[0], found[2])
+
+    def close(self) -> None:
+        """Let go of threads."""
+        if self._attempt is not None:
+            self._attempt.close()
+
+    def _use(self, origin: Origin) -> Attempt:
+        """Make an attempt that goes on from `origin`; it takes the run over when its first save is written."""
+        self.close()
+        self._attempt = Attempt(
+            self._store,
+            self._view.run.name,
+            origin,
+            policy=self._policy,
+            threads=self._threads,
+            baseline=self._baseline,
+        )
+        return self._attempt
