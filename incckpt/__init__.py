@@ -4,17 +4,24 @@
 training loop, restores in place and prunes by policy.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from incckpt import errors
-from incckpt.api import load, save
-from incckpt.collection import collect
 from incckpt.errors import IncckptError
-from incckpt.manager import CheckpointManager
-from incckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast
-from incckpt.run.checkpoint import Checkpoint
-from incckpt.run.report import SaveReport
-from incckpt.run.verify import Verified, VerifyResult, verify
-from incckpt.state.rng import RngState
-from incckpt.store.plan import CollectionPlan
+
+if TYPE_CHECKING:
+    from incckpt.api import load, save
+    from incckpt.collection import collect
+    from incckpt.inspection.description import Description, describe
+    from incckpt.inspection.listing import list_checkpoints
+    from incckpt.manager import CheckpointManager
+    from incckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast
+    from incckpt.run.checkpoint import Checkpoint
+    from incckpt.run.report import SaveReport
+    from incckpt.run.verify import Verified, VerifyResult, verify
+    from incckpt.state.rng import RngState
+    from incckpt.store.plan import CollectionPlan
 
 __version__ = "0.2.0.dev0"
 
@@ -22,6 +29,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointManager",
     "CollectionPlan",
+    "Description",
     "IncckptError",
     "KeepAll",
     "KeepBest",
@@ -33,8 +41,39 @@ __all__ = [
     "VerifyResult",
     "__version__",
     "collect",
+    "describe",
     "errors",
+    "list_checkpoints",
     "load",
     "save",
     "verify",
 ]
+
+# What is public, by module. Modules are imported when a name of theirs is first used: `incckpt --help` and programs
+# that only catch errors need not wait for torch.
+_HOMES = {
+    "api": ("load", "save"),
+    "collection": ("collect",),
+    "inspection.description": ("Description", "describe"),
+    "inspection.listing": ("list_checkpoints",),
+    "manager": ("CheckpointManager",),
+    "retention": ("KeepAll", "KeepBest", "KeepEvery", "KeepLast"),
+    "run.checkpoint": ("Checkpoint",),
+    "run.report": ("SaveReport",),
+    "run.verify": ("Verified", "VerifyResult", "verify"),
+    "state.rng": ("RngState",),
+    "store.plan": ("CollectionPlan",),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'incckpt' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"incckpt.{module}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,78 @@
+"""Exit codes, and errors as one line."""
+
+from __future__ import annotations
+
+import click
+
+from incckpt import errors
+
+__all__ = ["EXIT_CODES", "Exit", "code_of", "message_of"]
+
+
+class Exit:
+    """What the command's exit codes mean."""
+
+    OTHER = 1
+    USAGE = 2
+    NOT_FOUND = 3
+    DAMAGED = 4
+    REFUSED = 5
+    BACKEND = 6
+    MISSING_EXTRA = 7
+    INTERRUPTED = 130
+
+
+EXIT_CODES = {
+    0: "all is well",
+    Exit.OTHER: "anything else",
+    Exit.USAGE: "the command line or an option is not usable",
+    Exit.NOT_FOUND: "there is no such store, run or checkpoint",
+    Exit.DAMAGED: "something is damaged, or of a later version",
+    Exit.REFUSED: "refused: no permission, read-only, or another process writes the run",
+    Exit.BACKEND: "the store could not be reached, or failed",
+    Exit.MISSING_EXTRA: "an optional package is not installed",
+    Exit.INTERRUPTED: "interrupted",
+}
+
+# The first class that fits counts.
+_CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (click.exceptions.Abort, Exit.INTERRUPTED),
+    (KeyboardInterrupt, Exit.INTERRUPTED),
+    (click.ClickException, Exit.USAGE),
+    (errors.OptionError, Exit.USAGE),
+    (errors.StateMismatchError, Exit.USAGE),
+    (errors.MissingExtraError, Exit.MISSING_EXTRA),
+    (errors.StoreNotFoundError, Exit.NOT_FOUND),
+    (errors.CheckpointNotFoundError, Exit.NOT_FOUND),
+    (errors.FormatError, Exit.DAMAGED),
+    (errors.CorruptionError, Exit.DAMAGED),
+    (errors.CollectionError, Exit.DAMAGED),
+    (errors.BackendPermissionError, Exit.REFUSED),
+    (errors.ReadOnlyError, Exit.REFUSED),
+    (errors.SupersededError, Exit.REFUSED),
+    (errors.DistributedError, Exit.REFUSED),
+    (errors.BackendError, Exit.BACKEND),
+)
+
+
+def code_of(error: BaseException) -> int:
+    """Return the exit code for an error."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), Exit.OTHER)
+
+
+def message_of(error: BaseException) -> str:
+    """Return what to tell the user, in one line: what happened, and what to do."""
+    if isinstance(error, (KeyboardInterrupt, click.exceptions.Abort)):
+        return "interrupted"
+    if isinstance(error, click.ClickException):
+        text = error.format_message()
+        context = getattr(error, "ctx", None)
+        if context is not None:
+            text = f"{text.rstrip('.')}; see '{context.command_path} --help'"
+    elif isinstance(error, errors.IncckptError):
+        # Of a BackendError with an errno, str() shows that number and the path besides the message.
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    else:
+        kind = type(error).__name__
+        text = f"{kind}: {error}; this is a bug in incckpt, please report it with what --debug shows"
+    return " ".join(text.split())
