@@ -1,7 +1,7 @@
 """A store in a container of Azure Blob Storage.
 
-The options are adlfs's; the requests are made with Azure's own client, which adlfs uses too: adlfs's file system keeps
-every instance alive until the interpreter exits, and then waits for an event loop that a forked child does not have.
+Options are those of adlfs, but requests go through Azure's own client, which adlfs uses too: adlfs keeps every file
+system alive until the interpreter exits, and then waits for an event loop that a forked child does not have.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _OPTIONS = {
     "account_host": None,
     "credential": None,
 }
-"""adlfs's options, and the variables that stand in for those not given."""
+"""adlfs's options, and the environment variables that stand in for missing ones."""
 
 _CLIENT: dict[str, Any] = {
     "retry_total": 0,
@@ -65,7 +65,7 @@ _CLIENT: dict[str, Any] = {
 }
 _CONNECTING = 15  # seconds
 _PARALLEL_RANGES = 4  # for a value larger than one get
-_FOLDER = "hdi_isfolder"  # metadata of what stands for a folder where the account has real ones
+_FOLDER = "hdi_isfolder"  # metadata that marks a folder, in accounts with a hierarchical namespace
 _CAUSES = {
     NO_SUCH_ROOT: "there is no such container: create it, or correct the URL",
     "AuthorizationPermissionMismatch": "the identity has no role for blob data here: see docs/backends.md",
@@ -84,12 +84,12 @@ def open_url(url: str, storage_options: Mapping[str, Any]) -> Backend:
     Parameters
     ----------
     storage_options
-        adlfs's, and ``request_timeout``.
+        Those of adlfs, and ``request_timeout``.
 
     Raises
     ------
     OptionError
-        If the URL names no container, or an option is not known.
+        If the URL names no container, or an option is unknown.
     """
     match = _URL.fullmatch(url)
     if match is None:
@@ -104,7 +104,7 @@ def open_url(url: str, storage_options: Mapping[str, Any]) -> Backend:
 
 
 class _Transport(AioHttpTransport):  # type: ignore[misc]
-    """Sends bodies as streams: aiohttp would send bytes in one go, and hold up the event loop meanwhile."""
+    """Streams bodies, since aiohttp sends bytes in one go and blocks the event loop meanwhile."""
 
     async def send(self, request: Any, **options: Any) -> Any:
         if isinstance(request.data, bytes):
@@ -132,11 +132,11 @@ class AzureBackend(RemoteBackend[_Session]):
     Parameters
     ----------
     container, path
-        Where the root is; slashes around `path` do not count.
+        The root; slashes around `path` are ignored.
     storage_options
-        adlfs's: ``account_name``, and ``account_key``, ``sas_token``, ``credential`` (an asynchronous one of
-        azure-identity), ``client_id`` with ``client_secret`` and ``tenant_id``, or ``anon``; or ``connection_string``.
-        What is not given comes from the environment, as in adlfs; then from the machine's identity.
+        Those of adlfs: ``account_name`` with ``account_key``, ``sas_token``, ``credential`` (an asynchronous one of
+        azure-identity), ``client_id``, ``client_secret`` and ``tenant_id``, or ``anon``; or ``connection_string``.
+        Missing ones come from the environment, as in adlfs, and then from the machine's identity.
     timeout, min_rate
         As in :class:`~incckpt.backends.remote.RemoteBackend`.
     """
@@ -266,7 +266,7 @@ class AzureBackend(RemoteBackend[_Session]):
         return None
 
     def _answer(self, exc: HttpResponseError) -> RequestFailed:
-        named = getattr(exc, "error_code", None) or ""  # one of an enumeration, where the service documents it
+        named = getattr(exc, "error_code", None) or ""  # a member of an enumeration if the service documents it
         code = str(getattr(named, "value", named))
         status, message = exc.status_code or 0, str(exc.message).partition("\n")[0]
         if code == "BlobAlreadyExists":
@@ -280,7 +280,7 @@ class AzureBackend(RemoteBackend[_Session]):
         return RequestFailed(status, code, message)
 
     def _is_transient(self, exc: Exception) -> bool:
-        if isinstance(exc, HttpResponseError):  # without a status: an answer that could not be read to its end
+        if isinstance(exc, HttpResponseError):  # no status: the answer could not be read to its end
             return exc.status_code is None
         return isinstance(exc, _CONNECTION_ERRORS)
 
@@ -304,7 +304,7 @@ _CONNECTION_ERRORS = (
 
 
 def _service(options: Mapping[str, Any]) -> tuple[BlobServiceClient, Any]:
-    """Return a client and the identity that it uses, if any, chosen as adlfs chooses."""
+    """Return a client and its identity, if any, chosen as adlfs does."""
     given: dict[str, Any] = {
         name: options.get(name) or os.environ.get(variable or "") for name, variable in _OPTIONS.items()
     }

@@ -38,12 +38,12 @@ __all__ = [
 ReadableBuffer: TypeAlias = bytes | bytearray | memoryview
 
 REMOTE_REQUESTS: Final = 32
-"""Requests that should be in flight at once to a store behind a network; so many connections are kept for each."""
+"""Requests to keep in flight to a remote store; as many connections are kept for each."""
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-"""`errno` of a `BackendError` that says that there is no space left."""
+"""The `errno` of a `BackendError` if no space is left."""
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_=@+-][A-Za-z0-9._=@+-]{0,254}")  # 255 bytes is the longest name of most file systems
-_MAX_KEY = 900  # S3 allows 1,024 bytes, of which the root's own prefix takes a part
+_MAX_KEY = 900  # S3 allows 1,024 bytes, the root's own prefix included
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Entry:
     size
         Bytes.
     modified
-        Seconds since the epoch by the *server's* clock, or ``None`` where the server does not tell.
+        Seconds since the epoch by the *server's* clock, or ``None`` if the server does not say.
     """
 
     key: str
@@ -69,7 +69,7 @@ class Entry:
 class Leftover:
     """What no listing of keys shows: a temporary file, an open multipart upload, an empty folder.
 
-    One younger than an hour may belong to a put that is under way: only `modified`, by the server's clock, tells.
+    One younger than an hour, by the server's clock, may belong to a put in progress.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Leftover:
 
 
 def is_key(key: str) -> bool:
-    """Whether `key` may be used as one; listings pass over what is not (a hidden file, a console's folder marker)."""
+    """Whether `key` is a valid key; listings skip other names (a hidden file, a console's folder marker)."""
     return len(key) <= _MAX_KEY and all(_SEGMENT.fullmatch(part) for part in key.split("/"))
 
 
@@ -87,7 +87,7 @@ def validate_key(key: str) -> str:
     Raises
     ------
     OptionError
-        Naming the key.
+        If it is not; names the key.
     """
     if is_key(key):
         return key
@@ -104,12 +104,12 @@ def validate_prefix(prefix: str) -> str:
     return prefix
 
 
-_FRAGMENT = re.compile(r"#[A-Za-z0-9._=+-]*(@[A-Za-z0-9]*)?$")  # ours, of a run and step
+_FRAGMENT = re.compile(r"#[A-Za-z0-9._=+-]*(@[A-Za-z0-9]*)?$")  # our own: a run and step
 _NO_PORT = re.compile(r"^[^\[].*:[0-9]*[^0-9]")
 
 
 def redact(url: str) -> str:
-    """Return `url` without what may be secret: the user and password before the host, the query, the fragment."""
+    """Return `url` without what may be secret: user and password, query and fragment."""
     head, separator, rest = url.partition("://")
     if not separator:
         return url
@@ -126,7 +126,7 @@ def redact(url: str) -> str:
 
 
 class PagedListing(Iterator[Entry]):
-    """A listing that can go on after an error: when a page fails, the next ``next()`` asks for that page again.
+    """A listing that survives errors: if fetching a page fails, the next ``next()`` fetches that page again.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ class PagedListing(Iterator[Entry]):
     def __next__(self) -> Entry:
         while True:
             for entry in self._page:
-                if is_key(entry.key):  # a console's folder marker, say, is not one of ours
+                if is_key(entry.key):  # a console's folder marker is none
                     return entry
             if not self._more:
                 raise StopIteration
@@ -155,16 +155,16 @@ class PagedListing(Iterator[Entry]):
 class Backend(ABC):
     """Bytes by key below one root.
 
-    All methods are synchronous and may be called from any thread, many at once, and from a process forked from the one
-    that made the backend. A request that fails raises a :class:`~incckpt.errors.BackendError` naming the key, whose
-    ``transient`` says whether repeating may help; nothing else escapes but programming errors.
+    All methods are synchronous. Any thread may call them, many at once, and so may a fork of the process that made the
+    backend. A failed request raises a :class:`~incckpt.errors.BackendError` that names the key, and whose ``transient``
+    says whether a retry may help. Only programming errors raise anything else.
 
     Consistency: a successful `put`, `create` or `delete` is seen by every later `get`, `head` and `list`, from
     anywhere.
 
-    Durability: what `head` and `list` report, that a key is there and also that it is not, is durable when they report
-    it, even if the call that made it so has not returned yet, in whatever process: a save relies on an object that it
-    finds as on one that it has put. `get` promises nothing of the kind.
+    Durability: when `head` or `list` reports that a key exists, or that it does not, this is durable, even if the call
+    that caused it, in whatever process, has not returned yet. A save relies on objects that it finds as on those that
+    it put. `get` makes no such promise.
 
     Keys are checked by every method (:func:`validate_key`; `OptionError`). No key may also be the folder of another
     (``a`` beside ``a/b``): object stores would take both, file systems cannot.
@@ -174,13 +174,13 @@ class Backend(ABC):
     url
         The root, without credentials; for messages.
     exclusive
-        Whether `create` has exactly one winner among any number of processes, as far as is known: a server may take
-        a condition and ignore it, which `probe_exclusive` finds out. Where it is ``False`` the store may be written
-        by one process only.
+        Whether `create` has exactly one winner among any number of processes, as far as is known: a server may accept
+        a condition and ignore it, which `probe_exclusive` detects. If ``False``, only one process may write to the
+        store.
     writable
         Whether anything can be put.
     remote
-        Whether a request crosses a network (so that many should be in flight at once).
+        Whether a request crosses a network, so that many should be in flight at once.
     """
 
     url: str
@@ -190,15 +190,15 @@ class Backend(ABC):
 
     @property
     def place(self) -> str:
-        """The same for every spelling of one root, as far as can be told without a request. May hold credentials."""
+        """The root, in one form for all its spellings, as far as known without a request. May hold credentials."""
         return self.url
 
     @abstractmethod
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """Return bytes ``[start, end)`` of the value, clipped at its end; all of it by default.
 
-        ``0 <= start``; ``end`` is at least ``start``. A value is seen either whole or not at all: never a part of a
-        put that is under way. A transfer that ends early is an error (transient), never a short result.
+        ``0 <= start``; ``end`` is at least ``start``. Readers see a whole value or none, never part of a put in
+        progress. A transfer that ends early is a transient error, never a short result.
 
         Raises
         ------
@@ -207,9 +207,9 @@ class Backend(ABC):
         """
 
     def get_into(self, key: str, parts: Sequence[memoryview]) -> int:
-        """Fill `parts` with the value, one after the other, without memory of the value's size besides if possible.
+        """Read the value into `parts`, in order, without a second copy of it in memory if possible.
 
-        What they hold is undefined if it raises, or if the value is not as long as they are together.
+        If it raises, or if the value is not exactly as long as all `parts`, their content is undefined.
 
         Parameters
         ----------
@@ -219,7 +219,7 @@ class Backend(ABC):
         Returns
         -------
         int
-            Bytes of the value; or, if it is longer than `parts`, any number beyond theirs.
+            The value's length in bytes; if it exceeds that of `parts`, any number that does.
 
         Raises
         ------
@@ -242,7 +242,7 @@ class Backend(ABC):
         """
 
     def put_many(self, values: Sequence[tuple[str, ReadableBuffer]]) -> None:
-        """Store values at their keys, as `put` does, together if that is cheaper; if it raises, any may be there."""
+        """Put several values, together if that is cheaper; if it raises, any of them may be stored."""
         for key, data in values:
             self.put(key, data)
 
@@ -250,9 +250,9 @@ class Backend(ABC):
     def create(self, key: str, data: ReadableBuffer) -> None:
         """Store `data` at `key` if the key does not exist, in one atomic request; durable when it returns.
 
-        Of any number of concurrent calls exactly one succeeds. After an error the outcome is unknown: read back. That
-        goes for `KeyExistsError` too, which a repeat of an own request raises whose reply was lost; and aiohttp, as
-        well as many a proxy, repeats a PUT by itself when a connection breaks.
+        Of any number of concurrent calls exactly one succeeds. After an error the outcome is unknown: read back. This
+        includes `KeyExistsError`: it may come from a repeat of the caller's own request, whose reply was lost. aiohttp
+        and many proxies repeat a PUT on their own when a connection breaks.
 
         Raises
         ------
@@ -260,7 +260,7 @@ class Backend(ABC):
             If the key exists; its value is untouched.
         UnsupportedOperationError
             If the store cannot do this exclusively and `exclusive` is still true. Once `probe_exclusive` has set it
-            to false, `create` looks first and then puts, which is no protection against a second writer.
+            to false, `create` looks first and then puts, which does not protect against a second writer.
         """
 
     @abstractmethod
@@ -274,14 +274,13 @@ class Backend(ABC):
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Yield every key that begins with `prefix` (a plain string prefix), in no particular order, each once.
 
-        Complete for keys that exist throughout the call, however many; never from a cache. Temporary files, unfinished
-        uploads and whatever else has a name that is no valid key are passed over. A prefix that matches nothing yields
-        nothing.
+        Complete for keys that exist throughout the call, however many; never from a cache. Skips temporary files,
+        unfinished uploads and all other names that are not valid keys. A prefix that matches nothing yields nothing.
         """
 
     @abstractmethod
     def head(self, key: str) -> Entry:
-        """Return size and time of `key`.
+        """Return the size and modification time of `key`.
 
         Raises
         ------
@@ -290,10 +289,10 @@ class Backend(ABC):
         """
 
     def probe_exclusive(self) -> bool:
-        """Find out whether `create` really is exclusive, by creating one random key below ``probe/`` twice.
+        """Test whether `create` really is exclusive, by creating a random key below ``probe/`` twice.
 
-        To be called once per store by whoever is going to write to it. Costs two puts and a delete; nothing where
-        `exclusive` is false already, or the backend knows.
+        Writers call this once per store. It costs two puts and a delete, or nothing if `exclusive` is already false or
+        the backend knows the answer.
 
         Returns
         -------
@@ -320,17 +319,17 @@ class Backend(ABC):
         return self.exclusive
 
     def reserve(self) -> None:  # noqa: B027 - most stores are never full
-        """Set space aside for `freeing`, once per store, where a store that is full may refuse to be freed."""
+        """Set space aside for `freeing`, once per store, if a full store may be unable to delete."""
 
     def freeing(self) -> AbstractContextManager[None]:
-        """While this lasts, writes of this thread that find no space left use what `reserve` has set aside.
+        """In this context, writes of this thread that find no space left use what `reserve` set aside.
 
-        Deleting takes small writes first, condemned lists and tombstones, or other processes would not be safe.
+        To be safe for other processes, a deletion first writes condemned lists and tombstones.
         """
         return nullcontext()
 
     def leftovers(self) -> Iterator[Leftover]:
-        """Yield what processes left behind that is not a key (of this root only). None by default."""
+        """Yield what interrupted processes left below this root besides keys; by default nothing."""
         return iter(())
 
     def remove_leftover(self, leftover: Leftover) -> None:
@@ -338,7 +337,7 @@ class Backend(ABC):
         raise OptionError(f"{self.url} has no leftovers to remove: {leftover.name!r}")
 
     def close(self) -> None:  # noqa: B027 - most backends have nothing to let go of
-        """Let go of connections and threads. The backend is not used afterwards; closing twice is no error."""
+        """Release connections and threads. Do not use the backend afterwards; closing twice is no error."""
 
     def __enter__(self) -> Self:
         return self

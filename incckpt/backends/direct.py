@@ -1,9 +1,9 @@
-"""Large bodies over blocking sockets: in the caller's thread, straight out of and into the memory that they are in.
+"""Transfers of large bodies over blocking sockets: in the caller's thread, without copies on the way.
 
-On the event loop every body of every request goes through one thread, in pieces that are allocated, copied and joined;
-that costs a processor two to three times what the kernel's share of a transfer does. Here a connection is the standard
-library's: the kernel copies from and to the caller's memory, and the interpreter's lock is free meanwhile. Who the
-request is from, and where it goes, is settled by the backend's own client, which signs it.
+On an event loop one thread handles all bodies: it allocates, copies and joins their pieces, which takes two to three
+times the processor time of the kernel's share of a transfer. Here the standard library's connections let the kernel
+copy from and to the caller's memory, while the interpreter's lock is free. The backend's own client signs each request
+first, and so determines its address and credentials.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from urllib.parse import urlsplit
 
 __all__ = ["Connections", "Patience", "Reply", "SignedRequest"]
 
-_PIECE = 1 << 20  # bytes between two looks at the clock
-_SMALL = 1 << 16  # bytes left of a body that are read to keep a connection rather than to close it
+_PIECE = 1 << 20  # bytes between checks of the deadline
+_SMALL = 1 << 16  # bytes: if no more of a body is unread, read it and keep the connection
 _STALE = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
 
 
 @dataclass(frozen=True, slots=True)
 class SignedRequest:
-    """A request that can be sent as it is."""
+    """A request ready to be sent."""
 
     method: str
     url: str
@@ -36,14 +36,14 @@ class SignedRequest:
 
 
 class Patience:
-    """The time that one request may take: a fixed one, and more for every byte that it moves.
+    """The time that one request may take: a fixed part, and more for every byte it moves.
 
     Parameters
     ----------
     seconds
-        The fixed time.
+        The fixed part.
     rate
-        Bytes per second below which moving bytes is taken for a stall.
+        Bytes per second; a slower transfer counts as stalled.
     """
 
     def __init__(self, seconds: float, rate: float) -> None:
@@ -52,16 +52,16 @@ class Patience:
         self.expect(0)
 
     def expect(self, nbytes: int) -> None:
-        """Start the clock again: from now, `nbytes` are still to come."""
+        """Restart the clock, with `nbytes` still to be moved."""
         self._until = time.monotonic() + self._seconds + nbytes / self._rate
 
     def left(self) -> float:
-        """Return the seconds that are left.
+        """Return the seconds left.
 
         Raises
         ------
         TimeoutError
-            If there are none.
+            If none are.
         """
         left = self._until - time.monotonic()
         if left <= 0:
@@ -70,7 +70,7 @@ class Patience:
 
 
 class Reply:
-    """A server's answer, its body still to come.
+    """A server's answer, with its body still unread.
 
     Attributes
     ----------
@@ -79,19 +79,19 @@ class Reply:
     headers
         Names in lower case.
     length
-        Bytes of the body that are still to come; ``None`` if the server does not say.
+        Bytes of the body still unread; ``None`` if the server does not say.
     """
 
     def __init__(self, reply: http.client.HTTPResponse, connection: http.client.HTTPConnection, wait: Patience) -> None:
         self._reply = reply
-        self._socket = connection.sock  # the connection lets go of it if the server is going to close
+        self._socket = connection.sock  # the connection drops its own reference if the server will close it
         self._wait = wait
         self.status = reply.status
         self.headers = {name.lower(): value for name, value in reply.headers.items()}
 
     @property
     def length(self) -> int | None:
-        """Bytes of the body that are still to come."""
+        """Bytes of the body still unread; ``None`` if the server does not say."""
         return self._reply.length
 
     def read(self, nbytes: int) -> bytes:
@@ -100,7 +100,7 @@ class Reply:
         return self._reply.read(nbytes)
 
     def read_into(self, parts: Sequence[memoryview]) -> int:
-        """Fill `parts`, ``uint8`` each, one after the other; returns how many bytes there were."""
+        """Read the body into `parts` (``uint8`` each), in order; return the number of bytes read."""
         done = 0
         for part in parts:
             at = 0
@@ -119,12 +119,12 @@ class Reply:
 
 
 class Connections:
-    """Connections to servers, kept for the next request. May be used from many threads.
+    """Connections to servers, kept for later requests and shared by threads.
 
     Parameters
     ----------
     limit
-        Requests at once, and connections kept.
+        The most requests in flight.
     connecting
         Seconds that making a connection may take.
     tls
@@ -141,17 +141,17 @@ class Connections:
 
     @contextmanager
     def request(self, request: SignedRequest, wait: Patience, body: memoryview | None = None) -> Iterator[Reply]:
-        """Send a request; yields the answer. It is sent again if a connection that was idle turns out to be closed.
+        """Send a request and yield the answer; if an idle connection turns out to be closed, use another.
 
         Parameters
         ----------
         body
-            ``uint8[n]``; its length is for the request's headers to say.
+            ``uint8[n]``; the request's headers must state its length.
 
         Raises
         ------
         OSError, http.client.HTTPException
-            If there is none. `TimeoutError` if `wait` is over.
+            If there is no answer; `TimeoutError` once `wait` is over.
         """
         with self._slots:
             connection, reply = self._ask(request, wait, body)
@@ -169,7 +169,7 @@ class Connections:
                     connection.close()
 
     def close(self) -> None:
-        """Close what is idle now, and what is in use once it is not."""
+        """Close idle connections now, and each one in use after its request."""
         with self._lock:
             self._closed = True
             idle = [connection for kept in self._idle.values() for connection in kept]
@@ -200,7 +200,7 @@ class Connections:
                 connection.close()
                 if not used or not isinstance(error, _STALE):
                     raise
-                # The server closed an idle connection: that says nothing about it, and a new one will.
+                # The server had closed an idle connection. That is normal: try another.
 
     def _take(self, url: str) -> http.client.HTTPConnection:
         scheme, netloc, _, _, _ = urlsplit(url)
@@ -212,7 +212,7 @@ class Connections:
                 break
             if not _readable(connection):
                 return connection
-            connection.close()  # by the server, or out of step
+            connection.close()  # the server closed it, or it is out of step
         if scheme == "https":
             return http.client.HTTPSConnection(netloc, context=self._tls)
         return http.client.HTTPConnection(netloc)
@@ -233,13 +233,13 @@ def _send(connection: http.client.HTTPConnection, body: memoryview, wait: Patien
             connection.sock.settimeout(wait.left())
             connection.send(body[start : start + _PIECE])
     except ConnectionError:
-        # A server that refuses may say why, and hang up before it has all of the body.
+        # A server that refuses may answer and hang up before it has the whole body.
         if not _readable(connection):
             raise
 
 
 def _readable(connection: http.client.HTTPConnection) -> bool:
-    """Whether there is something to read from a connection where nothing is expected: its end."""
+    """Whether a read would not block: there is an early answer, or the connection is closed."""
     with suppress(OSError, ValueError):
         poll = select.poll()
         poll.register(connection.sock, select.POLLIN)

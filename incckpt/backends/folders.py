@@ -1,4 +1,4 @@
-"""The folders of a local store, and which of their names are known to be on the disk."""
+"""The folders of a local store, and which of them are known to be durable."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["NO_SUCH_CALL", "Folders"]
 logger = logging.getLogger(__name__)
 
 NO_SUCH_CALL = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
-_DURABLE_SECONDS = 1800.0  # half the age at which an empty folder may be removed, and another made in its place
+_DURABLE_SECONDS = 1800.0  # half the age at which a collection may remove an empty folder
 
 
 class Folders:
-    """Makes folders, and makes them and what is in them durable.
+    """Makes folders, and makes folders and their entries durable.
 
     Parameters
     ----------
@@ -33,13 +33,13 @@ class Folders:
     def __init__(self, root: str, calls: SystemCalls) -> None:
         self._root = root
         self.calls = calls
-        self._durable: dict[str, float] = {}  # folders whose own names were on the disk, and when
+        self._durable: dict[str, float] = {}  # folder -> when its own name was known to be on disk
         self._sync_refused = False
 
     def make(self, folder: str) -> None:
-        """Make a folder and those above it, and make their names durable.
+        """Make a folder and its parents, durably.
 
-        One that is there already may be another process's, not yet durable: its parent is synced too, once.
+        An existing folder may be another process's and not yet durable, so its parent is synced too, once.
         """
         if self._is_durable(folder):
             return
@@ -47,7 +47,7 @@ class Folders:
         parent = os.path.dirname(folder)
         if inside:
             self.make(parent)
-            with suppress(FileExistsError, FileNotFoundError):  # what follows finds out
+            with suppress(FileExistsError, FileNotFoundError):  # handled below
                 try:
                     self.calls.make_folder(folder)
                 except OSError as exc:
@@ -70,20 +70,20 @@ class Folders:
             self.sync(parent)
         except PermissionError:
             if made or inside:
-                raise  # above a root that was there before, folders need not be ours to read
+                raise  # but folders above an existing root need not be ours to read
         self._durable[folder] = time.monotonic()
 
     def forget(self) -> None:
-        """Forget which are durable: one was found missing."""
+        """Forget which folders are durable, since one has disappeared."""
         self._durable.clear()
 
     def settle(self, folder: str) -> None:
-        """Make durable what is in a folder, and its name."""
-        self.sync(folder)  # first: one that is not there has no name to be made durable
+        """Make a folder's entries and its own name durable."""
+        self.sync(folder)  # first: it fails if there is no such folder
         self._settle_name(folder)
 
     def _settle_name(self, folder: str) -> None:
-        """Make durable the names of a folder and of those above it, once each."""
+        """Make the names of a folder and its parents durable, once each."""
         if not self._is_durable(folder):
             parent = os.path.dirname(folder)
             if len(folder) > len(self._root):
@@ -94,20 +94,20 @@ class Folders:
     def _is_durable(self, folder: str) -> bool:
         """Whether a folder's name is known to be on the disk.
 
-        For a while only: when nothing has been put into it for an hour, somebody may remove it, and make it again.
+        Only for a while: after an hour a collection may remove an empty folder, and another process make it again.
         """
         since = self._durable.get(folder)
         return since is not None and time.monotonic() - since < _DURABLE_SECONDS
 
     def sync(self, folder: str) -> None:
-        """Make durable what is in a folder, where the file system can."""
+        """Make a folder's entries durable, if the file system can."""
         try:
             self.calls.sync_folder(folder)
         except OSError as exc:
             self.accept_unsynced(exc)
 
     def accept_unsynced(self, exc: OSError) -> None:
-        """Say once that folders cannot be synced, if that is why syncing one failed; raise `exc` if it is not."""
+        """Warn once if a sync failed because this file system cannot sync folders; else raise `exc`."""
         if exc.errno not in NO_SUCH_CALL:
             raise exc
         if not self._sync_refused:
@@ -120,4 +120,4 @@ class Folders:
         try:
             return stat.S_ISDIR(self.calls.stat(path).st_mode)
         except OSError:
-            return False  # the call that follows fails with the reason
+            return False  # the next call fails with the reason

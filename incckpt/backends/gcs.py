@@ -1,7 +1,7 @@
 """A store in a Google Cloud Storage bucket.
 
-gcsfs finds the credentials, the endpoint and the project; the requests are the JSON API's own, one per operation, so
-that every answer's status is known and nothing is retried out of sight.
+gcsfs finds the credentials, the endpoint and the project. Requests use the JSON API directly, one per operation, so
+that every status is known and nothing is retried unseen.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _CAUSES = {
 
 
 def open_url(url: str, storage_options: Mapping[str, Any]) -> Backend:
-    """Return the backend for ``gs://bucket/path``; `storage_options` are gcsfs's, and ``request_timeout``.
+    """Return the backend for ``gs://bucket/path``; `storage_options` are those of gcsfs, and ``request_timeout``.
 
     Raises
     ------
@@ -69,7 +69,7 @@ class _Session:
     """A gcsfs file system, for its credentials and endpoint, and connections of our own."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        # An empty project is none, without gcsfs's warning that buckets cannot be listed.
+        # An empty project means none, and avoids gcsfs's warning that buckets cannot be listed.
         project = os.environ.get("GOOGLE_CLOUD_PROJECT") or os.environ.get("GCLOUD_PROJECT") or ""
         access = {"project": project, "access": "read_write"}
         self._fs = GCSFileSystem(**{**access, **options, "use_listings_cache": False, "skip_instance_cache": True})
@@ -78,11 +78,11 @@ class _Session:
         self.root = self._fs.base.removesuffix("/storage/v1/")
 
     async def open(self) -> None:
-        """Make the connections' pool, and see to it that the token is good for this request."""
+        """Make the connection pool, and renew the token if it has expired."""
         if self._http is None:
             self._http = open_http(**self._fs.session_kwargs)
         headers: dict[str, str] = {}
-        await asyncio.to_thread(self._fs.credentials.apply, headers)  # may ask for a token, blocking
+        await asyncio.to_thread(self._fs.credentials.apply, headers)  # may block to fetch a token
         self._headers = headers
 
     async def close(self) -> None:
@@ -100,7 +100,7 @@ class _Session:
         headers: Mapping[str, str] | None = None,
         data: AsyncIterator[memoryview] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Make one request and give its answer, which is a success."""
+        """Make one request and yield its answer; raise unless it succeeded."""
         assert self._http is not None
         query = dict(parameters or {})
         if self._fs.requester_pays:
@@ -119,9 +119,9 @@ class GCSBackend(RemoteBackend[_Session]):
     Parameters
     ----------
     bucket, path
-        Where the root is; slashes around `path` do not count.
+        The root; slashes around `path` are ignored.
     storage_options
-        gcsfs's: ``token``, ``project``, ``requester_pays``, ``endpoint_url``, ``session_kwargs`` …
+        Those of gcsfs: ``token``, ``project``, ``requester_pays``, ``endpoint_url``, ``session_kwargs`` …
     timeout, min_rate
         As in :class:`~incckpt.backends.remote.RemoteBackend`.
     """
@@ -272,7 +272,7 @@ def _entry(key: str, resource: Mapping[str, Any]) -> Entry:
 
 
 def _failed(status: int, body: bytes) -> RequestFailed:
-    """Return what an answer says, which is JSON, or for a download plain text."""
+    """Return the failure that an answer describes, in JSON or (for a download) plain text."""
     text = body.decode(errors="replace")
     code = ""
     try:

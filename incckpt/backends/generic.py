@@ -1,6 +1,6 @@
-"""A store on any other file system that fsspec knows (sftp, smb, webdav, hdfs …), as well as that allows.
+"""A store on any other file system that fsspec knows (sftp, smb, webdav, hdfs …).
 
-What such a file system promises is not known, so this backend promises less than the contract, and says so once.
+Its guarantees are unknown, so this backend promises less than the contract, and logs that once.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _TIMES = ("mtime", "modified", "last_modified", "LastModified", "created")
 class GenericBackend(Backend):
     """Keys below a URL of any fsspec protocol.
 
-    ``exclusive`` is false: `create` looks and then writes. A put that is killed may leave a part of its value at the
-    key, and a reader may see that part. Durability is the file system's.
+    ``exclusive`` is false: `create` looks and then writes. A put that is killed may leave part of its value at the key,
+    and readers may see that part. Durability depends on the file system.
 
     Parameters
     ----------
@@ -146,7 +146,7 @@ class GenericBackend(Backend):
         return True
 
     def _open(self) -> tuple[Any, str]:
-        """Return this process's file system and what its paths begin with: an instance does not survive a fork."""
+        """Return this process's file system and the prefix of its paths; an instance does not survive a fork."""
         if self._instance is None or self._instance[0] != os.getpid():
             try:
                 fs, root = fsspec.core.url_to_fs(self._full_url, **self._options)
@@ -172,7 +172,7 @@ class GenericBackend(Backend):
         return Entry(key, int(info["size"] or 0), float(modified) if isinstance(modified, int | float) else None)
 
     def _scrub(self, text: str) -> str:
-        """Return a message of the file system's without the password that the URL may carry."""
+        """Return the file system's message without the password that the URL may contain."""
         return text.replace(self._full_url, self.url)
 
     def _error(self, exc: Exception, verb: str, key: str, *, missing_is_key: bool = True) -> BackendError:

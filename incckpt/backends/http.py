@@ -1,6 +1,6 @@
-"""A store behind a web server: reading only.
+"""A read-only store behind a web server.
 
-Checkpoints are found by listing, and HTTP has no listings; so the server must show its folders as HTML pages, as
+Checkpoints are found by listing, which HTTP does not offer. So the server must show its folders as HTML pages, as
 ``python -m http.server``, nginx (``autoindex on``), Apache (``Options +Indexes``) and Caddy (``browse``) do.
 """
 
@@ -51,7 +51,7 @@ _CAUSES = {
 
 
 def open_url(url: str, storage_options: Mapping[str, Any]) -> Backend:
-    """Return the backend for an HTTP URL; a user, password and query in it go with every request.
+    """Return the backend for an HTTP URL; its user, password and query go with every request.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def open_url(url: str, storage_options: Mapping[str, Any]) -> Backend:
     Raises
     ------
     OptionError
-        If the URL has no host, or an option is not known.
+        If the URL has no host, or an option is unknown.
     """
     options = dict(storage_options)
     limits = take_options(options, redact(url))
@@ -76,7 +76,7 @@ def open_url(url: str, storage_options: Mapping[str, Any]) -> Backend:
 
 
 class _Session:
-    """Connections to the server, and what goes with every request."""
+    """Connections to the server, and what every request carries."""
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self._parts = urlsplit(url)
@@ -84,7 +84,7 @@ class _Session:
         self._http: aiohttp.ClientSession | None = None
 
     async def open(self) -> None:
-        """Make the connections' pool."""
+        """Make the connection pool."""
         if self._http is None:
             self._http = open_http(**self._options)
 
@@ -97,7 +97,7 @@ class _Session:
     async def call(
         self, method: str, path: str, headers: Mapping[str, str] | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Make one request for `path` below the root, and give its answer, which is a success."""
+        """Request `path` below the root and yield the answer; raise unless it succeeded."""
         assert self._http is not None
         target = f"{self._parts.path.rstrip('/')}/{quote(path)}"
         url = URL(urlunsplit((self._parts.scheme, self._parts.netloc, target, self._parts.query, "")), encoded=True)
@@ -107,17 +107,17 @@ class _Session:
                     raise RequestFailed(reply.status, "", str(reply.reason))
                 yield reply
         except (aiohttp.ClientResponseError, aiohttp.InvalidURL) as exc:
-            # These show the whole URL, which may hold a password or a signature.
+            # Their messages show the whole URL, which may hold a password or a signature.
             raise RequestFailed(getattr(exc, "status", 0) or 400, type(exc).__name__, "") from None
 
 
 class HTTPBackend(RemoteBackend[_Session]):
-    """Keys below an HTTP URL, to be read only.
+    """Keys below an HTTP URL, read-only.
 
     Parameters
     ----------
     url
-        With whatever credentials it needs.
+        The root, with any credentials it needs.
     client_options
         For `aiohttp.ClientSession`.
     timeout, min_rate
@@ -160,7 +160,7 @@ class HTTPBackend(RemoteBackend[_Session]):
         return self._call("head", key, request)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        """As the contract says; costs a request for each folder and each key."""
+        """See `Backend.list`; costs a request for each folder and each key."""
         validate_prefix(prefix)
         return PagedListing(lambda token: self._page(prefix, token))
 
@@ -192,7 +192,7 @@ class HTTPBackend(RemoteBackend[_Session]):
             return Entry(key, int(size), parsedate_to_datetime(modified).timestamp() if modified else None)
 
     def _page(self, prefix: str, token: str | None) -> tuple[Sequence[Entry], str | None]:
-        """Return the keys of one folder; the token is the folders still to be seen, a line for each."""
+        """Return the keys in one folder. The token lists the folders still to be read, one per line."""
         folders = token.split("\n") if token is not None else [f"/{prefix}".rpartition("/")[0] + "/"]
         folder = folders.pop().removeprefix("/")
 
@@ -222,7 +222,7 @@ class HTTPBackend(RemoteBackend[_Session]):
         return entries, "\n".join(folders) or None
 
     async def _index(self, session: _Session, folder: str) -> Iterable[tuple[str, bool]]:
-        """Return the names in a folder, each with whether it is a folder; none if there is no such folder."""
+        """Return a folder's entries as (name, is a folder); none if there is no such folder."""
         try:
             async with session.call("GET", folder) as reply:
                 text = await reply.text(errors="replace") if reply.content_type == "text/html" else ""
@@ -240,7 +240,7 @@ class HTTPBackend(RemoteBackend[_Session]):
         return [(name, is_folder) for name, is_folder in found.items() if is_key(name)]
 
     def _refuse_folder_or_coding(self, key: str, reply: aiohttp.ClientResponse) -> None:
-        if reply.url.path.endswith("/"):  # where servers send those who ask for a folder
+        if reply.url.path.endswith("/"):  # servers redirect to this if the path is a folder
             raise self._missing(key)
         coding = reply.headers.get("Content-Encoding", "identity")
         if coding != "identity":
@@ -278,12 +278,12 @@ class HTTPBackend(RemoteBackend[_Session]):
 
 
 def links_below(url: str, page: str) -> dict[str, bool] | None:
-    """Return what the HTML page at `url`, a folder's index, links to directly below itself.
+    """Return the entries directly below `url` that its HTML page, a folder's index, links to.
 
     Returns
     -------
     dict or None
-        Name and whether it is a folder; ``None`` if the page does not look like an index.
+        Whether each name is a folder; ``None`` if the page does not look like an index.
     """
     parser = _Links()
     parser.feed(page)
@@ -303,7 +303,7 @@ def links_below(url: str, page: str) -> dict[str, bool] | None:
 
 
 class _Links(HTMLParser):
-    """Collects where a page's links lead, and its title and headings."""
+    """Collects the targets of a page's links, and its title and main headings."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)

@@ -1,10 +1,10 @@
 """A store in a local folder, durable against a power cut.
 
-A put writes a temporary file in the target's own folder, fsyncs it, gives it the key's name, and fsyncs the folder:
-in that order, so that a name never stands for bytes that a power cut can take. A create gives the name with
-``link``, which fails if the name is taken and is atomic on every file system that has it, NFS included; where there
-are no hard links, with the rename that refuses to replace; where there is neither (FAT, most FUSE mounts of buckets and
-drives), it looks first and then renames, once `LocalBackend.probe_exclusive` has found that out.
+A put writes a temporary file in the target's own folder, fsyncs it, renames it and fsyncs the folder. In that order, no
+name ever refers to bytes that a power cut can take. A create uses ``link`` in place of the rename: it fails if the name
+is taken, and is atomic wherever there are hard links, NFS included. Without hard links it uses a rename that refuses to
+replace. With neither (FAT, most FUSE mounts of buckets and drives) it looks first and then renames, once
+`LocalBackend.probe_exclusive` has detected that.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ _LIST_PASSES = 4
 
 
 class LocalBackend(Backend):
-    """Keys are files below a folder, which is made by the first put.
+    """Keys are files below a folder, which the first put makes.
 
     Parameters
     ----------
     root
         The folder; made absolute at once. A missing one lists as empty.
     calls
-        The system calls to use; tests put failing ones in.
+        The system calls to use; tests pass failing ones.
     """
 
     remote = False
@@ -131,7 +131,7 @@ class LocalBackend(Backend):
                 )
                 key, path = next(named, (values[0][0], files[0][1]))
                 raise self._error(exc, "put", key, path, missing_is_key=False) from exc
-            super().put_many(values)  # a folder was removed meanwhile, or cannot be synced: `put` knows what to do
+            super().put_many(values)  # a folder was removed meanwhile, or cannot be synced: `put` handles both
 
     def create(self, key: str, data: ReadableBuffer) -> None:
         path = self._path(key)
@@ -145,10 +145,10 @@ class LocalBackend(Backend):
             raise self._error(exc, "create", key, path, missing_is_key=False) from exc
 
     def probe_exclusive(self) -> bool:
-        """Find out what this file system has: hard links, a rename that refuses to replace, or neither.
+        """Test what this file system has: hard links, a rename that refuses to replace, or neither.
 
-        Mounts without hard links answer with whatever error they like (FUSE ones with EPERM, ENOSYS or EIO): any that
-        an empty file's second name meets is taken for that.
+        Mounts without hard links fail with various errors (FUSE with EPERM, ENOSYS or EIO). So any error of linking an
+        empty file counts as having none, unless it has nothing to do with the link.
         """
         if not self._probed:
             try:
@@ -275,7 +275,7 @@ class LocalBackend(Backend):
 
     @contextmanager
     def _open(self, key: str) -> Iterator[tuple[int, int]]:
-        """Open a value to be read; gives its descriptor and its size."""
+        """Open a value for reading; yield its descriptor and size."""
         path = self._path(key)
         try:
             fd = self._calls.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -317,7 +317,7 @@ class LocalBackend(Backend):
         return found.st_size
 
     def _walk(self, prefix: str) -> Iterator[tuple[str, Sequence[str]]]:
-        """Yield each folder that may hold keys with `prefix`, and the names in it that do and are not folders."""
+        """Yield each folder that may hold keys with `prefix`, and the names of its matching files."""
         folder, _, begin = prefix.rpartition("/")
         pending = [(os.path.join(self._root, folder) if folder else self._root, begin)]
         while pending:
@@ -332,10 +332,10 @@ class LocalBackend(Backend):
             yield current, names
 
     def _entries(self, folder: str) -> dict[str, bool]:
-        """Return the names in a folder, each with whether it is a folder; read again while it changes.
+        """Return whether each name in a folder is a folder; read again while the folder changes.
 
-        A name that is renamed over while a folder is being read may be shown twice or, on some file systems, not at
-        all; the second reading has it.
+        A name that a rename replaces during the reading may appear twice or, on some file systems, not at all; the
+        second reading has it.
         """
         found: dict[str, bool] = {}
         try:
@@ -358,7 +358,7 @@ class LocalBackend(Backend):
         self._finding_room(lambda: self._write_once(path, data, write))
 
     def _finding_room(self, work: Callable[[], None]) -> None:
-        """Do `work`, and again with what is reserved, if the disk is full and the work frees space."""
+        """Do `work`; if the disk is full and this thread frees space, release the reserve and try again."""
         try:
             work()
         except OSError as exc:
@@ -367,7 +367,7 @@ class LocalBackend(Backend):
             work()
 
     def _write_once(self, path: str, data: ReadableBuffer, write: Callable[[str, str, memoryview], None]) -> None:
-        """Call ``write(temporary, path, data)`` with its folder there, and have no temporary file left if it fails."""
+        """Make the folder, then call ``write(temporary, path, data)``; if it fails, remove the temporary file."""
         view = memoryview(data).cast("B")
         folder = os.path.dirname(path)
         self._folders.make(folder)
@@ -376,7 +376,7 @@ class LocalBackend(Backend):
         try:
             try:
                 write(temporary, path, view)
-            except FileNotFoundError:  # someone removed the folder since it was made: make it again
+            except FileNotFoundError:  # the folder was removed meanwhile: make it again
                 self._folders.forget()
                 self._folders.make(folder)
                 write(temporary, path, view)
@@ -392,9 +392,9 @@ class LocalBackend(Backend):
             raise
 
     def _without_sync(self, refused: OSError, write: Callable[[], None]) -> None:
-        """Write a file without making it durable, since that seems to be what was `refused`; if it works, go on so."""
+        """Write a file without syncing, which seems to be what was `refused`; if that works, never sync again."""
         calls = self._calls
-        if isinstance(calls, UnsyncedCalls):  # another thread has found out
+        if isinstance(calls, UnsyncedCalls):  # another thread got here first
             write()
             return
         self._calls = self._folders.calls = UnsyncedCalls(calls)
@@ -470,9 +470,9 @@ class LocalBackend(Backend):
             ) from exc
 
     def _settle(self, folder: str, verb: str, key: str) -> None:
-        """Make durable what was just seen in a folder: another process may have been about to.
+        """Make what was just seen in a folder durable: the process that put it may not have done so yet.
 
-        Where that is not allowed, what is there is not this process's to write to either.
+        Where this is not permitted, this process cannot write either, and so does not rely on it.
         """
         try:
             self._folders.settle(folder)

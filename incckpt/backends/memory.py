@@ -32,7 +32,7 @@ class MemoryBackend(Backend):
     Parameters
     ----------
     root
-        What stands behind ``memory://``.
+        What follows ``memory://``.
     """
 
     remote = False
@@ -61,7 +61,7 @@ class MemoryBackend(Backend):
             self._store(key, path, data)
 
     def probe_exclusive(self) -> bool:
-        """Return that it is."""
+        """Return `exclusive` without a test: the lock guarantees it."""
         return self.exclusive
 
     def delete(self, keys: Iterable[str]) -> None:

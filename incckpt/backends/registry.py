@@ -27,7 +27,7 @@ _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/?)")
 _FILE = re.compile(r"(?i)file:(//(localhost)?/|/(?!/))")
 _CACHES = frozenset({"blockcache", "cached", "filecache", "simplecache"})
 
-# scheme -> module below this package, the packages it needs, the extra that brings them (s3fs is always there)
+# scheme -> module in this package, the packages it needs, the extra that installs them (s3fs is always installed)
 _REMOTE = {
     "s3": ("s3", ("s3fs",), ""),
     "s3a": ("s3", ("s3fs",), ""),
@@ -48,20 +48,21 @@ def open_backend(url: str | os.PathLike[str], storage_options: Mapping[str, Any]
     Parameters
     ----------
     url
-        A path; ``file://`` (percent-encoded, as `pathlib.Path.as_uri` gives it), ``memory://``, ``s3://``, ``gs://``,
-        ``gcs://``, ``az://``, ``abfs://``, ``abfss://``, ``http://``, ``https://``, each taken whole, a ``#`` in it
-        included; a scheme that an installed package registers in the entry-point group
-        ``incckpt.backends`` (a callable taking the URL and the options, named after the scheme); or any other
-        protocol that fsspec knows, which can be written by one process only. What fails on the way to a remote store
-        and may pass is tried again, for up to three minutes.
+        A path, or a URL, in which a ``#`` has no special meaning. Schemes are ``file://`` (percent-encoded, as
+        `pathlib.Path.as_uri` gives it), ``memory://``, ``s3://``, ``gs://``, ``gcs://``, ``az://``, ``abfs://``,
+        ``abfss://``, ``http://`` and ``https://``; those that installed packages register in the entry-point group
+        ``incckpt.backends`` (a callable that takes the URL and the options, named after the scheme); and fsspec's other
+        protocols, where only one process may write to a store. Transient failures of a remote store are retried for up
+        to three minutes.
     storage_options
-        Passed to the file system (fsspec's names: ``key``, ``secret``, ``endpoint_url``, ``token`` …). For the
-        schemes named above, ``request_timeout`` is the seconds that a request may take besides moving bytes (60).
+        Passed to the file system (fsspec's names: ``key``, ``secret``, ``endpoint_url``, ``token`` …). For S3, GCS,
+        Azure and HTTP, ``request_timeout`` is the time in seconds that a request may take besides moving bytes,
+        60 by default.
 
     Raises
     ------
     OptionError
-        If the URL is not one that can be opened; names it.
+        If the URL cannot be opened; names it.
     MissingExtraError
         If the scheme needs a package that is not installed; names the extra.
     """
@@ -72,12 +73,12 @@ def open_backend(url: str | os.PathLike[str], storage_options: Mapping[str, Any]
 
 
 def check_url(text: str) -> None:
-    """Check that `text` is a path or a URL, and not what is left of one.
+    """Check that `text` is a path or a URL, and not a misspelt one.
 
     Raises
     ------
     OptionError
-        Naming it, and what would be one.
+        If it is not; names it, and what to write instead.
     """
     if not text or "\0" in text:
         raise OptionError(f"not a store: {text!r}; give a path or a URL such as s3://bucket/prefix")

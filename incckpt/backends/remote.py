@@ -1,7 +1,7 @@
-"""What the backends over a network share: a client per process, a deadline per request, errors by HTTP status.
+"""What the remote backends share: a client per process, a deadline per request, errors by HTTP status.
 
-Requests are coroutines on fsspec's event loop, in its own thread; the caller's thread waits. Each is tried once: the
-libraries' own retries are switched off, and :mod:`incckpt.backends.retry` repeats what may pass.
+Requests are coroutines on fsspec's event loop, which has its own thread; the caller's thread waits. Each is tried once:
+the libraries' own retries are off, and :mod:`incckpt.backends.retry` retries transient failures.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ _CLOSING = 10.0
 _PIECE = 1 << 20  # bytes
 
 _abandoned: list[object] = []
-"""Clients inherited over a fork. They are the parent's: closing or finalising them here would hang or cut its
-connections, so they are kept for ever."""
+"""Clients inherited across a fork. They belong to the parent: closing or finalising them here would hang or cut its
+connections, so they are kept forever."""
 
 
 class Deadline:
-    """The time that one request may take: a fixed patience, and more for every byte that it moves."""
+    """The time that one request may take: a fixed part, and more for every byte it moves."""
 
     def __init__(self, timeout: asyncio.Timeout, patience: float, rate: float) -> None:
         self._timeout = timeout
@@ -65,8 +65,8 @@ class Deadline:
         self._rate = rate
 
     def expect(self, nbytes: int) -> None:
-        """Start the clock again: from now, `nbytes` are still to come."""
-        if not self._timeout.expired():  # a part of the request may get here while the whole is being cancelled
+        """Restart the clock, with `nbytes` still to be moved."""
+        if not self._timeout.expired():  # part of a request may get here while all of it is being cancelled
             self._timeout.reschedule(asyncio.get_running_loop().time() + self._patience + nbytes / self._rate)
 
 
@@ -80,7 +80,7 @@ class RequestFailed(Exception):
     code
         The server's own name for the error, or an empty string.
     transient
-        Whether the same request may succeed when repeated; by default as the status says.
+        Whether the same request may succeed when repeated; by default, the status decides.
     """
 
     def __init__(self, status: int, code: str, message: str, *, transient: bool | None = None) -> None:
@@ -91,11 +91,11 @@ class RequestFailed(Exception):
 
 
 class CredentialsExpired(RequestFailed):
-    """The server says that the credentials are no longer good; new ones may be had from where they came."""
+    """The server says that the credentials have expired; their source may have new ones."""
 
 
 class _Connection(Generic[C]):
-    """A client and who is using it; everything but the making happens on the event loop."""
+    """A client and its number of users; used only on the event loop, once made."""
 
     def __init__(self, client: C) -> None:
         self.client = client
@@ -105,7 +105,7 @@ class _Connection(Generic[C]):
 
 
 class _RetiredError(Exception):
-    """The connection may not be used for new requests."""
+    """The connection takes no new requests."""
 
 
 Request: TypeAlias = Callable[[C, Deadline], Coroutine[Any, Any, T]]
@@ -121,7 +121,7 @@ class RemoteBackend(Backend, Generic[C]):
     timeout
         Seconds that a request may take besides moving bytes.
     min_rate
-        Bytes per second below which moving bytes is taken for a stall.
+        Bytes per second; a slower transfer counts as stalled.
     """
 
     def __init__(self, url: str, *, timeout: float = 60.0, min_rate: float = 128 * 1024) -> None:
@@ -136,28 +136,28 @@ class RemoteBackend(Backend, Generic[C]):
 
     @abstractmethod
     def _connect(self) -> C:
-        """Make a client, with credentials as they are now."""
+        """Make a client with the current credentials."""
 
     @abstractmethod
     def _failure(self, exc: Exception) -> RequestFailed | None:
-        """Return what the server answered, or ``None`` where there was no answer (a lost connection, say)."""
+        """Return the server's answer, or ``None`` if there was none (a lost connection, for example)."""
 
     @abstractmethod
     def _is_transient(self, exc: Exception) -> bool:
-        """Whether an exception other than an answer means that the connection failed, so that repeating may help."""
+        """Whether an exception other than an answer means that the connection failed, so that a retry may help."""
 
     @abstractmethod
     def _advice(self, failure: RequestFailed, verb: str) -> str:
         """Return the likely cause of an answer and what to do, or an empty string."""
 
     async def _open(self, client: C) -> None:
-        """Do what a client needs before a request, such as asking for credentials; nothing once it is done."""
+        """Prepare a client for a request, by fetching credentials for example; does nothing if it is prepared."""
 
     async def _disconnect(self, client: C) -> None:
-        """Let go of a client's connections."""
+        """Close a client's connections."""
 
     def _call(self, verb: str, key: str, request: Request[C, T], nbytes: int = 0) -> T:
-        """Run a request under a deadline that allows for `nbytes` to be sent; returns its result.
+        """Run a request and return its result; its deadline allows for `nbytes` to be sent.
 
         Raises
         ------
@@ -167,7 +167,7 @@ class RemoteBackend(Backend, Generic[C]):
         return self._connectedly(verb, key, lambda connection: self._on_loop(connection, request, nbytes))
 
     def _connectedly(self, verb: str, key: str, work: Callable[[_Connection[C]], T]) -> T:
-        """Return what `work` does with the connection. Expired credentials are renewed once, and it is called again.
+        """Call `work` with the connection and return its result; if credentials expire, renew them and call it again.
 
         Raises
         ------
@@ -190,7 +190,7 @@ class RemoteBackend(Backend, Generic[C]):
                 raise self._error(exc, failure, verb, key) from exc
 
     def _on_loop(self, connection: _Connection[C], request: Request[C, T], nbytes: int = 0) -> T:
-        """Run a request on the event loop; returns its result."""
+        """Run a request on the event loop and return its result."""
         future = asyncio.run_coroutine_threadsafe(self._bounded(connection, request, nbytes), get_loop())
         try:
             return future.result()
@@ -199,7 +199,7 @@ class RemoteBackend(Backend, Generic[C]):
             raise
 
     async def _bounded(self, connection: _Connection[C], request: Request[C, T], nbytes: int) -> T:
-        if connection.retired:  # by another thread, between our taking it and now
+        if connection.retired:  # by another thread, since we took it
             raise _RetiredError
         connection.users += 1
         try:
@@ -222,7 +222,7 @@ class RemoteBackend(Backend, Generic[C]):
             return self._connection
 
     def _retire(self, connection: _Connection[C]) -> None:
-        """Have no new request use a connection, and close it once those in flight are done."""
+        """Use a connection for no new request, and close it once those in flight are done."""
 
         async def retire() -> None:
             if not connection.retired:
@@ -291,10 +291,10 @@ class RemoteBackend(Backend, Generic[C]):
             raise self._cut_short(key, len(data), length)
         if reply.status == 206:
             return data if end is None else data[: max(0, end - start)]
-        return data[start:end]  # all of it: also from a server that does not know ranges
+        return data[start:end]  # the whole value, which a server that ignores ranges sends too
 
     def _look_then_put(self, key: str, data: ReadableBuffer) -> None:
-        """Do what is left of `create` where the server cannot do it: no protection against a second writer."""
+        """Stand in for `create` where the server lacks it; does not protect against a second writer."""
         try:
             self.head(key)
         except KeyNotFoundError:
@@ -311,7 +311,7 @@ class RemoteBackend(Backend, Generic[C]):
 
 
 def _is_unreachable(exc: BaseException) -> bool:
-    """Whether the reason is that no connection could be made; clients wrap that in errors of their own."""
+    """Whether no connection could be made; clients wrap that error in their own."""
     reason: BaseException | None = exc
     while reason is not None:
         if isinstance(reason, aiohttp.ClientConnectorError | ConnectionRefusedError | socket.gaierror):
@@ -335,9 +335,9 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def byte_range(start: int, end: int | None) -> dict[str, str]:
-    """Return the header that asks for bytes ``[start, end)``; none for all of a value.
+    """Return the header that requests bytes ``[start, end)``; none for a whole value.
 
-    An empty range cannot be asked for: its first byte is, and the caller cuts it off.
+    HTTP knows no empty ranges: the header requests one byte instead, which the caller cuts off.
     """
     if start == 0 and end is None:
         return {}
@@ -345,7 +345,7 @@ def byte_range(start: int, end: int | None) -> dict[str, str]:
 
 
 def open_http(**options: Any) -> aiohttp.ClientSession:
-    """Return a pool of connections whose requests have no deadlines but ours."""
+    """Return a connection pool that leaves the deadlines of requests to us."""
     defaults: dict[str, Any] = {
         "connector": aiohttp.TCPConnector(limit=REMOTE_REQUESTS),
         "timeout": aiohttp.ClientTimeout(total=None, sock_connect=CONNECTING),
@@ -356,7 +356,7 @@ def open_http(**options: Any) -> aiohttp.ClientSession:
 
 
 async def pieces(view: memoryview) -> AsyncIterator[memoryview]:
-    """Yield a body in parts, so that sending one does not hold up the event loop."""
+    """Yield a body in pieces, so that sending it does not block the event loop."""
     for start in range(0, len(view), _PIECE):
         yield view[start : start + _PIECE]
 
@@ -378,7 +378,7 @@ async def gather(function: Callable[[A], Coroutine[Any, Any, T]], arguments: Ite
 
 
 def take_options(options: MutableMapping[str, Any], url: str) -> dict[str, float]:
-    """Take this library's own options out of a file system's: ``request_timeout`` in seconds.
+    """Remove incckpt's own options from a file system's and return them: ``request_timeout``, in seconds.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Space that a local store keeps for what frees space: on a full disk, nothing could be deleted safely without it."""
+"""Space that a local store sets aside, since a safe deletion writes first, even on a full disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NBYTES = 256 << 10  # a condemned list takes about 100 bytes for each object
 
 
 class Reserve:
-    """A file that is given up when a write that frees space finds none, and written again afterwards.
+    """A file that is deleted when a deletion finds no space to write, and written again afterwards.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class Reserve:
         self._thread = threading.local()
 
     def keep(self, calls: SystemCalls) -> None:
-        """Write the file if it is not there; where there is no space for it, it can wait."""
+        """Write the file if it is missing; if that fails, only warn."""
         try:
             calls.write_new(self._path, memoryview(os.urandom(_NBYTES)))  # random: some file systems compress
         except FileExistsError:
@@ -43,7 +43,7 @@ class Reserve:
 
     @contextmanager
     def freeing(self, calls: SystemCalls) -> Iterator[None]:
-        """Let `release` give the file up in this thread for a while."""
+        """In this context, let this thread `release` the file."""
         if getattr(self._thread, "freeing", False):
             yield
             return
@@ -56,7 +56,7 @@ class Reserve:
                 self.keep(calls)
 
     def release(self, calls: SystemCalls) -> bool:
-        """Give the file up, if what this thread does frees space; return whether there is more space now."""
+        """Delete the file if this thread is `freeing` space; return whether there is more space now."""
         if not getattr(self._thread, "freeing", False):
             return False
         try:

@@ -1,4 +1,4 @@
-"""A backend that repeats what may pass."""
+"""A backend that retries transient failures."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_BATCH = 1_000  # keys of one delete that are repeated together
+_BATCH = 1_000  # keys of a delete that are retried together
 
 
 class RetryBackend(WrapperBackend):
-    """Repeats every operation of `inner` that fails with a transient error, waiting longer each time.
+    """Retries every operation of `inner` that fails with a transient error, waiting longer each time.
 
-    The wait before the n-th repetition is drawn evenly from 0 to ``first_wait * 2**(n - 1)``, at most `longest_wait`
-    (full jitter, which spreads out clients that failed together). Errors that are not transient pass at once.
+    The wait before retry n is drawn uniformly from 0 to ``first_wait * 2**(n - 1)``, at most `longest_wait` (full
+    jitter, which spreads out clients that failed together). Other errors are raised at once.
 
     Parameters
     ----------
     inner
-        The backend around which this one is.
+        The wrapped backend.
     limit
-        Seconds, from an operation's start, after which no further repetition is begun.
+        Seconds from an operation's start after which it is not retried.
     first_limit
-        The same while no answer has ever come: then the address is probably wrong.
+        The same until the first answer ever: without one, the address is probably wrong.
     first_wait, longest_wait
         Seconds.
     sleep, clock
@@ -74,10 +74,10 @@ class RetryBackend(WrapperBackend):
         self._repeat(lambda: self.inner.put(key, data))
 
     def create(self, key: str, data: ReadableBuffer) -> None:
-        """As the contract says; and a create of ours that was done although its reply was lost is a success.
+        """See `Backend.create`; also succeeds if an earlier attempt did, but its reply was lost.
 
-        When the key is taken, the value is read back: if it is `data`, an earlier attempt was done, of ours or of
-        whatever repeats requests on the way. So values that are created must differ between writers (hold a nonce) or
+        If the key is taken, the value is read back. If it is `data`, an earlier attempt succeeded: ours, or one by
+        something on the way that repeats requests. So created values must differ between writers (hold a nonce) or
         mean the same.
         """
 
@@ -115,7 +115,7 @@ class RetryBackend(WrapperBackend):
             yield entry
 
     def _holds(self, key: str, data: ReadableBuffer) -> bool:
-        """Whether the value of `key` is `data`; a key that is gone again is not."""
+        """Whether `key` exists and its value is `data`."""
         try:
             return self.inner.get(key) == memoryview(data).cast("B")
         except KeyNotFoundError:

@@ -1,8 +1,8 @@
-"""A store in an S3 bucket, of Amazon's or of a server that speaks its protocol.
+"""A store in an S3 bucket, at Amazon or at any server that speaks its protocol.
 
-s3fs makes the session (its options, credentials and endpoint); the requests are the S3 client's own, one per
-operation. Those with large bodies it only signs: :mod:`incckpt.backends.direct` sends them. Values always go up in one
-PUT: a multipart upload is where some servers ignore the condition of `create`, and where a kill leaves parts behind.
+s3fs makes the session (options, credentials, endpoint); requests use the S3 client directly, one per operation.
+Requests with large bodies it only signs: :mod:`incckpt.backends.direct` sends them. A value always goes up in one PUT:
+in multipart uploads some servers ignore the condition of `create`, and a kill leaves parts behind.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ _CAUSES = {
 
 
 def open_url(url: str, storage_options: Mapping[str, Any]) -> Backend:
-    """Return the backend for ``s3://bucket/path``; `storage_options` are s3fs's, and ``request_timeout``.
+    """Return the backend for ``s3://bucket/path``; `storage_options` are those of s3fs, and ``request_timeout``.
 
     Raises
     ------
     OptionError
-        If the URL names no bucket, or an option is not one of s3fs's.
+        If the URL names no bucket, or `request_timeout` is not usable.
     """
     match = _URL.fullmatch(url)
     if match is None:
@@ -91,9 +91,9 @@ class S3Backend(RemoteBackend[Session]):
     Parameters
     ----------
     bucket, path
-        Where the root is; slashes around `path` do not count.
+        The root; slashes around `path` are ignored.
     storage_options
-        s3fs's: ``key``, ``secret``, ``token``, ``profile``, ``anon``, ``endpoint_url``, ``client_kwargs``,
+        Those of s3fs: ``key``, ``secret``, ``token``, ``profile``, ``anon``, ``endpoint_url``, ``client_kwargs``,
         ``config_kwargs`` …
     timeout, min_rate
         As in :class:`~incckpt.backends.remote.RemoteBackend`.
@@ -128,7 +128,7 @@ class S3Backend(RemoteBackend[Session]):
                 raise self._cut_short(key, len(data), length)
             if "ContentRange" in reply:
                 return data if end is None else data[: max(0, end - start)]
-            return data[start:end]  # all of it: also from a server that does not know ranges
+            return data[start:end]  # the whole value, which a server that ignores ranges sends too
 
         return self._call("get", key, request)
 
@@ -148,7 +148,7 @@ class S3Backend(RemoteBackend[Session]):
             with session.connections().request(signed, wait) as reply:
                 length = reply.length
                 if reply.status != 200 or length is None:
-                    return None  # what the answer means is for the client to say, which asks again
+                    return None  # let the client ask again and interpret the answer
                 if length <= room:
                     wait.expect(length)
                     got = reply.read_into(_first(parts, length))
@@ -195,7 +195,7 @@ class S3Backend(RemoteBackend[Session]):
         return self._call("head", key, request)
 
     def leftovers(self) -> Iterator[Leftover]:
-        """Yield the multipart uploads under way below the root; this backend makes none, but other tools do."""
+        """Yield the unfinished multipart uploads below the root; this backend makes none, but other tools do."""
         markers: dict[str, str] = {}
         while True:
 
@@ -204,7 +204,7 @@ class S3Backend(RemoteBackend[Session]):
                     return await session.call("list_multipart_uploads", Prefix=self._root, **markers)  # noqa: B023
                 except botocore.exceptions.ClientError as exc:
                     if _status(exc) in (404, 501) and _code(exc) != NO_SUCH_ROOT:
-                        return {}  # a server that has no multipart uploads, or says so when there is none
+                        return {}  # there are none, or the server lacks multipart uploads
                     raise
 
             reply = self._call("list the uploads below", self._root, request)

@@ -1,4 +1,4 @@
-"""The client of an S3 store: s3fs's session, our settings, and requests that are signed for others to send."""
+"""The client of an S3 store: s3fs's session, our settings, and requests signed for direct sending."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _CONFIG: dict[str, Any] = {
 
 
 def client_config() -> dict[str, Any]:
-    """Return our settings for botocore's client, as s3fs takes them in ``config_kwargs``; only those that it knows."""
+    """Return our settings for botocore's client, for s3fs's ``config_kwargs``; only those that this botocore knows."""
     known = botocore.config.Config.OPTION_DEFAULTS
     return {name: value for name, value in _CONFIG.items() if name in known}
 
@@ -64,7 +64,7 @@ class Session:
     async def open(self) -> None:
         """Make the client, or make it again if its connections were closed."""
         try:
-            if self._fs.session is None:  # as s3fs would, but for the loader
+            if self._fs.session is None:  # as s3fs does, except for the loader
                 session = aiobotocore.session.AioSession(**self._fs.kwargs)
                 session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
                 self._fs.session = session
@@ -77,7 +77,7 @@ class Session:
         return await self._call(await self._fs.get_s3(self._bucket), operation, parameters)
 
     async def sign(self, operation: str, **parameters: Any) -> SignedRequest | None:
-        """Return the request that `call` would make; ``None`` if only the client itself can (through a proxy, say)."""
+        """Return `call`'s request, signed; ``None`` if only the client can send it (through a proxy, for example)."""
         client = await self._fs.get_s3(self._bucket)
         if self._direct is None:
             config, url = client.meta.config, client.meta.endpoint_url
@@ -91,7 +91,7 @@ class Session:
         except _SignedError as signed:
             request = signed.request
             if request.body not in (None, b"", parameters.get("Body")):
-                return None  # the client has wrapped the body, in check sums say
+                return None  # the client has wrapped the body, with checksums for example
             headers = {name: value for name, value in request.headers.items() if name.lower() != "expect"}
             return SignedRequest(request.method, request.url, headers)
         finally:
@@ -137,19 +137,25 @@ _signing: ContextVar[bool] = ContextVar("_signing", default=False)
 
 
 def _hand_over(request: Any, **_: Any) -> None:
-    """Keep the client from sending a request that was only to be signed."""
+    """Stop the client before it sends a request that it should only sign."""
     if _signing.get():
         raise _SignedError(request)
 
 
 @functools.cache
 def _loader(data_path: str | None) -> Any:
-    """Return what reads botocore's descriptions of services and keeps them: the next client takes half the time."""
+    """Return a loader that keeps botocore's service descriptions, so that the next client takes half the time."""
     return botocore.loaders.create_loader(data_path)
 
 
 def _tls(verify: bool | str) -> ssl.SSLContext:
-    """Return how to verify a server, as botocore does: by default certificates, a file of them, or not at all."""
+    """Return a context that verifies servers as botocore does.
+
+    Parameters
+    ----------
+    verify
+        Whether to verify them, or a file of certificates to do so by.
+    """
     context: ssl.SSLContext = botocore.httpsession.create_urllib3_context()
     if verify:
         context.check_hostname = True
@@ -161,7 +167,7 @@ def _tls(verify: bool | str) -> ssl.SSLContext:
 
 
 class Body(io.RawIOBase):
-    """A body as botocore takes it: it is asked for its length, and read only if it has to be signed."""
+    """A body for botocore, which asks for its length, and reads it only if it must sign it."""
 
     def __init__(self, view: memoryview) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The system calls that a local store is made of, as one object, so that a test can stand between.
+"""The system calls of a local store, as one object that tests can replace.
 
-:mod:`incckpt.testing.faults` has stand-ins that fail or kill the process at the n-th call, and one that models what
+:mod:`incckpt.testing.faults` has replacements that fail or kill the process at the n-th call, and one that models what
 survives a power cut.
 """
 
@@ -18,7 +18,7 @@ from incckpt.backends import _files
 __all__ = ["COMPOSED", "NativeCalls", "SystemCalls", "UnsyncedCalls"]
 
 COMPOSED = frozenset({"make_folder", "read_folder", "sync_folder", "write_new", "write_over"})
-"""The methods of `SystemCalls` that are made of others."""
+"""The methods of `SystemCalls` that combine others."""
 
 _AT_FDCWD = -100
 _LINUX_NOREPLACE = 1
@@ -27,7 +27,7 @@ _MACOS_EXCL = 4
 
 @cache
 def _exclusive_rename() -> Callable[[bytes, bytes], int] | None:
-    """Return the C library's rename that refuses to replace, called with two paths; ``None`` where it has none."""
+    """Return the C library's rename that refuses to replace, as a function of two paths; ``None`` if it has none."""
     libc = ctypes.CDLL(None, use_errno=True)
     if sys.platform == "darwin":
         renamex = getattr(libc, "renamex_np", None)
@@ -43,7 +43,7 @@ def _exclusive_rename() -> Callable[[bytes, bytes], int] | None:
 
 
 class SystemCalls:
-    """Each method is one system call, or is made of others here, raising `OSError` as :mod:`os` does."""
+    """Each method makes one system call, or combines other methods; it raises `OSError` as :mod:`os` does."""
 
     def open(self, path: str, flags: int, mode: int = 0o666) -> int:
         """Open a file or folder; `mode` is narrowed by the umask."""
@@ -54,7 +54,7 @@ class SystemCalls:
         os.close(fd)
 
     def write(self, fd: int, data: memoryview) -> int:
-        """Write at the descriptor's position; returns how many bytes went out, perhaps fewer than given."""
+        """Write at the descriptor's position; return the number of bytes written, perhaps fewer than given."""
         return os.write(fd, data)
 
     def pread(self, fd: int, nbytes: int, offset: int) -> bytes:
@@ -62,7 +62,7 @@ class SystemCalls:
         return os.pread(fd, nbytes, offset)
 
     def preadv(self, fd: int, buffer: memoryview, offset: int) -> int:
-        """Read at `offset` into `buffer`; returns how many bytes, perhaps fewer than it has room for, 0 at the end."""
+        """Read at `offset` into `buffer`; return the number of bytes read, perhaps fewer than fit, 0 at the end."""
         if hasattr(os, "preadv"):
             return os.preadv(fd, [buffer], offset)
         data = os.pread(fd, len(buffer), offset)
@@ -128,20 +128,20 @@ class SystemCalls:
             return list(entries)
 
     def make_folder(self, path: str) -> None:
-        """Make a folder, and its name durable; after an error it may be there."""
+        """Make a folder and sync its parent, which makes its name durable; after an error it may exist."""
         self.mkdir(path)
         self.sync_folder(os.path.dirname(path))
 
     def read_folder(self, path: str) -> tuple[list[tuple[str, bool]], int, int]:
-        """Return the names in a folder, each with whether it is a folder; and when it was changed, before and after."""
+        """Return a folder's entries as (name, is a folder), and its modification time before and after, in ns."""
         before = self.stat(path).st_mtime_ns
         names = [(entry.name, entry.is_dir()) for entry in self.scandir(path)]
         return names, before, self.stat(path).st_mtime_ns
 
     def write_new(self, path: str, data: memoryview) -> None:
-        """Make a file that does not exist yet, with `data` (flat bytes) as its content, durable.
+        """Create a file with `data` (flat bytes) as its content, durably.
 
-        After an error the file may be there, with a part of the data.
+        After an error other than `FileExistsError` the file may hold part of the data.
         """
         fd = self.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -161,9 +161,9 @@ class SystemCalls:
             self.close(fd)
 
     def write_over(self, files: Sequence[tuple[str, str, memoryview]]) -> None:
-        """Of each of `files`, temporary path, path and data: `write_new`, give it the name `path`, `sync_folder`.
+        """Write `files` (temporary path, path, data) durably, over existing ones: `write_new`, rename, `sync_folder`.
 
-        An error names one of the paths or their folder; files before that one are done.
+        An error names one of the paths or their folder; the files before that one are complete.
         """
         for temporary, path, data in files:
             self.write_new(temporary, data)
@@ -177,7 +177,7 @@ class SystemCalls:
 
 
 class NativeCalls(SystemCalls):
-    """The same, and what is made of several calls is done without handing over the interpreter's lock in between."""
+    """The same, but combined calls do not take the interpreter's lock in between."""
 
     def make_folder(self, path: str) -> None:
         """See `SystemCalls`."""
@@ -201,12 +201,12 @@ class NativeCalls(SystemCalls):
 
 
 class UnsyncedCalls(SystemCalls):
-    """Those of a file system that cannot make anything durable: syncing does nothing.
+    """Calls for a file system that cannot sync: syncing does nothing.
 
     Parameters
     ----------
     calls
-        What the other calls go to.
+        Makes all other calls.
     """
 
     def __init__(self, calls: SystemCalls) -> None:

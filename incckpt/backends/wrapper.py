@@ -1,4 +1,4 @@
-"""A backend around another: everything is passed on until a subclass says otherwise."""
+"""A backend around another, which passes on whatever a subclass does not override."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class WrapperBackend(Backend):
     Attributes
     ----------
     inner
-        The backend around which this one is.
+        The wrapped backend.
     """
 
     def __init__(self, inner: Backend) -> None:
@@ -52,7 +52,7 @@ class WrapperBackend(Backend):
 
     def probe_exclusive(self) -> bool:
         if self.remote:
-            return super().probe_exclusive()  # by requests, which go through the wrapper as all others do
+            return super().probe_exclusive()  # by requests, so that they too go through the wrapper
         return self.inner.probe_exclusive()
 
     def delete(self, keys: Iterable[str]) -> None:

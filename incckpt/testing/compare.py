@@ -33,8 +33,8 @@ def assert_same_state(left: object, right: object) -> None:
 def difference(left: Any, right: Any, path: str = "state") -> str:
     """Return where `left` and `right` first differ, or an empty string.
 
-    They are the same if they have the same types, nesting, order and keys, and tensors the same dtype, shape, stride,
-    flags and bits. Two namedtuples of one name and the same fields are of one type.
+    Types, nesting, order and keys count, and for tensors dtype, shape, stride, flags and bits. Namedtuple types with
+    the same name and fields count as one.
     """
     named = isinstance(left, tuple) and hasattr(left, "_fields") and hasattr(right, "_fields")
     if named and (type(left).__name__, left._fields) != (type(right).__name__, right._fields):
@@ -54,7 +54,7 @@ def difference(left: Any, right: Any, path: str = "state") -> str:
 
 
 def aliases(state: Any) -> list[tuple[int, int]]:
-    """Return for each tensor and array, in order, the memory it lies in (numbered) and where there (bytes)."""
+    """Return for each tensor and array, in order, the number of its block of memory and its offset there in bytes."""
     spans = [span for leaf in _leaves(state) if (span := _span(leaf))]
     table = np.array(spans, np.uint64).reshape(-1, 3)
     groups = overlap_groups(table[:, 0], table[:, 2], np.zeros(len(spans), np.int64)).tolist()
@@ -65,7 +65,7 @@ def aliases(state: Any) -> list[tuple[int, int]]:
 
 
 def _facts(value: Any) -> object:
-    """Return all that matters of `value` but for its children, comparable by ``==``."""
+    """Return all that matters of `value` except its children, in a form that ``==`` compares."""
     match value:
         case torch.Tensor():
             bits = (value.requires_grad, value.is_conj(), value.is_neg())
@@ -96,16 +96,16 @@ def _facts(value: Any) -> object:
 
 
 def _in_order(item: object) -> str:
-    """Return a text for an element of a set; ``repr`` shows frozensets in the order of their hash table."""
+    """Return a text for an element of a set, unlike ``repr`` the same for equal frozensets."""
     if isinstance(item, (tuple, frozenset)):
         parts = map(_in_order, item)
         return f"{type(item).__name__}({', '.join(sorted(parts) if isinstance(item, frozenset) else parts)})"
-    text = hex(item) if type(item) is int else repr(item)  # Python writes no decimal number of over 4,300 digits
+    text = hex(item) if type(item) is int else repr(item)  # Python refuses to write over 4,300 decimal digits
     return f"{type(item).__name__}({text})"
 
 
 def _raw_bytes(value: torch.Tensor | npt.NDArray[Any]) -> bytes:
-    """Return the elements in row-major order, padding inside of them included."""
+    """Return the elements in row-major order, including padding inside them."""
     if isinstance(value, torch.Tensor):
         return raw_view(value).cpu().numpy().tobytes()
     return raw_array(value).tobytes() if value.nbytes else b""

@@ -1,6 +1,6 @@
 """What every backend must do, as pytest classes.
 
-A package that brings a backend checks it in a few lines::
+A package with a backend of its own checks it in a few lines::
 
     class TestMyBackend(BackendConformance):
         @pytest.fixture
@@ -67,17 +67,17 @@ _RANGES: list[tuple[int, int | None]] = [
 
 
 class ReadConformance:
-    """Reading: also for backends that cannot write, which give a `writer` over the same root."""
+    """Reading. Read-only backends override `writer` with a backend over the same root."""
 
     many_keys = 1_005
-    """Keys in the listing test: one page of S3, GCS and Azure has 1,000 to 5,000."""
+    """Keys in the listing test; a page has 1,000 keys at S3, and up to 5,000 elsewhere."""
 
     large_value = 64 << 20
     """Bytes of the largest value."""
 
     @pytest.fixture
     def writer(self, backend: Backend) -> Backend:
-        """Return what writes the values that the reading tests look for; the backend itself by default."""
+        """Return the backend that writes the values to be read; by default the tested one."""
         return backend
 
     def test_get_returns_what_was_put(self, backend: Backend, writer: Backend) -> None:
@@ -106,7 +106,7 @@ class ReadConformance:
                 assert room == b"\0" + value + b"\0", name
 
     def test_get_into_parts_of_another_length(self, backend: Backend, writer: Backend) -> None:
-        """A caller that is wrong about the length hears of it, and nothing is written beyond the parts."""
+        """The caller learns that the length is wrong, and nothing is written beyond the parts."""
         writer.put("ten", b"0123456789")
         room = bytearray(30)
         for nbytes in (0, 1, 9):
@@ -209,13 +209,13 @@ class BackendConformance(ReadConformance):
     """Reading and writing."""
 
     creators = 20
-    """Threads that race for one key."""
+    """Threads that race to create one key."""
 
     @pytest.fixture
     def plain_get(self, backend: Backend) -> Callable[[str], bytes] | None:
-        """Return what reads a value by another way than the backend, or ``None`` (the default) where there is none.
+        """Return a function that reads a value without the backend, or ``None`` (the default) if there is none.
 
-        A fault that is the same in `put` and in `get` shows to it alone.
+        Only such a reader detects a fault that `put` and `get` share.
         """
         return None
 
@@ -233,7 +233,7 @@ class BackendConformance(ReadConformance):
                 assert plain_get(f"{way}/{name}") == value, (way, name)
 
     def test_put_many(self, backend: Backend) -> None:
-        """It replaces what is there, takes any buffer, and nothing at all."""
+        """It replaces values, and takes any buffers, or none at all."""
         backend.put("many/old", b"old")
         values: list[tuple[str, ReadableBuffer]] = [
             ("many/old", bytearray(b"new")),
@@ -251,7 +251,7 @@ class BackendConformance(ReadConformance):
                 backend.put_many([("many/fine", b"1"), (key, b"2")])
 
     def test_create_has_one_winner(self, backend: Backend) -> None:
-        """Exactly one create of several at once succeeds, and its bytes are the ones kept."""
+        """Of several creates at once exactly one succeeds, and its bytes stay."""
         if not backend.exclusive:
             pytest.skip(f"{backend.url} does not promise exclusive creation")
         barrier = threading.Barrier(self.creators)
@@ -303,7 +303,7 @@ class BackendConformance(ReadConformance):
         assert [entry.key for entry in backend.list()] == ["k"]
 
     def test_put_is_atomic_under_readers(self, backend: Backend) -> None:
-        """A reader sees one whole value or another whole value, never a mixture or a part."""
+        """A reader sees one value or the other, whole, never a mixture or a part."""
         values = [bytes([letter]) * (200_000 + letter) for letter in range(8)]
         backend.put("k", values[0])
         done = threading.Event()

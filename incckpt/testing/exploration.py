@@ -1,7 +1,7 @@
-"""Every order in which processes can make their requests, tried exactly: model checking of the code itself.
+"""Model checking of the code itself: tries every order in which processes can make their requests.
 
-A process is a deterministic function of the replies that it has had, so its next request is found by running it again
-from the start with those replies, and a state of the whole is the server's content and how far each process has come.
+A process is a deterministic function of the replies it has received. So its next request is found by running it from
+the start with those replies, and a state consists of the server's content and the progress of each process.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ __all__ = ["Explored", "Explorer"]
 
 
 class _Reached(BaseException):
-    """A replayed process has come to a request that has not been answered yet."""
+    """A replayed process has reached a request that has no reply yet."""
 
 
 @dataclass(slots=True)
 class _Point:
-    """How far a process has come: its next request (``None``: it has ended), and what it told on the way there."""
+    """The progress of a process: its next request (``None`` at its end), and the events since the one before."""
 
     before: tuple[int, Reply] | None
     request: Request | None
@@ -43,7 +43,7 @@ class _Point:
 
 
 class _Replayed:
-    """A program as a table: from the replies so far to the next request."""
+    """A program as a table from the replies so far to the next request."""
 
     def __init__(self, name: str, number: int, program: Program) -> None:
         self.name = name
@@ -54,7 +54,7 @@ class _Replayed:
         self._add(None)
 
     def follow(self, point: int, reply: Reply) -> int:
-        """Return the point where the process is after `reply`."""
+        """Return the point that the process reaches after `reply`."""
         after = self.points[point].after
         found = after.get(reply)
         if found is None:
@@ -75,7 +75,7 @@ class _Replayed:
         def exchange(request: Request) -> Reply:
             nonlocal asked, told, reached
             if reached is not None:
-                raise _Reached  # a clean-up on the way out: this process is not running any more
+                raise _Reached  # clean-up code on the way out: the process has stopped
             if asked == len(replies):
                 reached = request
                 raise _Reached
@@ -98,8 +98,8 @@ class _Replayed:
 class _State:
     server: Server
     points: tuple[int, ...]
-    deleted: tuple[int, ...]  # how many keys of the delete under way are gone, by process
-    copies: tuple[Request, ...]  # requests whose client has given up, and that may still be done
+    deleted: tuple[int, ...]  # by process, how many keys its delete in progress has removed
+    copies: tuple[Request, ...]  # requests that may still be done, although their clients have given up
     faults: int
     advances: int
     told: frozenset[object]
@@ -124,7 +124,7 @@ class _State:
 
 
 class _Label(NamedTuple):
-    """What a step was, for people."""
+    """A step, described for people."""
 
     who: str
     request: Request | None = None
@@ -144,11 +144,11 @@ class Explored:
     Attributes
     ----------
     states
-        Different states seen.
+        Distinct states seen.
     steps
-        Steps taken from one state to the next, each of them a request or a fault.
+        Steps from one state to the next, each a request or a fault.
     histories
-        Different sequences of replies that processes had.
+        Distinct sequences of replies that processes received.
     complete
         Whether every state within the bounds was seen.
     """
@@ -168,42 +168,42 @@ class Explored:
 
 
 class _MetConflictError(Exception):
-    """A request conflicts with another process's that was taken for independent."""
+    """A request conflicts with one of another process that was taken for independent."""
 
 
 class Explorer:
     """Tries every order in which processes can make their requests.
 
-    Orders that no process can tell apart are tried once: a request is done at once when it
-    conflicts with none that any other process makes, in any order. Which those are turns out on the way; where a
-    request was taken for such a one wrongly, the exploration starts again.
+    Orders that no process can tell apart are tried once: a request is done at once if it conflicts with no request
+    that any other process ever makes. Those become known on the way; if a request turns out to have been wrongly
+    treated so, the exploration starts again.
 
     Parameters
     ----------
     server
-        What there is at the start.
+        The server at the start.
     programs
-        The processes, by name. Each must be deterministic but for the replies it gets.
+        The processes, by name. Each must be a deterministic function of its replies.
     check
-        Called in every state with the server and all that processes have told so far; raises `Violation`.
+        Called in every state with the server and all events so far; raises `Violation`.
     changed
-        Called with the server before and after every step that changes it; what it returns is told, too.
+        Called with the server before and after every step that changes it; returns further events.
     faults
-        How many faults there may be: a request dropped, its reply lost, or done later than its process waits.
+        The most faults in one order: a request dropped, its reply lost, or done after its process stopped waiting.
     faulty
-        Which they are of ``dropped`` (an error, and nothing done), ``lost`` (done, and an error), ``late`` (an error,
-        and done later) and ``again`` (a delete is answered, and done once more later).
+        Which kinds of fault: ``dropped`` (an error, and not done), ``lost`` (done, and an error), ``late`` (an error,
+        and done later), ``again`` (a delete is answered, and done once more later).
     faulty_at
-        How the keys begin at which there are faults.
+        Prefixes of the keys at which faults occur.
     advances
-        How often the server's clock may jump by `jump` seconds. No copy of a put or create outlives that.
+        How often the server's clock may jump by `jump` seconds. No copy of a put or create outlives a jump.
     switches
-        How often a process may be interrupted by another that could go on; unlimited by default.
+        How often another process may take over from one that could go on; by default without limit.
     limit
-        States after which to give up.
+        Number of states after which to give up.
     opening
-        Names of processes, each of which goes on to its next pause before the exploration begins; each process once,
-        in their order, by default.
+        Names of processes, each of which runs to its next pause before the exploration begins; by default each process
+        once, in their order.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ class Explorer:
         Raises
         ------
         Violation
-            With the steps that led to it.
+            If a promise is broken; lists the steps that led there.
         """
         explored = Explored()
         while True:
@@ -286,9 +286,9 @@ class Explorer:
         explored.states = len(seen)
 
     def _is_private(self, number: int, request: Request, advances: int) -> bool:
-        """Whether no other process can tell when `request` is done, as far as is known."""
+        """Whether no other process can tell when `request` is done, as far as known."""
         if request.op in WRITES and advances and request.keys[0].startswith(self._first.server.timed):
-            return False  # it leaves its time
+            return False  # its time shows
         for other, process in enumerate(self._processes):
             if len(process.requests) != self._checked[other]:
                 self._checked[other] = len(process.requests)

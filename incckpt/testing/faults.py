@@ -1,6 +1,6 @@
 """Backends that fail, count, or lose power on demand.
 
-A test says *at which operation* something happens, as data::
+A test states as data *at which operation* something happens::
 
     store = FaultyBackend(MemoryBackend("t"), [
         Fault("put", "objects/*", nth=3, do=Fail(BackendError("no", transient=True))),
@@ -8,7 +8,7 @@ A test says *at which operation* something happens, as data::
         Fault(nth=17, do=Kill()),                                                # any operation, the 17th
     ])
 
-For a local store the same is done one level lower, at each system call: `StopAt` and `UnsyncedDisk`.
+For a local store, `StopAt` and `UnsyncedDisk` do the same one level lower, at each system call.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Operation:
     keys
         The key, the prefix of a listing, or the keys of a delete.
     nbytes
-        Length of what was sent or received; 0 for the other operations.
+        Bytes sent; 0 for operations that send no value.
     """
 
     name: str
@@ -66,24 +66,24 @@ class Operation:
 
 
 class Action(Protocol):
-    """What a fault does: one or both of the two halves around the operation."""
+    """What a fault does, before and after the operation."""
 
     def before(self, operation: Operation) -> None:
-        """Run before the inner backend is asked."""
+        """Run before the inner backend does the operation."""
 
     def after(self, operation: Operation) -> None:
-        """Run after the inner backend has done its work and before the caller hears of it."""
+        """Run after the inner backend has done the operation, and before the caller gets the result."""
 
 
 @dataclass
 class Fail:
-    """Raise; with ``after_work=True`` once the work is done, as when a reply is lost."""
+    """Raise an error; with ``after_work=True`` after the operation, as if its reply were lost."""
 
     error: BaseException = field(default_factory=lambda: BackendError("injected fault", transient=True))
     after_work: bool = False
 
     def before(self, operation: Operation) -> None:
-        """Raise the error unless the work is to be done first."""
+        """Raise the error, unless the operation comes first."""
         if not self.after_work:
             raise self.error
 
@@ -94,18 +94,18 @@ class Fail:
 
 @dataclass
 class Call:
-    """Call a function with the operation, before or after the work; what it raises, the caller gets."""
+    """Call a function with the operation, before or after it is done; what the function raises reaches the caller."""
 
     function: Callable[[Operation], object]
     after_work: bool = False
 
     def before(self, operation: Operation) -> None:
-        """Call unless the work is to be done first."""
+        """Call the function, unless the operation comes first."""
         if not self.after_work:
             self.function(operation)
 
     def after(self, operation: Operation) -> None:
-        """Call if it is to be after the work."""
+        """Call the function, if the operation comes first."""
         if self.after_work:
             self.function(operation)
 
@@ -117,7 +117,7 @@ def kill_process(*_: object) -> NoReturn:
 
 
 class Kill(Call):
-    """Kill this process, before or after the work."""
+    """Kill this process, before or after the operation."""
 
     def __init__(self, *, after_work: bool = False) -> None:
         super().__init__(kill_process, after_work)
@@ -125,14 +125,14 @@ class Kill(Call):
 
 @dataclass
 class Pause:
-    """Stop at the operation until the test says go on.
+    """Stop at the operation until the test resumes it.
 
     Attributes
     ----------
     reached
-        Set when the operation has come to the pause.
+        Set when the operation has reached the pause.
     resume
-        To be set by the test.
+        The test sets it to go on.
     """
 
     after_work: bool = False
@@ -141,12 +141,12 @@ class Pause:
     limit: float = 60.0
 
     def before(self, operation: Operation) -> None:
-        """Wait unless the work is to be done first."""
+        """Wait, unless the operation comes first."""
         if not self.after_work:
             self._wait(operation)
 
     def after(self, operation: Operation) -> None:
-        """Wait if it is to be after the work."""
+        """Wait, if the operation comes first."""
         if self.after_work:
             self._wait(operation)
 
@@ -163,11 +163,11 @@ class Fault:
     Attributes
     ----------
     op, key
-        Shell patterns for the operation's name and for one of its keys; everything by default.
+        Shell patterns for the operation's name and one of its keys; they match everything by default.
     nth
-        The first operation among those that match, from 1.
+        The first matching operation to strike, from 1.
     times
-        How many in a row from there; ``None`` means all that follow.
+        How many to strike in a row; ``None`` for all from there.
     do
         What happens.
     """
@@ -179,19 +179,19 @@ class Fault:
     do: Action = field(default_factory=Fail)
 
     def matches(self, operation: Operation) -> bool:
-        """Whether this fault is about such an operation."""
+        """Whether the patterns match `operation`."""
         return fnmatchcase(operation.name, self.op) and any(fnmatchcase(key, self.key) for key in operation.keys)
 
 
 class _ObservedBackend(WrapperBackend):
-    """Hands every operation to `_around`, a context in which the inner backend does the work."""
+    """Does every operation of the inner backend in the context `_around`."""
 
     @contextmanager
     def _around(self, operation: Operation) -> Iterator[None]:
         yield
 
     def _received(self, operation: Operation, nbytes: int) -> None:
-        """Hear how many bytes a `get` has brought."""
+        """Called with the number of bytes that a `get` received."""
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         operation = Operation("get", (key,))
@@ -231,14 +231,14 @@ class _ObservedBackend(WrapperBackend):
 
 
 class FaultyBackend(_ObservedBackend):
-    """Does what a script of faults says, at the operations that it names.
+    """Applies a script of faults to a backend's operations.
 
     Parameters
     ----------
     inner
         The backend that does the work.
     script
-        Every fault counts the operations that match it for itself; several may strike at once, in order.
+        Each fault counts its own matches. Several may strike the same operation, in order.
     """
 
     def __init__(self, inner: Backend, script: Sequence[Fault] = ()) -> None:
@@ -265,22 +265,22 @@ class FaultyBackend(_ObservedBackend):
 
     @property
     def struck(self) -> int:
-        """How many times a fault has struck; a test that expects one should look."""
+        """How many times a fault has struck; tests that expect one should check."""
         with self._lock:
             return sum(seen["struck"] for _, seen in self._script)
 
 
 class CountingBackend(_ObservedBackend):
-    """Keeps count of what was asked.
+    """Counts operations and bytes.
 
     Attributes
     ----------
     operations
         Every operation begun, in order.
     calls
-        How many of each name.
+        Number of operations by name.
     bytes_put, bytes_got
-        Bytes of values that were sent (attempted) and received.
+        Bytes of values sent (including failed attempts) and received.
     """
 
     def __init__(self, inner: Backend) -> None:
@@ -336,23 +336,23 @@ _SYSTEM_CALLS = frozenset(name for name in vars(SystemCalls) if not name.startsw
 
 
 class PowerCut(BaseException):
-    """The process is gone: no handler of `Exception` may catch this, and every later system call raises it again."""
+    """The process is dead. No handler of `Exception` catches this, and every later system call raises it again."""
 
 
 class StopAt(_WatchedCalls):
-    """Does something at the n-th system call, before it is made.
+    """Acts just before the n-th system call.
 
     Parameters
     ----------
     nth
-        From 1. With 0 nothing happens, and `count` tells how many calls there are.
+        From 1. With 0 nothing happens, and `count` tells how many calls were made.
     action
-        What to do: :func:`kill_process`, or raise; by default a `PowerCut`, after which every further call raises too.
-        An action that returns lets the call be made.
+        Called with the call's name, such as :func:`kill_process`. If it returns, the call is made. By default a
+        `PowerCut` is raised, by this and every later call.
     only
-        Shell pattern: count only the calls of this name (``fsync``, ``link`` …).
+        Shell pattern: counts only calls of matching names (``fsync``, ``link`` …).
     inner
-        The calls underneath.
+        Makes the calls.
     """
 
     def __init__(
@@ -373,7 +373,7 @@ class StopAt(_WatchedCalls):
 
     @property
     def count(self) -> int:
-        """How many calls have been counted."""
+        """Number of calls counted."""
         return len(self._names)
 
     @property
@@ -398,22 +398,22 @@ class StopAt(_WatchedCalls):
 
 
 class UnsyncedDisk(_WatchedCalls):
-    """A disk that keeps only what POSIX promises it keeps.
+    """A disk that keeps only what POSIX guarantees.
 
-    File content is durable as of the file's last fsync, a folder's entries as of that folder's last fsync. What was
-    there when the disk was made is durable.
+    A file's content is durable as of its last fsync, a folder's entries as of the folder's last fsync. Whatever existed
+    when the disk was made is durable.
 
     Parameters
     ----------
     root
-        An existing folder. The store may lie in a folder of it that does not exist yet.
+        An existing folder. The store may lie in a folder below it that does not exist yet.
     skip_fsync
-        The n-th fsync, from 1, is answered but does nothing: a mutation that a test must notice.
+        The number of an fsync, from 1, that succeeds but does nothing: a mutation that tests must detect.
 
     Attributes
     ----------
     fsyncs
-        How many fsyncs were asked for.
+        Number of fsyncs requested.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, skip_fsync: int = 0) -> None:
@@ -423,9 +423,9 @@ class UnsyncedDisk(_WatchedCalls):
         self.fsyncs = 0
         self._lock = threading.RLock()
         self._next = 0
-        self._ids: dict[tuple[int, int], int] = {}  # (device, inode) -> our number; inodes are used again, ours are not
-        self._content: dict[int, bytes] = {}  # durable content by number
-        self._entries: dict[str, dict[str, int | None]] = {}  # durable entries by folder; None: a folder
+        self._ids: dict[tuple[int, int], int] = {}  # (device, inode) -> our number, never reused as inodes are
+        self._content: dict[int, bytes] = {}  # number -> durable content
+        self._entries: dict[str, dict[str, int | None]] = {}  # folder -> durable entries by name; None: a folder
         self._opened: dict[int, str] = {}
         for folder, _, names in os.walk(self._root):
             for name in names:
@@ -435,13 +435,13 @@ class UnsyncedDisk(_WatchedCalls):
             self._entries[folder] = self._now(folder)
 
     def crash(self, *, keep_entries: bool = False) -> None:
-        """Rewrite the root to what survives a power cut.
+        """Reduce the root to what survives a power cut.
 
         Parameters
         ----------
         keep_entries
-            Otherwise the worst case: no entry made, replaced or removed since its folder's last fsync is there. With
-            ``True`` all entries happen to be on the disk already, but unsynced content is lost still.
+            Whether all changes of folders happen to be on disk already; unsynced content is lost all the same. By
+            default the worst case: every change since a folder's last fsync is undone.
         """
         with self._lock:
             if keep_entries:

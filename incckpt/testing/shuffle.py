@@ -1,6 +1,6 @@
-"""An order of requests drawn from a seed: many simulated processes, long stories.
+"""Random orders of requests, drawn from a seed: for many simulated processes and long runs.
 
-Each process runs in a thread of its own, one at a time.
+Each process has its own thread; one runs at a time.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ __all__ = ["Chances", "Shuffle", "SpawningProcess"]
 
 @dataclass(frozen=True)
 class Chances:
-    """How likely things are, each time that a request is about to be done.
+    """Probabilities of what happens when a request is about to be done.
 
     Attributes
     ----------
     dropped, lost, late, again
-        As for `Explorer`.
+        Of the faults of `Explorer`.
     lands
-        That one of the requests on their way is done first.
+        That a late request is done first.
     switch
-        That the process comes to stand at another place in the queue. The one at its head is run, so that processes run
-        in bursts, and are interrupted for long.
+        That the process moves to another place in the queue. The process at the head runs, so each runs in bursts with
+        long interruptions.
     """
 
     dropped: float = 0.0
@@ -41,15 +41,15 @@ class Chances:
 
 
 class _Thread:
-    """A process in a thread that runs only while the shuffle waits for it."""
+    """A process in a thread, which runs only while the shuffle waits for it."""
 
     def __init__(self, shuffle: Shuffle, name: str, number: int, program: Program) -> None:
         self.process = SpawningProcess(shuffle, name, number, self._exchange)
         self.request: Request | None = None
         self.awaited: _Thread | None = None
         self.children: list[_Thread] = []
-        self.remaining: list[str] = []  # keys of the delete under way
-        self.listed: tuple[Entry, ...] | None = None  # what a listing under way found when it began
+        self.remaining: list[str] = []  # keys of the delete in progress
+        self.listed: tuple[Entry, ...] | None = None  # what the listing in progress found when it began
         self.rank = shuffle.random.random()
         self.error: BaseException | None = None
         self._reply: Reply = None
@@ -106,14 +106,14 @@ class _Thread:
 
 
 class SpawningProcess(Process):
-    """A process that can have several threads."""
+    """A process that can start threads."""
 
     def __init__(self, shuffle: Shuffle, name: str, number: int, exchange: Callable[[Request], Reply]) -> None:
         super().__init__(name, number, exchange)
         self._shuffle = shuffle
 
     def spawn(self, program: Program) -> Callable[[], None]:
-        """Run a program beside this one, as a thread of the same process; returns a function that waits for its end."""
+        """Run a program in another thread of this process; return a function that waits for its end."""
         parent = self._shuffle.threads[self.name]
         child = self._shuffle.start(f"{self.name}/{len(parent.children)}", program)
         parent.children.append(child)
@@ -128,26 +128,26 @@ class SpawningProcess(Process):
 class Shuffle:
     """Runs processes in threads, one request at a time, in an order drawn from a seed.
 
-    Listings are not atomic here: a key that comes or goes while one is under way may be in it or not. Nor are deletes
-    of several keys.
+    Listings are not atomic: a key that is created or deleted during one may be in it or not. Nor are deletes of several
+    keys.
 
     Parameters
     ----------
     server
-        What there is at the start.
+        The server at the start.
     seed
-        For everything that is drawn.
+        For all random choices.
     chances
-        Of faults.
+        Probabilities of faults and interruptions.
 
     Attributes
     ----------
     threads
         The processes that have not ended, by name.
     requests
-        How many have been done.
+        Number of requests done.
     faults
-        How many were answered wrongly.
+        Number of faults.
     """
 
     def __init__(self, server: Server, seed: int, chances: Chances | None = None) -> None:
@@ -161,36 +161,36 @@ class Shuffle:
         self._started = 0
 
     def start(self, name: str, program: Program) -> _Thread:
-        """Start a process; it comes to its first request at once."""
+        """Start a process, and run it up to its first request."""
         self._started += 1
         return self.threads.setdefault(name, _Thread(self, name, 0x100 + self._started, program))
 
     def kill(self, name: str) -> None:
-        """End a process where it is."""
+        """Kill a process where it is."""
         thread = self.threads.pop(name)
         thread.kill()
         for child in thread.children:
             self.threads.pop(child.process.name, None)
 
     def close(self) -> None:
-        """End all processes."""
+        """Kill all processes."""
         for name in list(self.threads):
             if name in self.threads:
                 self.kill(name)
 
     def pass_time(self, seconds: int) -> None:
-        """Move the server's clock; no copy of a put or create outlives that."""
+        """Advance the server's clock; late puts and creates are done before."""
         while any(request.op != "delete" for request in self._copies):
             self._land()
         self.server.time += seconds
 
     def step(self) -> tuple[list[Request], list[object]]:
-        """Let one process make one request, or a copy of an earlier one be done.
+        """Let one process make one request, or do a late one.
 
         Returns
         -------
         done, events
-            What was done to the server, and what the process told after it.
+            The requests that the server has done, and the events that the process emitted after them.
         """
         if self._copies and self.random.random() < self.chances.lands:
             return [self._land()], []

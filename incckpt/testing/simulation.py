@@ -1,10 +1,10 @@
-"""A server that does not exist, and processes that talk to it in any order: for tests of what many of them do at once.
+"""A simulated server and concurrent processes whose requests reach it in any order.
 
 :mod:`incckpt.testing.exploration` tries *every* order within stated bounds; :mod:`incckpt.testing.shuffle` draws one
-from a seed, for longer stories.
+from a seed, for longer runs.
 
-A process may crash (it is never run again), its requests may be dropped, done without a reply, or done long after it
-has given up on them, and what it deletes may be deleted once more later.
+A process may crash (it never runs again). Its requests may be dropped, done without a reply, or done long after it gave
+up on them, and its deletes may be repeated later.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ WRITES = ("put", "create", "delete")
 
 
 class Violation(AssertionError):
-    """A promise was broken; the message says which, and by which steps."""
+    """A promise was broken; the message names it and the steps that led there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a process asks of the server.
+    """A request of a process to the server.
 
     Attributes
     ----------
@@ -72,7 +72,7 @@ class Request:
         return f"{self.op} {', '.join(self.keys)}" + (f" {self.data.decode()}" if len(self.data) == 7 else "")
 
     def conflicts(self, other: Request) -> bool:
-        """Whether the order of the two can make a difference to anybody."""
+        """Whether the order of the two requests can make a difference."""
         mine, others = self.op in WRITES, other.op in WRITES
         if not mine and not others:
             return False
@@ -103,21 +103,21 @@ LOST = Failure(BackendError, "the reply was lost", transient=True)
 
 
 class Server:
-    """Bytes by key, strongly consistent, with a clock that moves when it is told to.
+    """Bytes by key, strongly consistent, with a clock that moves only on request.
 
     Attributes
     ----------
     values
-        Value and time of its last change, by key.
+        Key -> value and time of its last change.
     time
         Seconds.
     mark
-        Changes with the content: the same for the same content.
+        A hash of the content.
 
     Parameters
     ----------
     timed
-        How keys begin whose time is told rightly; that of others is always 0, which makes for fewer different contents.
+        Prefixes of the keys whose times are kept. Those of others are always 0, which reduces the number of states.
     """
 
     __slots__ = ("mark", "time", "timed", "values")
@@ -135,7 +135,7 @@ class Server:
         return copy
 
     def perform(self, request: Request) -> Reply:
-        """Do what is asked; returns the reply."""
+        """Do the request and return the reply."""
         op, keys = request.op, request.keys
         if op == "list":
             return tuple(self._entry(key) for key in sorted(self.values) if key.startswith(keys[0]))
@@ -181,12 +181,12 @@ def _digest(key: str, data: bytes, time: int) -> int:
 
 
 class SimulatedBackend(Backend):
-    """A backend that hands every request to `exchange` and takes its reply.
+    """A backend that passes every request to `exchange` and takes its reply.
 
     Parameters
     ----------
     exchange
-        Returns the reply, or does not return.
+        Returns the reply, or raises to end the process.
     """
 
     url = "simulated://"
@@ -212,7 +212,7 @@ class SimulatedBackend(Backend):
         self._ask(Request("create", (validate_key(key),), bytes(data)))
 
     def probe_exclusive(self) -> bool:
-        """Return that it is, without a request."""
+        """Return `exclusive`, without a request."""
         return self.exclusive
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -229,14 +229,14 @@ class SimulatedBackend(Backend):
 
 
 class Process:
-    """What a program knows of the process that it runs in.
+    """The process in which a program runs.
 
     Attributes
     ----------
     name
-        Of the process.
+        The process's name.
     backend
-        Its way to the server.
+        Its connection to the server.
     """
 
     def __init__(self, name: str, number: int, exchange: Callable[[Request], Reply]) -> None:
@@ -247,11 +247,11 @@ class Process:
         self._nonces = 0
 
     def emit(self, event: object) -> None:
-        """Tell whoever checks the promises that something has happened (before the next request)."""
+        """Report an event to the checks of the promises, before the next request."""
         self.events.append(event)
 
     def pause(self) -> None:
-        """Let others go first. An explorer begins to interleave when every process has come to its first pause."""
+        """Let others go first. An explorer interleaves processes once each has reached its first pause."""
         self.backend._exchange(Request("pause"))
 
     def time(self) -> float:
@@ -259,7 +259,7 @@ class Process:
         return float(self.backend._ask(Request("time")))
 
     def nonce(self, nbytes: int = 8) -> str:
-        """Return hexadecimal digits that differ between processes and calls, and not between runs."""
+        """Return hexadecimal digits that differ between processes and calls, but not between runs."""
         self._nonces += 1
         return f"{self._number:0{nbytes}x}{self._nonces:0{nbytes}x}"
 
@@ -271,7 +271,7 @@ _running = threading.local()
 
 @contextmanager
 def running_as(process: Process) -> Iterator[None]:
-    """Make `process` the one that `current` returns in this thread."""
+    """In this context, make `current` return `process` in this thread."""
     before = getattr(_running, "process", None)
     _running.process = process
     try:
@@ -287,13 +287,13 @@ def current() -> Process:
 
 
 class Killed(BaseException):
-    """The process is gone: no handler of `Exception` catches this, and every later request raises it again."""
+    """The process is dead. No handler of `Exception` catches this, and every later request raises it again."""
 
 
 def run_alone(
     server: Server, program: Program, name: str = "alone", number: int = 0xA, until: str | None = None
 ) -> Process:
-    """Run a program on its own, to its end or until just before a request that begins with `until`."""
+    """Run a program alone, to its end, or up to a request whose text begins with `until`."""
 
     def exchange(request: Request) -> Reply:
         if until is not None and str(request).startswith(until):

@@ -1,4 +1,4 @@
-"""A disk that gets full: below a local store, room for so many bytes and no more."""
+"""A small disk for a local store, which fills up."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _BLOCK = 4096
 
 
 class SmallDisk(SystemCalls):
-    """Makes and writes files and folders below a folder only while they fit; ENOSPC otherwise.
+    """Makes and writes files and folders while they fit, and then fails with ENOSPC.
 
     Parameters
     ----------
     root
-        The folder that stands for the disk. A file or folder takes a block at least, and whole blocks.
+        The folder that stands for the disk. A file or folder takes whole blocks, at least one.
     nbytes
-        Room there is.
+        Size of the disk.
     """
 
     def __init__(self, root: str | os.PathLike[str], nbytes: int) -> None:
@@ -29,7 +29,7 @@ class SmallDisk(SystemCalls):
 
     @property
     def free(self) -> int:
-        """Bytes that are left, in whole blocks."""
+        """Bytes left, in whole blocks."""
         used = 0
         for folder, folders, names in os.walk(self._root):
             used += len(folders)

@@ -1,4 +1,4 @@
-"""Hypothesis strategies of states: everything that can be saved, in every shape, sharing memory in every way."""
+"""Hypothesis strategies for states: everything that can be saved, in every shape, sharing memory in every way."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 NUMPY_DTYPES = [
     *map(np.dtype, ("|b1", "|i1", "<i2", ">i4", "<i8", "|u1", ">u2", "<u4", "<u8", "<f2", ">f4", "<f8", "<c8", ">c16")),
     *map(np.dtype, ("<M8[ns]", ">M8[D]", "<m8[25s]", "<m8", "|S3", "<U2", ">U3", "|V5")),
-    # Where a long double is a double, it comes back as one.
+    # On platforms where a long double is a double, it would come back as one.
     *map(np.dtype, (np.longdouble, np.clongdouble) if np.dtype(np.longdouble).itemsize > 8 else ()),
     np.dtype([("a", "<f4"), ("b", "|u1"), ("c", ">i2", (2,))]),
     np.dtype([("x", "|u1"), ("y", "<f8")], align=True),
@@ -48,7 +48,7 @@ Point = namedtuple("Point", ["x", "label"])
 
 
 def torch_dtypes() -> st.SearchStrategy[torch.dtype]:
-    """Return every dtype of this torch that can be saved."""
+    """Return every dtype of the installed torch that can be saved."""
     return st.sampled_from([getattr(torch, name) for name in TORCH_DTYPES if hasattr(torch, name)])
 
 
@@ -95,12 +95,12 @@ _UNHASHABLE = (bytearray, set)
 
 
 def keys() -> st.SearchStrategy[Any]:
-    """Return keys of dicts, of every type that one may have; no NaN, which equals nothing, itself included."""
+    """Return dict keys of every possible type, except NaN, which does not even equal itself."""
     common = _texts() | st.integers()
     rare = st.sampled_from(sorted(PLAIN_TYPES - {*_UNHASHABLE, frozenset}, key=str)).flatmap(
         lambda kind: _BY_TYPE[kind]()
     )
-    # Not those that cannot be hashed, nor long doubles, some of whose bits are no number.
+    # Without dtypes that cannot be hashed, and long doubles, which have bit patterns that are no numbers.
     dtypes = [dtype for dtype in NUMPY_DTYPES if dtype.kind != "V" and dtype != "<m8" and dtype.char not in "gG"]
     numpy = st.sampled_from(dtypes).flatmap(_numpy_scalars)
     rare = (rare | numpy).filter(lambda value: value == value)
@@ -109,7 +109,7 @@ def keys() -> st.SearchStrategy[Any]:
 
 
 def plain_values() -> st.SearchStrategy[Any]:
-    """Return values of every type that is no container and no tensor, by the tables that saving goes by."""
+    """Return values of every type except containers and tensors, from the tables that saving uses."""
     return st.one_of(
         st.sampled_from(sorted(PLAIN_TYPES, key=str)).flatmap(lambda kind: _BY_TYPE[kind]()),
         st.sampled_from(NUMPY_DTYPES).flatmap(_numpy_scalars),
@@ -143,7 +143,7 @@ def named_tuples(children: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         name = name if name.isidentifier() and not iskeyword(name) else "Named"
         try:
             made = namedtuple(name, fields, rename=True)  # type: ignore[misc]
-        except SyntaxError:  # two fields that are one identifier
+        except SyntaxError:  # two fields that normalise to one identifier
             return tuple(values)
         return made(*values[: len(fields)])
 
@@ -152,7 +152,7 @@ def named_tuples(children: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 def packed_values() -> st.SearchStrategy[Any]:
-    """Return containers so large that they are stored beside the structure, with values of every type in them."""
+    """Return containers that are too large for the structure and so are packed, with values of every type."""
     inner = st.recursive(
         plain_values(),
         lambda children: st.one_of(
@@ -185,7 +185,7 @@ def packed_values() -> st.SearchStrategy[Any]:
 
 
 def _numpy_scalars(dtype: np.dtype[Any]) -> st.SearchStrategy[Any]:
-    # Text has to be of code points, the rest may be any bits.
+    # Text needs valid code points; everything else may be any bits.
     fill = (
         st.just(bytes(dtype.itemsize))
         if dtype.kind == "U"
@@ -222,7 +222,7 @@ def _geometry(
 def _array_over(draw: st.DrawFn, memory: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
     dtype = draw(st.sampled_from(NUMPY_DTYPES))
     if dtype.kind == "U":
-        dtype = np.dtype("<u4")  # the bytes are random, and not all are code points
+        dtype = np.dtype("<u4")  # random bytes are not always valid code points
     shape, strides, offset = draw(_geometry(memory.nbytes, dtype.itemsize, negative=True))
     return np.ndarray(shape, dtype, memory, offset, strides)
 
