@@ -9,6 +9,7 @@ from typing import Any, SupportsIndex
 
 from incckpt.backends.base import Backend
 from incckpt.errors import OptionError
+from incckpt.options import checked_flag
 from incckpt.retention import Mode
 from incckpt.run.attempt import IfExists, check_if_exists, refuse_other_ranks
 from incckpt.run.checkpoint import Checkpoint, checked_metrics
@@ -17,7 +18,7 @@ from incckpt.run.reader import Reader
 from incckpt.run.restore import MapLocation, load_state
 from incckpt.run.session import save_state
 from incckpt.run.view import RunView
-from incckpt.staging.detect import default_threads
+from incckpt.staging.detect import chosen_threads
 from incckpt.state.flatten import flatten
 from incckpt.store.location import locate
 from incckpt.store.manifest import Manifest
@@ -92,7 +93,7 @@ def save(
     if not location.named:
         refuse_other_ranks()
     numbers = checked_metrics(metrics)
-    flat = flatten(state, allow_pickle=allow_pickle)
+    flat = flatten(state, allow_pickle=checked_flag("allow_pickle", allow_pickle))
     return save_state(location.store, location.run, storage_options, flat, location.step, numbers, if_exists)
 
 
@@ -148,10 +149,11 @@ def load(
         If `keys` match nothing.
     """
     location = locate(url, run=run, step=checked_which(step))
+    checked_flag("allow_pickle", allow_pickle)
     with ExitStack() as stack:
         store = stack.enter_context(Store.lent(url, location.store, storage_options))
         view = stack.enter_context(
-            RunView(store, location.run, threads=threads or default_threads(), verify=verify, metric=metric, mode=mode)
+            RunView(store, location.run, threads=chosen_threads(threads), verify=verify, metric=metric, mode=mode)
         )
 
         def read(reader: Reader, manifest: Manifest) -> Any:

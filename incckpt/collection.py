@@ -12,6 +12,7 @@ from typing import Any
 
 from incckpt.backends.base import Backend, redact
 from incckpt.errors import CollectionError, OptionError
+from incckpt.options import checked_flag, shown
 from incckpt.store.gc import Collector
 from incckpt.store.location import locate
 from incckpt.store.plan import CollectionPlan
@@ -75,10 +76,9 @@ def collect(
     location = locate(url)
     if location.named or location.step is not None:
         raise OptionError(f"{redact(location.store)}: a collection concerns the whole store; leave out the '#…'")
-    if not isinstance(dry_run, bool):
-        raise OptionError(f"dry_run must be True or False, not {dry_run!r}")
+    checked_flag("dry_run", dry_run)
     if isinstance(min_age, bool) or not isinstance(min_age, Real) or not 0 <= min_age < math.inf:
-        raise OptionError(f"min_age must be a number of seconds, 0 or more, not {min_age!r}")
+        raise OptionError(f"min_age must be a number of seconds, 0 or more, not {shown(min_age)}")
     with ExitStack() as stack:
         store = stack.enter_context(Store.lent(url, location.store, storage_options))
         store.check()

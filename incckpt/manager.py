@@ -12,6 +12,7 @@ from typing import Any, Self, SupportsIndex
 
 from incckpt.backends.base import Backend
 from incckpt.errors import IncckptError, OptionError, ReadOnlyError
+from incckpt.options import checked_flag
 from incckpt.retention import Mode, Policy, policy_of
 from incckpt.run.attempt import Attempt, IfExists, check_if_exists, refuse_other_ranks
 from incckpt.run.calls import OneAtATime
@@ -25,7 +26,7 @@ from incckpt.run.restore import MapLocation, load_state, restore_into
 from incckpt.run.snapshot import Snapshot, stage
 from incckpt.run.view import RunView
 from incckpt.staging.baseline import Baseline
-from incckpt.staging.detect import default_threads
+from incckpt.staging.detect import chosen_threads
 from incckpt.staging.threshold import Thresholds
 from incckpt.state.selection import Patterns
 from incckpt.store.location import locate
@@ -120,13 +121,14 @@ class CheckpointManager:
         location = locate(url, run=run)
         if location.step is not None:
             raise OptionError(f"a manager writes a whole run; give step {location.step!r} to restore(), not in the URL")
-        if threads is not None and threads < 1:
-            raise OptionError(f"threads must be at least 1, not {threads}")
+        flags = {"delta": delta, "base": base, "allow_pickle": allow_pickle, "read_only": read_only}
+        for option, value in flags.items():
+            checked_flag(option, value)
         if not (read_only or location.named):
             refuse_other_ranks()
         self.read_only = read_only
         policy = policy_of(keep_last_n, keep_best_n, metric, mode, retention)
-        threads = threads or default_threads()
+        threads = chosen_threads(threads)
         self._allow_pickle = allow_pickle
         self._saves = PendingSaves(location.run, max_pending=max_pending, on_backlog=on_backlog)
         thresholds = Thresholds(threshold)

@@ -10,10 +10,11 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
-from typing import Any, Literal, TypeAlias
+from numbers import Real
+from typing import Literal, TypeAlias, get_args
 
 from incckpt.errors import OptionError
+from incckpt.options import check_choice, checked_count, checked_name, shown
 
 __all__ = [
     "KeepAll",
@@ -24,6 +25,7 @@ __all__ = [
     "Policy",
     "Record",
     "best",
+    "check_ranking",
     "policy_of",
     "steps_kept",
     "undecided",
@@ -100,7 +102,7 @@ class KeepLast(_Composable):
     n: int
 
     def __post_init__(self) -> None:
-        _check_count("KeepLast: n", self.n, 1)
+        checked_count("KeepLast: n", self.n, 1)
 
     def __call__(self, history: Sequence[Record]) -> set[int]:
         return {record.step for record in sorted(history, key=lambda record: record.step)[-self.n :]}
@@ -120,11 +122,10 @@ class KeepBest(_Composable):
     mode: Mode = "min"
 
     def __post_init__(self) -> None:
-        _check_count("KeepBest: n", self.n, 0)
+        checked_count("KeepBest: n", self.n, 0)
         if not isinstance(self.metric, str):
-            raise OptionError(f"KeepBest: metric must be the name of a metric given to save(), not {self.metric!r}")
-        if self.mode not in ("min", "max"):
-            raise OptionError(f"KeepBest: mode must be 'min' or 'max', not {self.mode!r}")
+            raise OptionError(f"KeepBest: metric must be a metric's name, not {shown(self.metric)}")
+        check_choice("KeepBest: mode", self.mode, get_args(Mode))
 
     def __call__(self, history: Sequence[Record]) -> set[int]:
         ranked = _ranked(history, self.metric, self.mode)
@@ -153,9 +154,9 @@ class KeepEvery(_Composable):
         if (self.steps is None) == (self.seconds is None):
             raise OptionError("KeepEvery: give either steps or seconds")
         if self.steps is not None:
-            _check_count("KeepEvery: steps", self.steps, 1)
+            checked_count("KeepEvery: steps", self.steps, 1)
         elif not isinstance(self.seconds, Real) or not self.seconds > 0:
-            raise OptionError(f"KeepEvery: seconds must be a positive number, not {self.seconds!r}")
+            raise OptionError(f"KeepEvery: seconds must be a positive number, not {shown(self.seconds)}")
 
     def __call__(self, history: Sequence[Record]) -> set[int]:
         if self.steps is not None:
@@ -200,6 +201,17 @@ def _ranked(history: Sequence[Record], metric: str, mode: Mode) -> list[Record]:
     return sorted(eligible, key=lambda record: (sign * record.metrics[metric], -record.step))
 
 
+def check_ranking(metric: str | None, mode: Mode) -> None:
+    """Check what ``"best"`` goes by.
+
+    Raises
+    ------
+    OptionError
+    """
+    check_choice("mode", mode, get_args(Mode))
+    checked_name("metric", metric)
+
+
 def policy_of(
     keep_last_n: int | None, keep_best_n: int | None, metric: str | None, mode: Mode, retention: Policy | None
 ) -> Policy | None:
@@ -210,14 +222,11 @@ def policy_of(
     OptionError
         If they do not go together.
     """
-    if mode not in ("min", "max"):
-        raise OptionError(f"mode must be 'min' or 'max', not {mode!r}")
-    if metric is not None and not isinstance(metric, str):
-        raise OptionError(f"metric must be the name of a metric given to save(), not {metric!r}")
+    check_ranking(metric, mode)
     if keep_last_n is not None:
-        _check_count("keep_last_n", keep_last_n, 1)
+        checked_count("keep_last_n", keep_last_n, 1)
     if keep_best_n is not None:
-        _check_count("keep_best_n", keep_best_n, 0)
+        checked_count("keep_best_n", keep_best_n, 0)
     if retention is not None:
         if keep_last_n is not None or keep_best_n is not None:
             raise OptionError("give either retention= or keep_last_n= and keep_best_n=")
@@ -229,8 +238,3 @@ def policy_of(
             raise OptionError("keep_best_n needs metric=, the name of a metric given to save()")
         return KeepLast(1 if keep_last_n is None else keep_last_n) | KeepBest(keep_best_n, metric, mode)
     return None if keep_last_n is None else KeepLast(keep_last_n)
-
-
-def _check_count(option: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise OptionError(f"{option} must be an integer of at least {least}, not {value!r}")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from incckpt.backends.base import FULL
 from incckpt.errors import BackendError, CollectionError, DistributedError, IncckptError, OptionError, SupersededError
+from incckpt.options import check_choice
 from incckpt.retention import KeepAll, Policy, steps_kept, undecided
 from incckpt.run.checkpoint import read_refs, to_record
 from incckpt.run.discards import Discards
@@ -451,5 +452,4 @@ def check_if_exists(if_exists: str) -> None:
     ------
     OptionError
     """
-    if if_exists not in get_args(IfExists):
-        raise OptionError(f"if_exists must be 'error', 'skip' or 'replace', not {if_exists!r}")
+    check_choice("if_exists", if_exists, get_args(IfExists))

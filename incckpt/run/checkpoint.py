@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from incckpt.errors import OptionError
+from incckpt.options import checked_mapping, shown
 from incckpt.retention import Record
 from incckpt.store.lineage import Lineage, Run
 from incckpt.store.refs import Ref, RefName
@@ -92,11 +93,9 @@ def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
         Naming what is not a number.
     """
     checked: dict[str, float] = {}
-    for name, value in (metrics or {}).items():
-        if not isinstance(name, str):
-            raise OptionError(f"metrics: the name {name!r} is not a string")
+    for name, value in checked_mapping("metrics", metrics).items():
         try:
             checked[name] = float(value)  # a 0-dim tensor, too
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise OptionError(f"metric {name!r} is not a number: {value!r:.80}") from error
+            raise OptionError(f"metric {name!r} is not a number: {shown(value)}") from error
     return checked

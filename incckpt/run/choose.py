@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal, SupportsIndex, TypeAlias
 
 from incckpt.errors import CheckpointNotFoundError, OptionError
+from incckpt.options import shown
 from incckpt.retention import Mode, best
 from incckpt.run.checkpoint import read_refs, to_record
 from incckpt.store.lineage import Lineage, Run
@@ -33,7 +34,7 @@ def checked_which(which: object) -> int | str | None:
         return which
     if isinstance(which, str):
         hint = f": give step={int(which)}" if which.isdecimal() else ""
-        raise OptionError(f"step must be an integer, 'latest' or 'best', not the string {which!r:.80}{hint}")
+        raise OptionError(f"step must be an integer, 'latest' or 'best', not the string {shown(which)}{hint}")
     return checked_step(which)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from incckpt.errors import CorruptionError, FormatError, StateError
+from incckpt.options import checked_strings
 from incckpt.run.reader import Bytes, Reader, reads_for
 from incckpt.run.snapshot import Snapshot
 from incckpt.staging.hostmem import new_buffer
@@ -65,7 +66,7 @@ class Contents:
         entries = _entries(manifest.tensors, [item.nbytes for item in manifest.ranges])
         tree = parse(manifest.structure, len(entries), len(manifest.packed))
         if fetch is not None and manifest.packed:
-            prefixes = None if keys is None else [_literal(key) for key in ([keys] if isinstance(keys, str) else keys)]
+            prefixes = None if keys is None else [_literal(key) for key in checked_strings("keys", keys)]
             names = {
                 ref.index: name
                 for name, ref in packed_refs(tree)

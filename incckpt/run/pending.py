@@ -8,9 +8,10 @@ from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
-from incckpt.errors import BacklogFullError, IncckptError, OptionError, SaveError
+from incckpt.errors import BacklogFullError, IncckptError, SaveError
+from incckpt.options import check_choice, checked_count
 from incckpt.run.checkpoint import Checkpoint
 from incckpt.run.queue import BackgroundQueue
 from incckpt.run.report import SaveReport
@@ -43,10 +44,8 @@ class PendingSaves:
     """
 
     def __init__(self, name: str, *, max_pending: int, on_backlog: OnBacklog) -> None:
-        if max_pending < 1:
-            raise OptionError(f"max_pending must be at least 1, not {max_pending}")
-        if on_backlog not in ("wait", "skip"):
-            raise OptionError(f"on_backlog must be 'wait' or 'skip', not {on_backlog!r}")
+        checked_count("max_pending", max_pending, 1)
+        check_choice("on_backlog", on_backlog, get_args(OnBacklog))
         self._skips = on_backlog == "skip"
         self._queue = BackgroundQueue(max_pending, f"incckpt-save-{name}")
         self._futures: dict[int, Future[Checkpoint]] = {}  # by step, the latest of each

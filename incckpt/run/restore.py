@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from incckpt.options import checked_flag
 from incckpt.run.contents import Contents, read_packed
 from incckpt.run.reader import Bytes, Reader, reads_for
 from incckpt.staging.baseline import Baseline
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 @contextmanager
 def progress_bar(total: int, step: int, show: bool | None) -> Iterator[Callable[[int], None]]:
     """Show how many of `total` bytes are read, if asked to or if a terminal watches; give what counts them."""
+    if show is not None:
+        checked_flag("progress", show)
     watched = sys.stderr is not None and sys.stderr.isatty()  # a service has no stderr
     shown = watched if show is None else show and sys.stderr is not None
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=f"step {step}", disable=not shown) as bar:

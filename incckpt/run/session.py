@@ -19,6 +19,7 @@ from typing import Any
 from incckpt.backends.base import Backend
 from incckpt.backends.registry import open_backend
 from incckpt.errors import BackendError, BackendPermissionError, OptionError, StateError, StoreNotFoundError
+from incckpt.options import checked_mapping
 from incckpt.run.attempt import Attempt, IfExists, Origin
 from incckpt.run.checkpoint import Checkpoint
 from incckpt.run.report import SaveReport
@@ -135,7 +136,7 @@ class Sessions:
         ------
         OptionError, SupersededError, BackendError
         """
-        wanted = _frozen(options or {})
+        wanted = _frozen(checked_mapping("storage_options", options))
         place = self._place_of_url(url, run, wanted)
         backend = None
         if place is None:

@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from incckpt.backends.base import Backend
-from incckpt.errors import CheckpointNotFoundError, CorruptionError, FormatError, OptionError
-from incckpt.retention import Mode
+from incckpt.errors import CheckpointNotFoundError, CorruptionError, FormatError
+from incckpt.options import check_choice, checked_strings
+from incckpt.retention import Mode, check_ranking
 from incckpt.run.checkpoint import read_refs
 from incckpt.run.choose import Which, checked_which, choose, not_found, place
 from incckpt.run.contents import Contents
 from incckpt.run.reader import ChunkRead, Reader
 from incckpt.run.restore import progress_bar
 from incckpt.run.view import TRIES, stands
-from incckpt.staging.detect import default_threads
+from incckpt.staging.detect import chosen_threads
 from incckpt.store.lineage import Lineage, Run
 from incckpt.store.location import locate
 from incckpt.store.manifest import Chunk, Manifest
@@ -146,14 +147,15 @@ def verify(
     >>> bool(result), result.problems
     (True, {})
     """
-    if level not in get_args(Level):
-        raise OptionError(f"level must be 'list', 'sizes' or 'hashes', not {level!r}")
+    check_choice("level", level, get_args(Level))
+    check_ranking(metric, mode)
+    sound = set(checked_strings("skip", skip))
     location = locate(url, run=run, step=checked_which(step))
     with ExitStack() as stack:
         store = stack.enter_context(Store.lent(url, location.store, storage_options))
         store.check()
         owner = store.run(location.run)
-        reader = stack.enter_context(Reader(store, threads=threads or default_threads()))
+        reader = stack.enter_context(Reader(store, threads=chosen_threads(threads)))
         for _ in range(TRIES):
             lineage = owner.lineage()
             if location.step is None:
@@ -162,7 +164,7 @@ def verify(
                     raise not_found(owner)
             else:
                 names = [choose(owner, lineage, location.step, metric, mode)]
-            checker = _Checker(store, reader, level, set(skip), progress)
+            checker = _Checker(store, reader, level, set(sound), progress)
             found: list[Verified] = []
             for name in names:
                 problems = checker.check(owner, lineage, name)

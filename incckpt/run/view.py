@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from incckpt.errors import CheckpointNotFoundError, CorruptionError, StoreNotFoundError
-from incckpt.retention import Mode
+from incckpt.options import checked_flag
+from incckpt.retention import Mode, check_ranking
 from incckpt.run.checkpoint import Checkpoint, read_refs
 from incckpt.run.choose import Which, checked_which, choose, place
 from incckpt.run.reader import Reader
@@ -54,7 +55,8 @@ class RunView:
         self.run = store.run(run)
         self._store = store
         self._threads = threads
-        self._verify = verify
+        self._verify = checked_flag("verify", verify)
+        check_ranking(metric, mode)
         self._metric, self._mode = metric, mode
         self._reader: Reader | None = None
 

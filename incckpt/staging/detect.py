@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from incckpt.errors import KernelError, OptionError
+from incckpt.options import MAX_THREADS, checked_count
 from incckpt.staging import _detect
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ __all__ = [
     "Blocks",
     "blocks_of",
     "changed_exact",
+    "chosen_threads",
     "copy",
     "default_kernel",
     "default_threads",
@@ -278,6 +280,17 @@ def default_threads() -> int:
     processors = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is one number per nesting level
     return min(processors, int(asked)) if asked.isdecimal() and int(asked) > 0 else processors
+
+
+def chosen_threads(threads: int | None) -> int:
+    """Return the number of threads that a caller asks for; by default that of `default_threads`.
+
+    Raises
+    ------
+    OptionError
+        If it is not a usable number.
+    """
+    return default_threads() if threads is None else checked_count("threads", threads, 1, MAX_THREADS)
 
 
 def _checked_kernel(kernel: str) -> str:

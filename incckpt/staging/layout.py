@@ -16,12 +16,14 @@ import numpy.typing as npt
 
 from incckpt.codec.frames import FRAME_BYTES
 from incckpt.errors import OptionError
+from incckpt.options import checked_count
 from incckpt.state.ranges import ByteRange
 from incckpt.store.manifest import Range
 
 __all__ = ["DEFAULT_CHUNK_BYTES", "ChunkTable", "Layout", "batches", "check_chunk_bytes", "plan"]
 
 DEFAULT_CHUNK_BYTES = 16 << 20
+_MOST_CHUNK_BYTES = 4 << 30
 
 Int64s = npt.NDArray[np.int64]
 Addresses = npt.NDArray[np.uintp]
@@ -97,16 +99,17 @@ class Layout:
 
 
 def check_chunk_bytes(chunk_bytes: int) -> int:
-    """Return `chunk_bytes` if it is a positive multiple of 1 MiB.
+    """Return `chunk_bytes` if it is a multiple of 1 MiB, and what a single request can put everywhere.
 
     Raises
     ------
     OptionError
         Otherwise.
     """
-    if type(chunk_bytes) is not int or chunk_bytes <= 0 or chunk_bytes % FRAME_BYTES:
-        raise OptionError(f"chunk_bytes must be a positive multiple of 1 MiB ({FRAME_BYTES}), not {chunk_bytes!r}")
-    return chunk_bytes
+    number = checked_count("chunk_bytes", chunk_bytes, FRAME_BYTES, _MOST_CHUNK_BYTES)
+    if number % FRAME_BYTES:
+        raise OptionError(f"chunk_bytes must be a multiple of 1 MiB ({FRAME_BYTES}), not {number}")
+    return number
 
 
 def plan(

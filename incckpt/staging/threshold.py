@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from incckpt.errors import OptionError
+from incckpt.options import shown
 from incckpt.staging import detect
 from incckpt.state.entries import TensorEntry
 
@@ -65,11 +66,11 @@ class Thresholds:
         for pattern, threshold in self._rules:
             try:
                 valid = 0.0 <= threshold < 1.0
-            except TypeError:
+            except (TypeError, ValueError, RuntimeError):
                 valid = False
             if not valid:
                 raise OptionError(
-                    f"threshold must be a number in [0, 1), or such by glob; not {threshold!r} ({pattern!r})"
+                    f"threshold must be a number in [0, 1), or such by glob; not {shown(threshold)} ({shown(pattern)})"
                 )
         self.active = any(threshold > 0 for _, threshold in self._rules)
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from incckpt.errors import CorruptionError, FormatError, OptionError, PickleRefusedError
+from incckpt.options import shown
 from incckpt.state.entries import TensorEntry, byte_extent, byte_strides, packed_shape
 from incckpt.state.ranges import CARRIERS
 from incckpt.state.tree import (
@@ -148,7 +149,7 @@ class Builder:
         ):
             raise OptionError(
                 f"map_location must be a device, a mapping of devices or a function of a storage and the name of its "
-                f"device, not {map_location!r}"
+                f"device, not {shown(map_location)}"
             )
         self._entries = entries
         self._buffers = buffers
@@ -308,7 +309,7 @@ class Builder:
         if not isinstance(placed, torch.UntypedStorage):
             raise OptionError(
                 f"map_location is called as torch.load calls it, with a storage and its device ({saved!r}), and "
-                f"returns a storage or None; it returned {placed!r}"
+                f"returns a storage or None; it returned {shown(placed)}"
             )
         return placed
 

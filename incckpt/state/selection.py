@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from incckpt.errors import StateMismatchError
+from incckpt.options import checked_strings
 from incckpt.state.tree import MappingNode, Plain, SequenceNode, Tree, children, join_name
 
 __all__ = ["UNSELECTED", "Patterns", "Selection", "select"]
@@ -45,8 +46,8 @@ class Selection:
     """
 
     def __init__(self, keys: Patterns = None, ignore: Patterns = None) -> None:
-        self._keys = None if keys is None else _compiled(keys)
-        self._ignore = _compiled(() if ignore is None else ignore)
+        self._keys = None if keys is None else _compiled(checked_strings("keys", keys))
+        self._ignore = () if ignore is None else _compiled(checked_strings("ignore", ignore))
         self._hits: set[str] = set()
         self._partial: dict[int, Tree] = {}
 
@@ -114,10 +115,9 @@ class Selection:
         return pruned
 
 
-def _compiled(patterns: str | Sequence[str]) -> list[tuple[str, Callable[[str], object]]]:
-    listed = [patterns] if isinstance(patterns, str) else patterns
+def _compiled(patterns: Sequence[str]) -> tuple[tuple[str, Callable[[str], object]], ...]:
     # As the name itself, too: the name of `{"a[0]": ...}` is a glob that does not match itself.
-    return [(one, re.compile(rf"{re.escape(one)}\Z|{fnmatch.translate(one)}").match) for one in listed]
+    return tuple((one, re.compile(rf"{re.escape(one)}\Z|{fnmatch.translate(one)}").match) for one in patterns)
 
 
 def _names(tree: Tree, name: str) -> Iterator[str]:

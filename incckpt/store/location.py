@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from incckpt.backends.base import Backend, redact
 from incckpt.backends.registry import check_url
 from incckpt.errors import OptionError
+from incckpt.options import shown
 from incckpt.store.refs import validate_run
 
 __all__ = ["DEFAULT_RUN", "Location", "locate"]
@@ -58,23 +59,23 @@ def locate(url: str | os.PathLike[str] | Backend, *, run: str | None = None, ste
     """
     in_url: tuple[str | None, int | str | None] = (None, None)
     if isinstance(url, Backend):
-        store = shown = url.url
+        store = place = url.url
     elif isinstance(url, str):
         store, mark, fragment = url.partition("#")
-        shown = redact(store)
+        place = redact(store)
         if mark:
-            in_url = _parse_fragment(shown, fragment)
+            in_url = _parse_fragment(place, fragment)
         check_url(store)
     elif isinstance(url, os.PathLike):
         store = _path_text(url)
-        shown = store
+        place = store
     else:
-        raise OptionError(f"not a path or URL: {url!r:.80}")
+        raise OptionError(f"not a path or URL: {shown(url)}")
     given = None if run is None else validate_run(run), step
     for option, one, other in zip(("run", "step"), in_url, given, strict=True):
         if one is not None and other is not None and one != other:
             raise OptionError(
-                f"{shown}: the {option} is {one!r} in the URL and {other!r} in {option}=; give one of them"
+                f"{place}: the {option} is {one!r} in the URL and {other!r} in {option}=; give one of them"
             )
     name = in_url[0] or given[0]
     return Location(store, name or DEFAULT_RUN, in_url[1] if step is None else step, name is not None)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from incckpt.backends.base import Backend, ReadableBuffer
 from incckpt.errors import BackendError, CorruptionError, KeyExistsError, KeyNotFoundError, OptionError
+from incckpt.options import shown
 from incckpt.store.document import (
     DOCUMENT_HEAD,
     Fields,
@@ -58,7 +59,7 @@ def new_nonce() -> str:
     return secrets.token_hex(8)
 
 
-def validate_run(run: str) -> str:
+def validate_run(run: object) -> str:
     """Return `run` if it can be the name of a run.
 
     Raises
@@ -66,9 +67,9 @@ def validate_run(run: str) -> str:
     OptionError
         Naming it.
     """
-    if _RUN.fullmatch(run) is None:
+    if not isinstance(run, str) or _RUN.fullmatch(run) is None:
         raise OptionError(
-            f"not a run name: {run!r} (1 to 128 letters, digits and ._=+-, the first one a letter or a digit)"
+            f"not a run name: {shown(run)} (1 to 128 letters, digits and ._=+-, the first one a letter or a digit)"
         )
     return run
 
@@ -87,7 +88,7 @@ def checked_step(step: object) -> int:
     except (TypeError, ValueError, RuntimeError):
         number = -1
     if boolean or not 0 <= number <= _MAX_STEP:
-        raise OptionError(f"step must be an integer from 0 to {_MAX_STEP}, not {step!r:.80}")
+        raise OptionError(f"step must be an integer from 0 to {_MAX_STEP}, not {shown(step)}")
     return number
 
 

@@ -134,7 +134,7 @@ def test_chunks_are_in_the_order_of_the_ranges_that_they_begin_with() -> None:
 
 @pytest.mark.parametrize("chunk_bytes", [0, -MIB, MIB + 1, MIB // 2, 1.0 * MIB, True])
 def test_chunk_bytes_has_to_be_a_multiple_of_a_mebibyte(chunk_bytes: int) -> None:
-    with pytest.raises(OptionError, match=r"chunk_bytes must be a positive multiple of 1 MiB"):
+    with pytest.raises(OptionError, match="chunk_bytes must be"):
         plan([(4, 4)], chunk_bytes=chunk_bytes)
 
 

@@ -1,0 +1,118 @@
+"""What a caller gives, checked before anything is done with it: each function names the option and what it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from numbers import Integral
+from typing import Any
+
+from incckpt.errors import OptionError
+
+__all__ = [
+    "MAX_THREADS",
+    "check_choice",
+    "checked_count",
+    "checked_flag",
+    "checked_mapping",
+    "checked_name",
+    "checked_strings",
+    "shown",
+]
+
+MAX_THREADS = 1024
+"""More are of no use, and a system that cannot start them kills the process."""
+
+
+def checked_count(option: str, value: Any, least: int, most: int | None = None) -> int:
+    """Return an integer of any integer type as an ``int``.
+
+    Raises
+    ------
+    OptionError
+        If it is none, or out of range.
+    """
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        number = int(value)
+        if least <= number and (most is None or number <= most):
+            return number
+    bound = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise OptionError(f"{option} must be an integer {bound}, not {shown(value)}")
+
+
+def checked_flag(option: str, value: Any) -> bool:
+    """Return a boolean; the text ``"False"`` is none, and would count as true.
+
+    Raises
+    ------
+    OptionError
+    """
+    if isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")):
+        return bool(value)
+    raise OptionError(f"{option} must be True or False, not {shown(value)}")
+
+
+def check_choice(option: str, value: Any, choices: Iterable[str]) -> None:
+    """Check that `value` is one of `choices`.
+
+    Raises
+    ------
+    OptionError
+    """
+    known = tuple(choices)
+    if not isinstance(value, str) or value not in known:
+        *others, last = map(repr, known)
+        raise OptionError(f"{option} must be {', '.join(others)} or {last}, not {shown(value)}")
+
+
+def checked_name(option: str, value: Any) -> str | None:
+    """Return a name, or ``None``.
+
+    Raises
+    ------
+    OptionError
+    """
+    if value is None or isinstance(value, str):
+        return value
+    raise OptionError(f"{option} must be a string, not {shown(value)}")
+
+
+def checked_strings(option: str, value: Any) -> tuple[str, ...]:
+    """Return one string, or several, as a tuple.
+
+    Raises
+    ------
+    OptionError
+    """
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, Iterable) and not isinstance(value, bytes):
+        try:
+            found = tuple(value)
+        except TypeError:  # a 0-dim array has `__iter__`, too
+            found = (None,)
+        if all(isinstance(item, str) for item in found):
+            return found
+    raise OptionError(f"{option} must be a string or several, not {shown(value)}")
+
+
+def checked_mapping(option: str, value: Any) -> dict[str, Any]:
+    """Return a mapping from names; of ``None`` an empty one. Messages do not show the values, which may be secret.
+
+    Raises
+    ------
+    OptionError
+    """
+    if value is None:
+        return {}
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return dict(value)
+    raise OptionError(f"{option} must be a mapping from names, not a {type(value).__name__}")
+
+
+def shown(value: object) -> str:
+    """Return a value for a message: not all of it, and whatever its ``repr`` does."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 -- an integer of over 4,300 digits, or an object whose own __repr__ fails
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."

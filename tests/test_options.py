@@ -1,0 +1,160 @@
+"""Every option of every public call, given every kind of wrong value: ours is the error, and it names the option."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import incckpt
+from incckpt import CheckpointManager, KeepBest, KeepEvery, KeepLast
+from incckpt.errors import IncckptError, OptionError
+from incckpt.options import MAX_THREADS, checked_count, checked_flag, checked_strings
+
+pytestmark = pytest.mark.slow
+
+ODD: list[Any] = [
+    -1,
+    0,
+    True,
+    1.5,
+    "3",
+    "False",
+    "x\0y",
+    "\ud800",
+    b"x",
+    (),
+    [],
+    [None],
+    {},
+    {1: 2},
+    object(),
+    10**400,
+    10**5000,
+    float("nan"),
+    float("inf"),
+    100_000,
+    np.int64(3),
+    np.bool_(True),
+    np.array(3),
+    torch.tensor(2),
+]
+NAMED = {"url", "state", "app", "self", "report", "retention", "policies"}  # not options
+
+
+def state() -> dict[str, Any]:
+    """Return something to save, or to restore into."""
+    return {"w": torch.zeros(3)}
+
+
+def manager(url: Path, **options: Any) -> None:
+    """Make a manager with options, and use it."""
+    given: dict[str, Any] = {"read_only": True, "keep_best_n": 1, "metric": "loss"}
+    with CheckpointManager(url, **(given | options)) as made:
+        made.restore(state())
+        made.checkpoints()
+
+
+def method(name: str, *, read_only: bool = True, **always: Any) -> Callable[..., Any]:
+    """Return a call of a manager's method."""
+
+    def call(url: Path, **options: Any) -> None:
+        with CheckpointManager(url, read_only=read_only) as made:
+            outcome = getattr(made, name)(**(always | options))
+            if name == "save":
+                outcome.result()
+
+    return call
+
+
+def saved(url: Path, **options: Any) -> None:
+    """Save to a store of its own."""
+    given: dict[str, Any] = {"step": 7, "if_exists": "replace"}
+    incckpt.save(state(), url / "others" / "new", **(given | options))
+
+
+CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "load": (incckpt.load, incckpt.load),
+    "load best": (incckpt.load, lambda url, **options: incckpt.load(url, **({"step": "best"} | options))),
+    "verify": (incckpt.verify, incckpt.verify),
+    "collect": (incckpt.collect, incckpt.collect),
+    "save": (incckpt.save, saved),
+    "manager": (CheckpointManager.__init__, manager),
+    "restore": (CheckpointManager.restore, method("restore", app=state())),
+    "manager.load": (CheckpointManager.load, method("load")),
+    "manager.save": (
+        CheckpointManager.save,
+        method("save", read_only=False, step=7, app=state(), if_exists="replace"),
+    ),
+    "manager.checkpoints": (CheckpointManager.checkpoints, method("checkpoints")),
+}
+OPTIONS = [
+    pytest.param(call, option, id=f"{name}-{option}")
+    for name, (signature, call) in CALLS.items()
+    for option in inspect.signature(signature).parameters
+    if option not in NAMED
+]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a store with a checkpoint."""
+    folder = tmp_path_factory.mktemp("store")
+    incckpt.save(state(), folder, step=0, metrics={"loss": 1.0})
+    return folder
+
+
+@pytest.mark.parametrize(("call", "option"), OPTIONS)
+def test_a_wrong_value_is_an_error_of_ours(store: Path, call: Callable[..., Any], option: str) -> None:
+    for value in ODD:
+        try:
+            call(store, **{option: value})
+        except IncckptError:
+            continue
+
+
+@pytest.mark.parametrize("value", [*ODD, None], ids=lambda value: type(value).__name__)
+def test_a_url_that_is_none(value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # "3" is a folder
+    for call in (incckpt.load, incckpt.verify, incckpt.collect):
+        with pytest.raises(IncckptError):
+            call(value)
+
+
+@pytest.mark.parametrize("policy", [KeepLast, KeepEvery, lambda n: KeepBest(n, "loss"), lambda m: KeepBest(1, "l", m)])
+def test_policies_take_numbers(policy: Callable[[Any], Any]) -> None:
+    for value in ODD:
+        try:
+            policy(value)
+        except OptionError:
+            continue
+
+
+def test_more_threads_than_a_system_starts_are_refused(store: Path) -> None:
+    for call in (incckpt.load, incckpt.verify, lambda url, threads: CheckpointManager(url, threads=threads)):
+        with pytest.raises(OptionError, match=f"threads must be an integer from 1 to {MAX_THREADS}, not 100000"):
+            call(store, threads=100_000)
+
+
+def test_text_is_no_flag(store: Path) -> None:
+    with pytest.raises(OptionError, match="allow_pickle must be True or False, not 'False'"):
+        incckpt.load(store, allow_pickle="False")  # type: ignore[arg-type]
+    assert checked_flag("x", np.bool_(True)) is True
+
+
+def test_options_that_are_secret_are_not_shown(store: Path) -> None:
+    with pytest.raises(OptionError, match="storage_options") as raised:
+        incckpt.load(store, storage_options="secret=hunter2")  # type: ignore[arg-type]
+    assert "hunter2" not in str(raised.value)
+
+
+def test_numbers_of_any_integer_type() -> None:
+    assert checked_count("n", np.uint8(3), 1) == 3
+    assert checked_strings("keys", ["a", "b"]) == ("a", "b")
+    with pytest.raises(OptionError, match="n must be an integer of at least 1, not a int"):
+        checked_count("n", -(10**5000), 1)
