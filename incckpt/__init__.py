@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from incckpt.api import load, save
     from incckpt.collection import collect
     from incckpt.inspection.description import Description, describe
-    from incckpt.inspection.listing import list_checkpoints
+    from incckpt.inspection.listing import list_checkpoints, list_runs
+    from incckpt.inspection.usage import Usage, usage
     from incckpt.manager import CheckpointManager
     from incckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast
     from incckpt.run.checkpoint import Checkpoint
@@ -37,6 +38,7 @@ __all__ = [
     "KeepLast",
     "RngState",
     "SaveReport",
+    "Usage",
     "Verified",
     "VerifyResult",
     "__version__",
@@ -44,8 +46,10 @@ __all__ = [
     "describe",
     "errors",
     "list_checkpoints",
+    "list_runs",
     "load",
     "save",
+    "usage",
     "verify",
 ]
 
@@ -55,7 +59,8 @@ _HOMES = {
     "api": ("load", "save"),
     "collection": ("collect",),
     "inspection.description": ("Description", "describe"),
-    "inspection.listing": ("list_checkpoints",),
+    "inspection.listing": ("list_checkpoints", "list_runs"),
+    "inspection.usage": ("Usage", "usage"),
     "manager": ("CheckpointManager",),
     "retention": ("KeepAll", "KeepBest", "KeepEvery", "KeepLast"),
     "run.checkpoint": ("Checkpoint",),

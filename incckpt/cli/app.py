@@ -18,6 +18,13 @@ __all__ = ["command", "run"]
 _VERBS = {
     "list": ("look", "The checkpoints of a store or a run."),
     "info": ("look", "What a checkpoint holds."),
+    "stats": ("space", "How much a store or a run holds, and saves."),
+    "du": ("space", "Which bytes each run and checkpoint needs, shared and own."),
+    "blobs": ("space", "The objects of a store, a run or a checkpoint."),
+    "verify": ("check", "Whether checkpoints restore."),
+    "rm": ("change", "Delete checkpoints."),
+    "gc": ("space", "Delete what no checkpoint needs; a plan unless --no-dry-run."),
+    "completion": ("shell", "Completion for bash, zsh or fish."),
 }
 
 

@@ -213,7 +213,8 @@ def duration(seconds: float) -> str:
 def as_json(value: object) -> Any:
     """Return `value` as what JSON can express: records as objects, sets sorted, NaN and infinities as strings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = [field for field in dataclasses.fields(value) if field.repr]  # not the ones that are too long to print
+        return {field.name: as_json(getattr(value, field.name)) for field in fields}
     if isinstance(value, enum.Enum):
         return value.name.lower()
     if isinstance(value, Mapping):

@@ -13,10 +13,10 @@ from incckpt.run.checkpoint import Checkpoint, read_refs
 from incckpt.run.choose import not_found
 from incckpt.store.lineage import Run
 from incckpt.store.location import locate
-from incckpt.store.refs import Ref, RefName
+from incckpt.store.refs import Ref, RefName, list_refs
 from incckpt.store.store import Store
 
-__all__ = ["list_checkpoints", "refs_of", "run_names"]
+__all__ = ["list_checkpoints", "list_runs", "refs_of"]
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def list_checkpoints(
         raise OptionError(f"a list takes a store or a run; leave out '@{location.step}'")
     with Store.lent(url, location.store, storage_options) as store:
         store.check()
-        names = [location.run] if location.named else run_names(store)
+        names = [location.run] if location.named else _run_names(store)
         found = [
             Checkpoint.of(name, ref, abandoned=left)
             for name in names
@@ -75,9 +75,29 @@ def list_checkpoints(
         return found
 
 
-def run_names(store: Store) -> list[str]:
-    """Return the names of the runs that were ever written, in alphabetical order."""
-    return sorted({entry.key.split("/")[1] for entry in store.backend.list("runs/")})
+def list_runs(url: str | os.PathLike[str] | Backend, *, storage_options: Mapping[str, Any] | None = None) -> list[str]:
+    """Return the names of a store's runs that have checkpoints, readable or not, in alphabetical order.
+
+    Parameters
+    ----------
+    url
+        Of the store; a run that its fragment names does not matter.
+    storage_options
+        For fsspec.
+
+    Raises
+    ------
+    StoreNotFoundError
+        If there is no such store.
+    """
+    location = locate(url)
+    with Store.lent(url, location.store, storage_options) as store:
+        store.check()
+        return _run_names(store)
+
+
+def _run_names(store: Store) -> list[str]:
+    return sorted({run for run, _, _, tombstone in list_refs(store.backend) if not tombstone})
 
 
 def refs_of(store: Store, run: Run, *, abandoned: bool = False) -> Iterator[tuple[Ref, bool]]:

@@ -1,0 +1,91 @@
+"""Verbs that change a store: `rm`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+import incckpt
+from incckpt.backends.base import redact
+from incckpt.cli.options import STORE, best_options, storage_option, verb
+from incckpt.cli.output import Output, plural
+from incckpt.errors import CheckpointNotFoundError, OptionError
+
+
+def confirm(output: Output, question: str, yes: bool) -> None:
+    """Ask whether to go on, unless `yes`; without a terminal to ask at, refuse.
+
+    Raises
+    ------
+    click.UsageError, click.Abort
+    """
+    if yes:
+        return
+    if output.json or not sys.stdin.isatty():
+        raise click.UsageError("there is nobody to ask; give --yes to do it")
+    click.confirm(question, abort=True, err=True)
+
+
+@verb("rm")
+@click.argument("urls", metavar=f"{STORE}...", nargs=-1, required=True)
+@click.option("--all", "all_steps", is_flag=True, help="Every checkpoint of the run that URL names.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@best_options
+@storage_option()
+def rm_command(
+    output: Output,
+    urls: Sequence[str],
+    all_steps: bool,
+    yes: bool,
+    metric: str | None,
+    mode: Any,
+    option: dict[str, Any] | None,
+) -> None:
+    """Delete checkpoints, and what only they need.
+
+    URL names a checkpoint, as store#run@500; with --all a run. Damaged checkpoints
+    can be deleted, too. Whoever writes the run is stopped: this takes it over.
+    """
+    from incckpt.store.location import locate
+
+    doomed: dict[tuple[str, str], dict[int, None]] = {}
+    for url in urls:
+        location = locate(url)
+        if all_steps and (location.step is not None or not location.named):
+            raise OptionError(f"{redact(location.store)}: --all takes a run, as store#run, without '@step'")
+        if not all_steps and location.step is None:
+            raise OptionError(
+                f"{redact(location.store)}: which checkpoint? Name its step, as store#run@500, or give --all for a run"
+            )
+        incckpt.list_runs(url, storage_options=option)  # which finds out whether there is a store
+        steps = doomed.setdefault((location.store, location.run), {})
+        if isinstance(location.step, int):
+            steps[location.step] = None
+        elif location.step is not None:
+            found = incckpt.describe(url, metric=metric, mode=mode, storage_options=option)
+            steps[found.checkpoint.step] = None
+        else:
+            found_all = incckpt.list_checkpoints(url, abandoned=True, storage_options=option)
+            steps.update(dict.fromkeys(checkpoint.step for checkpoint in found_all))
+    count = sum(map(len, doomed.values()))
+    confirm(output, f"Delete {plural(count, 'checkpoint')}?", yes)
+    deleted = []
+    for (store, run), steps in doomed.items():
+        with (
+            incckpt.CheckpointManager(store, run=run, base=False, storage_options=option) as manager,
+            output.progress("deleting", unit="checkpoints") as progress,
+        ):
+            for index, step in enumerate(steps):
+                if not manager.delete(step):
+                    raise CheckpointNotFoundError(f"run {run!r} has no checkpoint of step {step}; see 'incckpt list'")
+                deleted.append({"run": run, "step": step})
+                progress(index + 1, len(steps))
+
+    def show() -> None:
+        for one in deleted:
+            output.line(f"deleted step {one['step']} of run {one['run']}")
+
+    output.result({"deleted": deleted}, show)

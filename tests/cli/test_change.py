@@ -1,0 +1,63 @@
+"""`rm`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import incckpt
+from tests.cli.conftest import Command
+from tests.stores import orphans
+
+
+def steps(store: str, run: str = "default") -> list[int]:
+    return [checkpoint.step for checkpoint in incckpt.list_checkpoints(store) if checkpoint.run == run]
+
+
+def test_rm_deletes_what_it_is_told(command: Command, store: str) -> None:
+    done = command("rm", f"{store}#@1", f"{store}#@best", "--yes")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == "deleted step 1 of run default\ndeleted step 2 of run default\n"
+    assert (steps(store), steps(store, "other")) == ([3], [10])
+    assert orphans(store) == set()
+    assert incckpt.load(store)["step"] == 3
+
+
+def test_rm_asks_first(command: Command, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = command("rm", f"{store}#@1")
+    assert (done.code, "--yes" in done.err) == (2, True)
+    assert steps(store) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["#@9"], 3, "no checkpoint of step 9"),
+        ([""], 2, "which checkpoint?"),
+        (["#default"], 2, "--all"),
+        (["#default@1", "--all"], 2, "without '@step'"),
+        (["#none", "--all"], 3, "has no checkpoint"),
+    ],
+)
+def test_rm_refuses(command: Command, store: str, arguments: list[str], code: int, says: str) -> None:
+    done = command("rm", f"{store}{arguments[0]}", *arguments[1:], "--yes")
+    assert done.code == code
+    assert says in done.err
+    assert steps(store) == [1, 2, 3]
+
+
+def test_rm_in_a_store_that_is_not_there_makes_none(command: Command, tmp_path: Path) -> None:
+    assert command("rm", f"{tmp_path / 'none'}#@1", "--yes").code == 3
+    assert not (tmp_path / "none").exists()
+
+
+def test_rm_all_of_a_run_with_a_damaged_checkpoint(command: Command, store: str) -> None:
+    [ref] = Path(store, "refs", "default").glob("*-000000000002-*")
+    ref.write_bytes(ref.read_bytes()[:-2])
+    done = command("rm", f"{store}#default@2", "--yes")
+    assert (done.code, steps(store)) == (0, [1, 3])
+    done = command("rm", f"{store}#default", "--all", "--yes", "--json")
+    assert done.json == {"deleted": [{"run": "default", "step": 1}, {"run": "default", "step": 3}]}
+    assert steps(store) == []
+    assert incckpt.load(f"{store}#other")["step"] == 3
