@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from incckpt.inspection.listing import list_checkpoints, list_runs
     from incckpt.inspection.usage import Usage, usage
     from incckpt.manager import CheckpointManager
+    from incckpt.recovery import inventory, recover
     from incckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast
     from incckpt.run.checkpoint import Checkpoint
+    from incckpt.run.inventory import Inventory, InventoryItem
+    from incckpt.run.recovery import RecoveryPlan
     from incckpt.run.report import SaveReport
     from incckpt.run.verify import Verified, VerifyResult, verify
     from incckpt.state.rng import RngState
@@ -32,10 +35,13 @@ __all__ = [
     "CollectionPlan",
     "Description",
     "IncckptError",
+    "Inventory",
+    "InventoryItem",
     "KeepAll",
     "KeepBest",
     "KeepEvery",
     "KeepLast",
+    "RecoveryPlan",
     "RngState",
     "SaveReport",
     "Usage",
@@ -45,9 +51,11 @@ __all__ = [
     "collect",
     "describe",
     "errors",
+    "inventory",
     "list_checkpoints",
     "list_runs",
     "load",
+    "recover",
     "save",
     "usage",
     "verify",
@@ -62,8 +70,11 @@ _HOMES = {
     "inspection.listing": ("list_checkpoints", "list_runs"),
     "inspection.usage": ("Usage", "usage"),
     "manager": ("CheckpointManager",),
+    "recovery": ("inventory", "recover"),
     "retention": ("KeepAll", "KeepBest", "KeepEvery", "KeepLast"),
     "run.checkpoint": ("Checkpoint",),
+    "run.inventory": ("Inventory", "InventoryItem"),
+    "run.recovery": ("RecoveryPlan",),
     "run.report": ("SaveReport",),
     "run.verify": ("Verified", "VerifyResult", "verify"),
     "state.rng": ("RngState",),

@@ -87,8 +87,8 @@ def save(
     {'w': tensor([0., 0., 0.]), 'epoch': 1}
     """
     location = locate(url, run=run, step=None if step is None else checked_step(step))
-    if isinstance(location.step, str):
-        raise OptionError(f"a save needs a number after '@' in the URL, not {location.step!r}")
+    if not (location.step is None or isinstance(location.step, int)):
+        raise OptionError(f"a save needs a number after '@' in the URL, not '{location.step}'")
     check_if_exists(if_exists)
     if not location.named:
         refuse_other_ranks()
@@ -120,7 +120,9 @@ def load(
         Of the store, with run and step as a fragment where wanted: ``s3://bucket/sweep#lr3e-4@500``, ``…@latest``,
         ``…@best``. Or a `Backend`, which stays open.
     step, run
-        In place of the fragment. By default the latest checkpoint of the run ``"default"``.
+        In place of the fragment. By default the latest checkpoint of the run ``"default"``. `step` may also be the
+        exact name of a checkpoint (`Checkpoint.ref`), be it abandoned or orphaned: that is read even where the run is
+        damaged, see `recover`.
     keys
         Globs of dotted names, as ``"model.*"``: only what matches is fetched and returned.
     map_location

@@ -67,9 +67,9 @@ def test_nothing_else_is_a_step(three: Path, step: Any) -> None:
 def test_a_step_as_a_string(three: Path) -> None:
     with incckpt.CheckpointManager(three, read_only=True) as reader:
         with pytest.raises(OptionError, match="not the string '5': give step=5"):
-            reader.restore({}, step="5")  # type: ignore[arg-type]
-        with pytest.raises(OptionError, match="'latest' or 'best', not the string 'last'"):
-            reader.load("last")  # type: ignore[arg-type]
+            reader.restore({}, step="5")
+        with pytest.raises(OptionError, match="'best' or the name of a ref, not the string 'last'"):
+            reader.load("last")
 
 
 def test_looking_around(three: Path) -> None:

@@ -168,6 +168,7 @@ def describe(
             metrics=manifest.metrics,
             nbytes=manifest.nbytes,
             written=written,
+            ref=str(name),
             abandoned=name in lineage.abandoned,
         )
         return _describe(store.backend.url, checkpoint, manifest, size)

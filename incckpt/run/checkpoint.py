@@ -32,6 +32,8 @@ class Checkpoint:
         Bytes of the state.
     written
         Bytes that the save put into the store.
+    ref
+        Its exact name, ``<attempt>-<step>-<nonce>``: for ``step=``, or after the ``@`` of a URL.
     abandoned
         Whether it was abandoned by rewinding.
     """
@@ -43,12 +45,14 @@ class Checkpoint:
     metrics: Mapping[str, float] = field(hash=False)
     nbytes: int
     written: int
+    ref: str
     abandoned: bool = False
 
     @classmethod
     def of(cls, run: str, ref: Ref, *, abandoned: bool = False) -> Checkpoint:
         """Return what a ref says."""
-        return cls(run, ref.step, ref.name.attempt, ref.time, ref.metrics, ref.nbytes, ref.written, abandoned)
+        name = ref.name
+        return cls(run, name.step, name.attempt, ref.time, ref.metrics, ref.nbytes, ref.written, str(name), abandoned)
 
 
 def to_record(ref: Ref) -> Record:

@@ -1,4 +1,4 @@
-"""From what a caller asks for (a step, the latest, the best) to a checkpoint of the run."""
+"""From what a caller asks for (a step, the latest, the best, an exact name) to a checkpoint of the run."""
 
 from __future__ import annotations
 
@@ -11,38 +11,44 @@ from incckpt.options import shown
 from incckpt.retention import Mode, best
 from incckpt.run.checkpoint import read_refs, to_record
 from incckpt.store.lineage import Lineage, Run
-from incckpt.store.refs import RefName, checked_step
+from incckpt.store.refs import Ref, RefName, checked_step
 
 __all__ = ["Which", "checked_which", "choose", "not_found", "place"]
 
 log = logging.getLogger(__name__)
 
-Which: TypeAlias = SupportsIndex | Literal["latest", "best"]
+Which: TypeAlias = SupportsIndex | Literal["latest", "best"] | str
 
 _SHOWN = 12
 
 
-def checked_which(which: object) -> int | str | None:
-    """Return which checkpoint is meant: ``None``, ``"latest"``, ``"best"``, or a step as an ``int``.
+def checked_which(which: object) -> int | str | RefName | None:
+    """Return which checkpoint is meant: ``None``, ``"latest"``, ``"best"``, a step as an ``int``, or an exact name.
 
     Raises
     ------
     OptionError
         If it is none of these.
     """
-    if which is None or (isinstance(which, str) and which in ("latest", "best")):
+    if which is None or isinstance(which, RefName) or (isinstance(which, str) and which in ("latest", "best")):
         return which
     if isinstance(which, str):
+        name = RefName.parse(which)
+        if name is not None:
+            return name
         hint = f": give step={int(which)}" if which.isdecimal() else ""
-        raise OptionError(f"step must be an integer, 'latest' or 'best', not the string {shown(which)}{hint}")
+        raise OptionError(
+            f"step must be an integer, 'latest', 'best' or the name of a ref, not the string {shown(which)}{hint}"
+        )
     return checked_step(which)
 
 
-def choose(run: Run, lineage: Lineage, which: int | str | None, metric: str | None, mode: Mode) -> RefName:
+def choose(run: Run, lineage: Lineage, which: int | str | RefName | None, metric: str | None, mode: Mode) -> RefName:
     """Return the checkpoint that `which`, as `checked_which` returns it, means; ``None`` means the latest.
 
     A step may be that of an abandoned checkpoint, which stands until the run has passed it. Where several attempts have
-    one of that step, the lineage's is chosen, or else the latest attempt's, and a warning names the others.
+    one of that step, the lineage's is chosen, or else the latest attempt's, and a warning names the others. An exact
+    name is that of a ref which stands, whether the lineage has it or not.
 
     Parameters
     ----------
@@ -56,6 +62,8 @@ def choose(run: Run, lineage: Lineage, which: int | str | None, metric: str | No
     OptionError
         If ``"best"`` does not say by which metric.
     """
+    if isinstance(which, RefName):
+        return _standing(run, which)
     if isinstance(which, int):
         return _at(run, lineage, which)
     if lineage.latest is None:
@@ -80,6 +88,17 @@ def _at(run: Run, lineage: Lineage, step: int) -> RefName:
         )
     elif name in lineage.abandoned:
         log.warning("step %d of %s is abandoned: a later attempt went back behind it", step, place(run))
+    return name
+
+
+def _standing(run: Run, name: RefName) -> RefName:
+    try:
+        found = run.read(name)
+    except ValueError:
+        return name  # it is there; who reads it is told what is wrong with it
+    if not isinstance(found, Ref):
+        state = "" if found is None else f": it is {found.value.decode()}"
+        raise CheckpointNotFoundError(f"{place(run)} has no checkpoint {name}{state}")
     return name
 
 

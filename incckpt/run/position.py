@@ -60,7 +60,7 @@ class Position:
         """
         checked_which(step)
         try:
-            lineage, found = self._view.read(step, read, fall_back=step is None)
+            lineage, found = self._view.read(step, read, fall_back=step is None, continues=not self._read_only)
         except StoreNotFoundError:
             if step is not None:
                 raise

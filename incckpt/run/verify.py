@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from incckpt.backends.base import Backend
-from incckpt.errors import CheckpointNotFoundError, CorruptionError, FormatError
+from incckpt.errors import CheckpointNotFoundError, CorruptionError, FormatError, KeyNotFoundError
 from incckpt.options import check_choice, checked_strings
 from incckpt.retention import Mode, check_ranking
 from incckpt.run.checkpoint import read_refs
@@ -26,7 +26,7 @@ from incckpt.store.objects import DELTAS, OBJECTS, chunk_keys
 from incckpt.store.refs import Ref, RefName
 from incckpt.store.store import Store
 
-__all__ = ["Level", "Verified", "VerifyResult", "verify"]
+__all__ = ["Checked", "Checker", "Level", "Verified", "VerifyResult", "verify"]
 
 Level: TypeAlias = Literal["list", "sizes", "hashes"]
 
@@ -157,26 +157,45 @@ def verify(
         owner = store.run(location.run)
         reader = stack.enter_context(Reader(store, threads=chosen_threads(threads)))
         for _ in range(TRIES):
-            lineage = owner.lineage()
+            lineage = Lineage.empty() if isinstance(location.step, RefName) else owner.lineage()
             if location.step is None:
                 names: Sequence[RefName] = lineage.live[::-1]
                 if not names:
                     raise not_found(owner)
             else:
                 names = [choose(owner, lineage, location.step, metric, mode)]
-            checker = _Checker(store, reader, level, set(sound), progress)
+            checker = Checker(store, reader, level, set(sound), progress)
             found: list[Verified] = []
             for name in names:
-                problems = checker.check(owner, lineage, name)
-                if problems is not None:
-                    found.append(Verified(name.step, tuple(problems), frozenset(checker.good)))
+                checked = checker.check(owner, lineage, name)
+                if checked is not None:
+                    found.append(Verified(name.step, checked.problems, frozenset(checker.good)))
                     report(found[-1])
             if found:
                 return VerifyResult(store.backend.url, location.run, level, tuple(found))
     raise CheckpointNotFoundError(f"{place(owner)}: {TRIES} times what there was had been pruned before it was checked")
 
 
-class _Checker:
+@dataclass(frozen=True)
+class Checked:
+    """What was found out about one ref.
+
+    Attributes
+    ----------
+    ref
+        What it says; ``None`` if it cannot be read.
+    problems
+        What is wrong with its checkpoint.
+    lost
+        Whether the checkpoint cannot be restored by any version of incckpt, nor with any other torch or numpy.
+    """
+
+    ref: Ref | None
+    problems: tuple[str, ...] = ()
+    lost: bool = False
+
+
+class Checker:
     """Checks checkpoints of a store, each object once.
 
     Attributes
@@ -195,32 +214,39 @@ class _Checker:
         if level != "hashes":
             self._sizes = {entry.key: entry.size for space in (OBJECTS, DELTAS) for entry in store.backend.list(space)}
 
-    def check(self, run: Run, lineage: Lineage, name: RefName) -> list[str] | None:
+    def check(self, run: Run, lineage: Lineage, name: RefName) -> Checked | None:
         """Return what is wrong with a checkpoint; ``None`` if it was pruned meanwhile."""
         try:
             refs = read_refs(run, lineage, [name])
         except (CorruptionError, FormatError) as error:
-            return [str(error)]
-        problems = [problem for ref in refs for problem in self._check(ref)]
-        return problems if refs and (not problems or stands(run, name)) else None
+            return Checked(None, (str(error),), lost=isinstance(error, CorruptionError))
+        if not refs:
+            return None
+        checked = self._check(refs[0])
+        return checked if not checked.problems or stands(run, name) else None
 
-    def _check(self, ref: Ref) -> list[str]:
+    def _check(self, ref: Ref) -> Checked:
         try:
             manifest = self._store.manifest(ref)
         except (CorruptionError, FormatError) as error:
-            return [str(error)]
+            return Checked(ref, (str(error),), lost=isinstance(error, CorruptionError))
         problems: list[str] = []
+        lost = False
         names: list[list[str]] = [[] for _ in manifest.ranges]
         try:
             names = Contents.of(manifest).names()
         except (CorruptionError, FormatError) as error:
             problems.append(f"the manifest of step {ref.step} cannot be restored: {error}")
-        reads = _reads(manifest, names)
+            lost = isinstance(error, CorruptionError)
+        damage = self._check_objects(ref, _reads(manifest, names))
+        return Checked(ref, (*problems, *damage), lost or bool(damage))
+
+    def _check_objects(self, ref: Ref, reads: Sequence[ChunkRead]) -> list[str]:
         if self._level != "hashes":
-            return problems + [problem for read in reads for problem in self._check_listed(read)]
+            return [problem for read in reads for problem in self._check_listed(read)]
         left = [read for read in reads if not self.good.issuperset(map(str, chunk_keys(read.chunk)))]
         with progress_bar(sum(read.chunk.nbytes for read in left), ref.step, self._progress) as count:
-            return problems + self._read(left, count)
+            return self._read(left, count)
 
     def _check_listed(self, read: ChunkRead) -> Iterable[str]:
         chunk = read.chunk
@@ -232,12 +258,22 @@ class _Checker:
             if key in self.good:
                 continue
             needed_by = f" (needed by tensor {', '.join(read.names[:3])})" if read.names else ""
-            if key not in self._sizes:
+            found = self._sizes.get(key)
+            if found is None or (self._level == "sizes" and found != size):
+                found = self._look_again(key)
+            if found is None:
                 yield f"object {key} is missing{needed_by}"
-            elif self._level == "sizes" and self._sizes[key] != size:
-                yield f"object {key} has {self._sizes[key]} bytes, not {size}{needed_by}"
+            elif self._level == "sizes" and found != size:
+                yield f"object {key} has {found} bytes, not {size}{needed_by}"
             else:
                 self.good.add(key)
+
+    def _look_again(self, key: str) -> int | None:
+        """Return the size of an object that the listing left out, or gave another; ``None`` if it is not there."""
+        try:
+            return self._store.backend.head(key).size
+        except KeyNotFoundError:
+            return None
 
     def _read(self, reads: Sequence[ChunkRead], count: Callable[[int], None]) -> list[str]:
         """Read and check chunks, all together; one by one only to find out what is wrong."""

@@ -61,16 +61,25 @@ class RunView:
         self._reader: Reader | None = None
 
     def read(
-        self, which: Which | str | None, read: Callable[[Reader, Manifest], _T], *, fall_back: bool = False
+        self,
+        which: Which | RefName | None,
+        read: Callable[[Reader, Manifest], _T],
+        *,
+        fall_back: bool = False,
+        continues: bool = False,
     ) -> tuple[Lineage, tuple[RefName, Manifest, _T] | None]:
         """Choose a checkpoint and `read` it; where it is pruned meanwhile, choose again.
 
         Parameters
         ----------
         which
-            A step, ``"latest"`` (or ``None``) or ``"best"``.
+            A step, ``"latest"`` (or ``None``), ``"best"``, or the exact name of a ref, which is read whatever the
+            lineage says, and where it is damaged.
         fall_back
             Whether a damaged latest one is passed over for the one before it, with an error in the log.
+        continues
+            Whether a writer is to go on from the checkpoint, for which it needs the lineage in any case. A checkpoint
+            that was in none counts as abandoned then.
 
         Returns
         -------
@@ -93,7 +102,7 @@ class RunView:
             return ref.name, manifest, read(self._reader, manifest)
 
         self._store.check()
-        return self._read_standing(which, read_manifest, fall_back)
+        return self._read_standing(which, read_manifest, fall_back, continues)
 
     def checkpoints(self, *, abandoned: bool = False) -> list[Checkpoint]:
         """Return the committed checkpoints by step; unreadable ones are left out and logged."""
@@ -113,7 +122,7 @@ class RunView:
         """Return a checkpoint; ``None`` if there is none such."""
         try:
             self._store.check()
-            _, ref = self._read_standing(which, lambda ref: ref, False)
+            _, ref = self._read_standing(which, lambda ref: ref)
         except (StoreNotFoundError, CheckpointNotFoundError):
             return None
         return None if ref is None else Checkpoint.of(self.run.name, ref)
@@ -132,12 +141,19 @@ class RunView:
         self.close()
 
     def _read_standing(
-        self, which: Which | str | None, read: Callable[[Ref], _T], fall_back: bool
+        self,
+        which: Which | RefName | None,
+        read: Callable[[Ref], _T],
+        fall_back: bool = False,
+        continues: bool = False,
     ) -> tuple[Lineage, _T | None]:
         wanted = checked_which(which)
+        exact = wanted if isinstance(wanted, RefName) else None
         pruned: RefName | None = None
         for _ in range(TRIES):
-            lineage = self.run.lineage()
+            lineage = Lineage.empty() if exact and not continues else self.run.lineage()
+            if exact and continues:
+                lineage = lineage.including(exact)
             if lineage.latest is None and wanted is None and pruned is None:
                 return lineage, None
             try:

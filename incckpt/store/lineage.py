@@ -13,8 +13,8 @@ import re
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from incckpt.backends.base import Backend
 from incckpt.errors import BackendError, CorruptionError, KeyNotFoundError, SupersededError
@@ -74,6 +74,12 @@ class Lineage:
         """Return the lineage of a run that was never written."""
         return cls(0, 0, (), (), {})
 
+    def including(self, name: RefName) -> Lineage:
+        """Return the same with checkpoint `name` as an abandoned one, if it is neither that nor live."""
+        if name in self.live or name in self.abandoned:
+            return self
+        return replace(self, abandoned=(*self.abandoned, name))
+
     def at(self, step: int) -> tuple[RefName, ...]:
         """The checkpoints of `step` that stand: the one in the lineage first, then abandoned ones, the latest first."""
         live = [name for name in self.live if name.step == step]
@@ -121,19 +127,29 @@ class Run:
         """Where the pin of a save in flight stands."""
         return f"pins/{self.name}/{name}"
 
+    def seal_key(self, attempt: int) -> str:
+        """Where an attempt writes down what it continues."""
+        return f"runs/{self.name}/attempts/{attempt:06d}.from"
+
     def attempts(self) -> tuple[int, int]:
         """Return the highest attempt, and the highest that has chosen what it continues (0 where there is none)."""
-        highest = sealed = 0
+        made, sealed = self.listed_attempts()
+        return max(made, default=0), max(sealed, default=0)
+
+    def listed_attempts(self) -> tuple[set[int], set[int]]:
+        """Return all attempts that are listed, and those that have chosen what they continue."""
+        made: set[int] = set()
+        sealed: set[int] = set()
         for entry in self.backend.list(f"runs/{self.name}/attempts/"):
             match = _ATTEMPT.fullmatch(entry.key.rpartition("/")[2])
             if match is None:
                 if is_stray(self.backend, entry.key):
                     continue
                 raise CorruptionError(f"not an attempt: {entry.key} (written by a later version of incckpt?)")
-            highest = max(highest, int(match[1]))
+            made.add(int(match[1]))
             if match[2]:
-                sealed = max(sealed, int(match[1]))
-        return highest, sealed
+                sealed.add(int(match[1]))
+        return made, sealed
 
     def lineage(self) -> Lineage:
         """Return the checkpoints of the run: two listings and one read, however long its history.
@@ -158,7 +174,7 @@ class Run:
         inherited: dict[RefName, Ref | None] = {}
         left: dict[RefName, Ref | None] = {}
         if sealed:
-            inherited, left = self._read_seal(sealed)
+            inherited, left = self.read_seal(sealed)
         live: list[RefName] = []
         abandoned: list[RefName] = []
         listed: set[tuple[RefName, bool]] = set()
@@ -210,16 +226,28 @@ class Run:
         """Return checkpoint `name`, abandoned or not, after those that its lineage has before it, by step."""
         if name in lineage.live:
             return tuple(other for other in lineage.live if other.step <= name.step)
-        inherited, _ = self._read_seal(name.attempt)
-        names = [
-            other
-            for other in (*lineage.live, *lineage.abandoned)
-            if other == name or (other.step < name.step and (other.attempt == name.attempt or other in inherited))
-        ]
+        others = [other for other in (*lineage.live, *lineage.abandoned) if other.step < name.step]
+        own = [other for other in others if other.attempt == name.attempt]
+        try:
+            inherited: Collection[RefName] = self.read_seal(name.attempt)[0]
+        except (KeyNotFoundError, CorruptionError) as error:
+            log.warning("step %d of run %r: what its attempt went on from is lost: %s", name.step, self.name, error)
+            first = min((other.step for other in own), default=name.step)
+            inherited = {other for other in others if other.attempt < name.attempt and other.step < first}
+        names = [*(other for other in others if other in own or other in inherited), name]
         return tuple(self._newest(names, lineage.known)[0])
 
-    def _read_seal(self, attempt: int) -> tuple[dict[RefName, Ref | None], dict[RefName, Ref | None]]:
-        key = self._attempt_key(attempt) + ".from"
+    def read_seal(self, attempt: int) -> tuple[dict[RefName, Ref | None], dict[RefName, Ref | None]]:
+        """Return what an attempt inherited and abandoned, as it wrote down; ``None`` for a ref that it could not read.
+
+        Raises
+        ------
+        KeyNotFoundError
+            If the attempt has not chosen.
+        CorruptionError, FormatError
+            If it is unreadable.
+        """
+        key = self.seal_key(attempt)
         fields = Fields(parse_document(self.backend.get(key), "lineage", key), key)
         inherited, abandoned = (
             dict(_inherited_from_json(item, key) for item in fields.list(part)) for part in ("refs", "abandoned")
@@ -301,7 +329,7 @@ class Run:
         _, sealed = self.attempts()
         if sealed < seen.sealed:
             raise CorruptionError(
-                f"run {self.name!r} at {self.backend.url} is damaged: {self._attempt_key(seen.sealed)}.from was there, "
+                f"run {self.name!r} at {self.backend.url} is damaged: {self.seal_key(seen.sealed)} was there, "
                 "and is gone"
             )
         if sealed not in (seen.sealed, seen.attempt + 1):
@@ -339,7 +367,7 @@ class Run:
             "refs": [_inherited_to_json(ref) for ref in inherited],
             "abandoned": [_inherited_to_json(ref) for ref in abandoned],
         }
-        self.backend.put(self._attempt_key(attempt) + ".from", dump_document("lineage", document))
+        self.backend.put(self.seal_key(attempt), dump_document("lineage", document))
 
     def check_not_superseded(self, attempt: int) -> None:
         """Look for a higher attempt.

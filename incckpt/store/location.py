@@ -1,4 +1,4 @@
-"""URLs of stores, runs and checkpoints: ``store#run@step``."""
+"""URLs of stores, runs and checkpoints: ``store#run@step``, or ``store#run@ref``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from incckpt.backends.base import Backend, redact
 from incckpt.backends.registry import check_url
 from incckpt.errors import OptionError
 from incckpt.options import shown
-from incckpt.store.refs import validate_run
+from incckpt.store.refs import RefName, validate_run
 
 __all__ = ["DEFAULT_RUN", "Location", "locate"]
 
@@ -28,18 +28,20 @@ class Location:
     run
         Name of the run.
     step
-        A step, ``"latest"``, ``"best"`` or ``None``.
+        A step, ``"latest"``, ``"best"``, the exact name of a ref, or ``None``.
     named
         Whether the run was named, in the URL or beside it.
     """
 
     store: str
     run: str = DEFAULT_RUN
-    step: int | str | None = None
+    step: int | str | RefName | None = None
     named: bool = False
 
 
-def locate(url: str | os.PathLike[str] | Backend, *, run: str | None = None, step: int | str | None = None) -> Location:
+def locate(
+    url: str | os.PathLike[str] | Backend, *, run: str | None = None, step: int | str | RefName | None = None
+) -> Location:
     """Take a URL with an optional fragment ``#run``, ``#run@step`` or ``#@step`` apart.
 
     Only a string has a fragment: a path object or a backend is a store whole, whatever its name. Messages show no
@@ -57,7 +59,7 @@ def locate(url: str | os.PathLike[str] | Backend, *, run: str | None = None, ste
     OptionError
         If it is not the URL of a store, or its fragment and the arguments contradict each other.
     """
-    in_url: tuple[str | None, int | str | None] = (None, None)
+    in_url: tuple[str | None, int | str | RefName | None] = (None, None)
     if isinstance(url, Backend):
         store = place = url.url
     elif isinstance(url, str):
@@ -75,10 +77,15 @@ def locate(url: str | os.PathLike[str] | Backend, *, run: str | None = None, ste
     for option, one, other in zip(("run", "step"), in_url, given, strict=True):
         if one is not None and other is not None and one != other:
             raise OptionError(
-                f"{place}: the {option} is {one!r} in the URL and {other!r} in {option}=; give one of them"
+                f"{place}: the {option} is {_quoted(one)} in the URL and {_quoted(other)} in {option}=; "
+                "give one of them"
             )
     name = in_url[0] or given[0]
     return Location(store, name or DEFAULT_RUN, in_url[1] if step is None else step, name is not None)
+
+
+def _quoted(value: int | str | RefName) -> str:
+    return repr(str(value) if isinstance(value, RefName) else value)
 
 
 def _path_text(path: os.PathLike[str]) -> str:
@@ -92,7 +99,7 @@ def _path_text(path: os.PathLike[str]) -> str:
     return os.path.join(".", text) if ":" in text else text  # keeps `open_backend` from taking it for a URL
 
 
-def _parse_fragment(store: str, fragment: str) -> tuple[str | None, int | str | None]:
+def _parse_fragment(store: str, fragment: str) -> tuple[str | None, int | str | RefName | None]:
     run, at, step = fragment.partition("@")
     if not fragment:
         raise OptionError(f"{store}#: the fragment is empty; a run is named as in {store}#my-run@500. {_PATH_ADVICE}")
@@ -106,7 +113,12 @@ def _parse_fragment(store: str, fragment: str) -> tuple[str | None, int | str | 
         return name, int(step)
     if step in ("latest", "best"):
         return name, step
-    raise OptionError(f"{store}#…: after '@' comes a step, 'latest' or 'best', not {step!r:.80}. {_PATH_ADVICE}")
+    name_of_ref = RefName.parse(step)
+    if name_of_ref is not None:
+        return name, name_of_ref
+    raise OptionError(
+        f"{store}#…: after '@' comes a step, 'latest', 'best' or the name of a ref, not {step!r:.80}. {_PATH_ADVICE}"
+    )
 
 
 _PATH_ADVICE = "If the folder's name has a '#', give a pathlib.Path, or a file:// URL with '%23' for it"

@@ -26,7 +26,7 @@ from incckpt.store.document import Fields, dump_document, parse_document
 from incckpt.store.lineage import Run
 from incckpt.store.manifest import Manifest
 from incckpt.store.objects import ObjectKey, Objects
-from incckpt.store.refs import CondemnedLists, Ref, RefName, create_once
+from incckpt.store.refs import CondemnedLists, Ref, RefName, create_once, list_refs
 
 __all__ = ["MAX_MANIFEST", "Store"]
 
@@ -36,6 +36,7 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 MARKER = "incckpt.json"
+_MARKER_READS = 3
 MAX_MANIFEST = 1 << 30  # bytes; a million tensors take about a quarter of it
 
 
@@ -168,13 +169,44 @@ class Store:
             try:
                 marker = self.backend.get(MARKER)
             except KeyNotFoundError:
-                marker = dump_document("store", {"id": secrets.token_hex(16)})
+                marker = _new_marker()
                 found = create_once(self.backend, MARKER, marker)
                 if found is not None:
                     marker = found
             self._check_marker(marker)
         self.backend.reserve()
         self._created = True
+
+    def damage(self) -> str | None:
+        """Return what is wrong with the marker of a store in which refs stand; ``None`` if nothing is.
+
+        Raises
+        ------
+        StoreNotFoundError
+            If there is neither a marker nor a ref.
+        FormatError
+            If the marker is of a format that this version does not read.
+        """
+        try:
+            self.check()
+        except (StoreNotFoundError, CorruptionError) as error:
+            if isinstance(error, StoreNotFoundError) and next(list_refs(self.backend), None) is None:
+                raise
+            return str(error)
+        return None
+
+    def restore_marker(self) -> None:
+        """Put a new marker where it is gone, or cannot be read again and again."""
+        for left in reversed(range(_MARKER_READS)):
+            try:
+                self._check_marker(self.backend.get(MARKER))
+            except KeyNotFoundError:
+                create_once(self.backend, MARKER, _new_marker())
+            except CorruptionError:
+                if not left:
+                    self.backend.put(MARKER, _new_marker())
+            else:
+                return
 
     def check_unchanged(self) -> None:
         """Check that this is the store it was: what is remembered of it holds for no other (one request).
@@ -214,3 +246,7 @@ class Store:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _new_marker() -> bytes:
+    return dump_document("store", {"id": secrets.token_hex(16)})
