@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import incckpt
@@ -207,7 +207,7 @@ def history(backend: Backend, tenures: list[tuple[int, int, bool]], keep: int | 
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(attempts, st.sampled_from([None, 2]), st.randoms(use_true_random=False))
 def test_any_history_after_any_damage_of_its_documents(
     tenures: list[tuple[int, int, bool]], keep: int | None, chance: random.Random
@@ -251,6 +251,7 @@ def remains(draw: st.DrawFn) -> Remains:
     return Remains(max(name.attempt for name in refs), tuple(refs), (), seals, {})
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(remains(), st.data())
 def test_what_is_rebuilt_is_a_lineage(found: Remains, data: st.DataObject) -> None:
     whole: dict[RefName, Ref | None] = dict.fromkeys(data.draw(st.sets(st.sampled_from(found.standing))))
