@@ -6,7 +6,7 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := dev,gcs,azure,http,cli
+EXTRAS := dev,all
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 PEERS := .venv-peers

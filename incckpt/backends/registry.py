@@ -28,17 +28,17 @@ _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/?)")
 _FILE = re.compile(r"(?i)file:(//(localhost)?/|/(?!/))")
 _CACHES = frozenset({"blockcache", "cached", "filecache", "simplecache"})
 
-# scheme -> module in this package, the packages it needs, the extra that installs them (s3fs is always installed)
+# scheme -> module in this package, which is also the name of the extra that it needs
 _REMOTE = {
-    "s3": ("s3", ("s3fs",), ""),
-    "s3a": ("s3", ("s3fs",), ""),
-    "gs": ("gcs", ("gcsfs",), "gcs"),
-    "gcs": ("gcs", ("gcsfs",), "gcs"),
-    "az": ("azure", ("azure", "adlfs"), "azure"),
-    "abfs": ("azure", ("azure", "adlfs"), "azure"),
-    "abfss": ("azure", ("azure", "adlfs"), "azure"),
-    "http": ("http", ("aiohttp",), "http"),
-    "https": ("http", ("aiohttp",), "http"),
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gcs",
+    "gcs": "gcs",
+    "az": "azure",
+    "abfs": "azure",
+    "abfss": "azure",
+    "http": "http",
+    "https": "http",
 }
 _SCHEMES = ("file", "memory", *_REMOTE)
 
@@ -125,8 +125,7 @@ def _open(text: str, options: dict[str, Any]) -> Backend:
         _refuse_options(text, options)
         return MemoryBackend(rest)
     if scheme in _REMOTE:
-        module, packages, extra = _REMOTE[scheme]
-        return _factory(module, packages, extra)(text, options)
+        return _factory(_REMOTE[scheme])(text, options)
     for point in entry_points(group=ENTRY_POINT_GROUP, name=scheme):
         backend = point.load()(text, options)
         if not isinstance(backend, Backend):
@@ -151,14 +150,13 @@ def _refuse_options(url: str, options: dict[str, Any]) -> None:
         raise OptionError(f"{redact(url)} takes no storage_options; given: {', '.join(sorted(options))}")
 
 
-def _factory(module: str, packages: tuple[str, ...], extra: str) -> BackendFactory:
+def _factory(name: str) -> BackendFactory:
     try:
-        opener: BackendFactory = import_module(f"incckpt.backends.{module}").open_url
+        opener: BackendFactory = import_module(f"incckpt.backends.{name}").open_url
     except ModuleNotFoundError as exc:
         missing = (exc.name or "").partition(".")[0]
-        if missing not in packages:
+        if missing == "incckpt":
             raise
-        wanted = f'"incckpt[{extra}]"' if extra else missing
-        message = f"{module} stores need the package {missing}: pip install {wanted}"
+        message = f'{name} stores need the package {missing}: pip install "incckpt[{name}]"'
         raise MissingExtraError(message, name=missing) from exc
     return opener

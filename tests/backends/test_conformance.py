@@ -152,13 +152,26 @@ def test_no_cloud_library_is_loaded_until_it_is_used() -> None:
     assert shown.stdout.strip() == "[]"
 
 
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str) -> Any:
-        raise ModuleNotFoundError("No module named 'gcsfs'", name="gcsfs")
-
-    monkeypatch.setattr(registry_module, "import_module", fail)
-    with pytest.raises(MissingExtraError, match=r'pip install "incckpt\[gcs\]"'):
-        open_backend("gs://bucket/x")
+@pytest.mark.parametrize(
+    ("url", "extra", "missing"),
+    [
+        ("s3://bucket/x", "s3", "aiobotocore"),
+        ("s3://bucket/x", "s3", "aiohttp"),
+        ("s3://bucket/x", "s3", "s3fs"),
+        ("gs://bucket/x", "gcs", "aiohttp"),
+        ("gs://bucket/x", "gcs", "gcsfs"),
+        ("az://container/x", "azure", "azure"),
+        ("https://host/x", "http", "aiohttp"),
+    ],
+)
+def test_a_missing_extra_is_named(url: str, extra: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(f"incckpt.backends.{extra}")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(MissingExtraError, match=rf'need the package {missing}: pip install "incckpt\[{extra}\]"'):
+        open_backend(url)
 
 
 def test_a_third_party_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
