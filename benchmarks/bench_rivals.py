@@ -3,18 +3,19 @@
     python benchmarks/bench_rivals.py                # about five minutes
     python benchmarks/bench_rivals.py --width 128    # in seconds
 
-A byte-level GPT is trained with AdamW on the Python standard library's source text. Every contender saves the same states
-in turn, each durable before the next begins, in another order every time. Then each restores its last checkpoint into a new
-model and optimizer, whose tensors are compared bit for bit. In the second table all blocks but one are frozen.
+A byte-level GPT is trained with AdamW on the Python standard library's source text. Every contender saves the same
+states in turn, each durable before the next begins, in another order every time. Then each restores its last
+checkpoint into a new model and optimizer, whose tensors are compared bit for bit. In the second table all blocks but
+one are frozen.
 
 - *blocked*: milliseconds that the training loop waits for a save (median);
 - *durable*: seconds until the bytes are on the disk, fsynced (median);
 - *first*, *later*: bytes stored by the first save and, on average, by each later one, divided by the state's;
 - *restore*: seconds to restore model and optimizer in place, files in the page cache.
 
-Rivals that are not installed are left out: ``pip install moonclip safetensors torch_checkpointing zipnn``. ``safetensors``
-stores tensors only; ``zipnn`` compresses bytes only, on one thread. ``torch_checkpointing`` stages without pinned memory, as
-its documentation asks of machines without a GPU.
+Rivals that are not installed are left out: ``pip install moonclip safetensors torch_checkpointing zipnn``.
+``safetensors`` stores tensors only; ``zipnn`` compresses bytes only, on one thread. ``torch_checkpointing`` stages
+without pinned memory, as its documentation asks of machines without a GPU.
 """
 
 from __future__ import annotations
