@@ -11,6 +11,8 @@ from incckpt.store.document import Json, encode_float
 
 __all__ = ["SaveReport"]
 
+_BLOCKING = ("wait", "flatten", "stage")
+
 
 @dataclass
 class SaveReport(StageReport):
@@ -27,12 +29,15 @@ class SaveReport(StageReport):
     manifest_bytes
         Stored size of the manifest.
     norms
-        With thresholds: by tensor, its relative change and the norm of what was stored before.
+        By tensor, its relative change since the checkpoint before (L2 norm) and the norm that it had then: with
+        thresholds exactly, and of every tensor compared; otherwise estimated from a sample, and of those in which
+        something changed. Empty after a manager's first save, and after one that `incckpt.save` makes.
     by_way
         Raw and stored bytes of the put objects' frames, by the way they are coded.
     seconds
         By phase. ``flatten``, ``stage`` and ``wait`` (for the backlog) block the caller. ``hash``, ``encode`` and
-        ``put`` are summed over threads; ``store`` is the time they took together; ``commit`` is the protocol's part.
+        ``put`` are summed over threads; ``store`` is the time they took together; ``measure`` is that of `norms`;
+        ``commit`` is the protocol's part.
     """
 
     step: int = 0
@@ -75,6 +80,11 @@ class SaveReport(StageReport):
         return document
 
     @property
+    def blocked(self) -> dict[str, float]:
+        """How long the caller waited, by phase, in seconds."""
+        return {phase: self.seconds[phase] for phase in _BLOCKING if phase in self.seconds}
+
+    @property
     def blocked_seconds(self) -> float:
         """How long the caller waited."""
-        return sum(self.seconds.get(phase, 0.0) for phase in ("wait", "flatten", "stage"))
+        return sum(self.blocked.values())

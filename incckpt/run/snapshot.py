@@ -30,6 +30,8 @@ class Snapshot:
         How its ranges lie in chunks, and one content per chunk.
     packed
         Its packed values; their chunks follow those of the layout.
+    entries
+        What `tensors` are the JSON of.
     """
 
     step: int
@@ -41,6 +43,7 @@ class Snapshot:
     contents: Sequence[Content]
     norms: Mapping[str, tuple[float, float]] | None = None
     packed: PackedChunks = NOTHING_PACKED
+    entries: Sequence[TensorEntry] = ()
 
     @property
     def packed_ranges(self) -> tuple[Range, ...]:
@@ -65,8 +68,8 @@ class Snapshot:
         packed: PackedChunks = NOTHING_PACKED,
     ) -> Snapshot:
         """Put a snapshot together from what flattening and staging gave."""
-        entries = tuple(entry_to_json(entry) for entry in tensors)
-        return cls(step, metrics, time, structure, entries, layout, contents, norms, packed)
+        items = tuple(entry_to_json(entry) for entry in tensors)
+        return cls(step, metrics, time, structure, items, layout, contents, norms, packed, tensors)
 
 
 def stage(

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 
@@ -19,6 +20,7 @@ from incckpt.run.report import SaveReport
 from incckpt.run.snapshot import Snapshot
 from incckpt.run.upload import Known, Uploader
 from incckpt.staging.baseline import Baseline
+from incckpt.staging.movement import MovementMeter
 from incckpt.store.lineage import Run
 from incckpt.store.manifest import Chunk, Manifest
 from incckpt.store.objects import ObjectKey, manifest_keys
@@ -109,6 +111,7 @@ class Writer:
         self._uploader = Uploader(store, threads=threads, baseline=baseline, pipeline=pipeline)
         self._heartbeat_seconds = heartbeat_seconds
         self._read_back = ReadBack()
+        self._movement = MovementMeter()
         self._previous: tuple[RefName, frozenset[str]] | None = None
         self._unsettled: list[tuple[Ref, Manifest, list[str]]] = []
 
@@ -149,6 +152,7 @@ class Writer:
             If the store failed; the next save uploads what is missing.
         """
         self._read_back.check(snapshot)
+        snapshot = self._measured(snapshot, report)
         for _ in range(_ABORTED_TRIES):
             name = RefName.new(self._attempt, snapshot.step)
             written = self._write_as(name, snapshot, report)
@@ -174,7 +178,7 @@ class Writer:
                 chunks = self._uploader.store(snapshot, name.nonce, known, report)
                 stored = time.perf_counter() - storing
                 report.spent("store", stored)
-                manifest = self._manifest(name, snapshot, chunks)
+                manifest = self._manifest(name, snapshot, chunks, report)
                 ref = self._put_manifest(name, manifest, report)
                 outcome = self._commit(ref, manifest)
         except _CommitUnknownError as unknown:
@@ -194,6 +198,7 @@ class Writer:
             return None
         self._previous = (name, manifest_keys(manifest))
         self._uploader.look_up = False
+        self._movement.settle()
         if self._baseline is not None:
             self._baseline.settle(snapshot.layout, snapshot.contents)
         return ref, manifest
@@ -258,7 +263,17 @@ class Writer:
 
     # -- manifest
 
-    def _manifest(self, name: RefName, snapshot: Snapshot, chunks: Sequence[Chunk]) -> Manifest:
+    def _measured(self, snapshot: Snapshot, report: SaveReport) -> Snapshot:
+        """Return the snapshot with the norms of what moved."""
+        started = time.perf_counter()
+        found = self._movement.measure(snapshot.step, snapshot.layout, snapshot.entries, snapshot.contents)
+        report.spent("measure", time.perf_counter() - started)
+        if snapshot.norms is not None or self._movement.since is None:
+            return snapshot
+        report.norms = found
+        return replace(snapshot, norms=found)
+
+    def _manifest(self, name: RefName, snapshot: Snapshot, chunks: Sequence[Chunk], report: SaveReport) -> Manifest:
         return Manifest(
             run=self._run.name,
             attempt=name.attempt,
@@ -273,6 +288,8 @@ class Writer:
             chunks=tuple(chunks),
             packed=snapshot.packed_ranges,
             norms=snapshot.norms,
+            norms_since=None if snapshot.norms is None else self._movement.since,
+            blocked=report.blocked or None,
         )
 
     def _put_manifest(self, name: RefName, manifest: Manifest, report: SaveReport) -> Ref:

@@ -19,7 +19,7 @@ from incckpt.options import shown
 from incckpt.staging import detect
 from incckpt.state.entries import TensorEntry
 
-__all__ = ["RangeThresholds", "Thresholds"]
+__all__ = ["RangeThresholds", "Thresholds", "float_ranges"]
 
 
 @dataclass(frozen=True)
@@ -84,22 +84,35 @@ class Thresholds:
         A range has a threshold only if it is one floating-point tensor, dense in memory, or several that coincide: of
         tensors that merely overlap, a part could move further than the whole.
         """
+        code, names = float_ranges(entries, nbytes)
         threshold = np.full(len(nbytes), math.inf)
-        code = np.full(len(nbytes), -1, np.int64)
-        names = [""] * len(nbytes)
         for entry in entries:
-            index = entry.range
-            if index < 0:
-                continue
-            names[index] = names[index] or entry.name
-            kind = detect.DTYPE_CODES.get(_dtype_name(entry))
-            whole = math.prod(entry.shape) * entry.itemsize == nbytes[index]
-            if kind is None or not whole or code[index] not in (-1, kind):
-                threshold[index] = 0.0
-            else:
-                code[index] = kind
-                threshold[index] = min(threshold[index], self.of(entry.name))
-        return RangeThresholds(np.where(np.isinf(threshold), 0.0, threshold), np.maximum(code, 0), names)
+            if entry.range >= 0:
+                threshold[entry.range] = min(threshold[entry.range], self.of(entry.name))
+        return RangeThresholds(np.where(np.isinf(threshold) | (code < 0), 0.0, threshold), np.maximum(code, 0), names)
+
+
+def float_ranges(entries: Sequence[TensorEntry], nbytes: Sequence[int]) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """Return which ranges are one floating-point tensor, or several that coincide, dense in memory.
+
+    Returns
+    -------
+    code, names
+        ``int64[r]``: the range's element type, one of `incckpt.staging.detect.DTYPE_CODES`, or -1 if it is not such a
+        range; and the name of its first tensor.
+    """
+    unknown, other = -2, -1
+    code = np.full(len(nbytes), unknown, np.int64)
+    names = [""] * len(nbytes)
+    for entry in entries:
+        index = entry.range
+        if index < 0:
+            continue
+        names[index] = names[index] or entry.name
+        kind = detect.DTYPE_CODES.get(_dtype_name(entry))
+        whole = math.prod(entry.shape) * entry.itemsize == nbytes[index]
+        code[index] = kind if kind is not None and whole and code[index] in (unknown, kind) else other
+    return np.maximum(code, other), names
 
 
 _NUMPY_NAMES = {"<f8": "float64", "<f4": "float32", "<f2": "float16", "<c16": "complex128", "<c8": "complex64"}

@@ -111,7 +111,11 @@ class Manifest:
     packed
         Byte ranges of plain values that are packed; the structure refers to them by index.
     norms
-        Per tensor name ``(relative change, norm)`` where the save computed them.
+        Per tensor name ``(relative change, norm before)`` where the save measured them.
+    norms_since
+        The step of the checkpoint that `norms` compare with.
+    blocked
+        How long the caller waited for the save, by phase, in seconds.
     """
 
     run: str
@@ -127,6 +131,8 @@ class Manifest:
     chunks: tuple[Chunk, ...]
     packed: tuple[Range, ...] = ()
     norms: Mapping[str, tuple[float, float]] | None = None
+    norms_since: int | None = None
+    blocked: Mapping[str, float] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -152,6 +158,10 @@ class Manifest:
             document["packed"] = [_range_to_json(item) for item in self.packed]
         if self.norms is not None:
             document["norms"] = {name: [encode_float(x) for x in pair] for name, pair in self.norms.items()}
+        if self.norms_since is not None:
+            document["norms_since"] = self.norms_since
+        if self.blocked is not None:
+            document["blocked"] = {phase: round(seconds, 6) for phase, seconds in self.blocked.items()}
         short = any(chunk.base is not None and chunk.base.digits != _ALL_DIGITS for chunk in self.chunks)
         return dump_document("manifest", document, version=2 if short or self.packed else 1)
 
@@ -190,6 +200,8 @@ class Manifest:
             chunks=chunks,
             packed=packed,
             norms=norms,
+            norms_since=fields.count("norms_since") if "norms_since" in document else None,
+            blocked=_blocked(document["blocked"], f"{name}: blocked") if "blocked" in document else None,
         )
 
 
@@ -209,6 +221,10 @@ def _norm_pair(value: Json, name: str) -> tuple[float, float]:
     if not isinstance(value, list) or len(value) != 2:
         raise CorruptionError(f"{name}: not a pair")
     return decode_float(value[0], name), decode_float(value[1], name)
+
+
+def _blocked(value: Json, name: str) -> dict[str, float]:
+    return {phase: decode_float(seconds, f"{name}: {phase!r}") for phase, seconds in as_mapping(value, name).items()}
 
 
 def _chunk_to_json(chunk: Chunk) -> dict[str, Json]:
