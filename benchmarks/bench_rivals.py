@@ -2,6 +2,7 @@
 
     python benchmarks/bench_rivals.py                # about five minutes
     python benchmarks/bench_rivals.py --width 128    # in seconds
+    python benchmarks/bench_rivals.py --picture docs/rivals.svg
 
 A byte-level GPT is trained with AdamW on the Python standard library's source text. Every contender saves the same
 states in turn, each durable before the next begins, in another order every time. Then each restores its last
@@ -356,6 +357,55 @@ def zipped(tensors: dict[str, Tensor]) -> int:
     return total
 
 
+@dataclass(frozen=True)
+class Row:
+    """A line of a table."""
+
+    name: str
+    blocked: float  # milliseconds
+    durable: float  # seconds
+    first: float  # stored bytes over the state's
+    later: float
+    restored: float  # seconds
+
+
+STYLE = """
+text { font: 12px system-ui, sans-serif; fill: #1f2328 } .title { font-weight: 600 } .value { font-size: 11px }
+.bar { fill: #b6bec9 } .ours { fill: #2f7d5b }
+@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .bar { fill: #57606a } .ours { fill: #4fb286 } }
+"""
+LEFT, BAR, GAP, LINE = 140, 190, 90, 20  # pixels
+
+
+def draw(tables: dict[str, list[Row]]) -> str:
+    """Return an SVG picture: for each table, how long a save blocks, and the bytes of a later save."""
+    parts: list[str] = []
+    y = 0
+    for title, rows in tables.items():
+        parts.append(f'<text class="title" x="8" y="{y + 20}">{title}</text>')
+        y += 30
+        columns: list[tuple[str, list[float], str]] = [
+            ("training waits for a save", [row.blocked for row in rows], "{:.0f} ms"),
+            ("bytes of a save after the first", [100 * row.later for row in rows], "{:.0f} %"),
+        ]
+        for column, (label, values, unit) in enumerate(columns):
+            x = LEFT + column * (BAR + GAP)
+            parts.append(f'<text class="value" x="{x}" y="{y + 12}">{label}</text>')
+            for line, (row, value) in enumerate(zip(rows, values, strict=True)):
+                top = y + LINE * (line + 1)
+                width = max(1.0, BAR * value / max(values))
+                kind = "bar ours" if row.name == "incckpt" else "bar"
+                if not column:
+                    parts.append(f'<text x="{LEFT - 8}" y="{top + 12}" text-anchor="end">{row.name}</text>')
+                parts.append(f'<rect class="{kind}" x="{x}" y="{top + 2}" width="{width:.1f}" height="13" rx="2"/>')
+                text = f'<text class="value" x="{x + width + 6:.1f}" y="{top + 12}">{unit.format(value)}</text>'
+                parts.append(text)
+        y += LINE * (len(rows) + 1) + 16
+    size = f'viewBox="0 0 {LEFT + 2 * (BAR + GAP)} {y}" width="{LEFT + 2 * (BAR + GAP)}" height="{y}"'
+    body = "\n".join(parts)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n<style>{STYLE}</style>\n{body}\n</svg>\n'
+
+
 def main() -> None:
     """Print a table for a training run, and one for a fine-tuning run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -364,30 +414,37 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=8)
     parser.add_argument("--gap", type=int, default=1, help="steps between two saves (1)")
     parser.add_argument("--folder", type=Path, help="where to put the checkpoints")
+    parser.add_argument("--picture", type=Path, help="an SVG file to draw")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    tables: dict[str, list[Row]] = {}
     for frozen in (False, True):
         training = Training(options.width, options.layers, frozen)
         training.step()
         nbytes = sum(tensor.nbytes for tensor in training.tensors().values())
-        what = f"all but one of {options.layers} blocks frozen" if frozen else "everything trained"
-        print(f"\n{nbytes / 1e6:.0f} MB of fp32 weights and AdamW's moments, {what}, {options.saves} saves\n")
+        what = f"{options.layers - 1} of {options.layers} blocks frozen" if frozen else "all weights trained"
+        title = f"{nbytes / 1e6:.0f} MB of float32 weights and AdamW's moments, {what}"
+        print(f"\n{title}; {options.saves} saves\n")
         folder = Path(tempfile.mkdtemp(prefix="rivals-", dir=options.folder))
+        rows = tables[title] = []
+        print("| | blocked, ms | durable, s | first | later | restore, s |\n| --- | ---: | ---: | ---: | ---: | ---: |")
         try:
-            rows = list(measure(training, options.saves, options.gap, folder))
+            for name, found in measure(training, options.saves, options.gap, folder):
+                later = (found.stored[-1] - found.stored[0]) / (options.saves - 1)
+                blocked, durable = statistics.median(found.blocked[1:]), statistics.median(found.durable[1:])
+                row = Row(name, blocked * 1e3, durable, found.stored[0] / nbytes, later / nbytes, found.restored)
+                rows.append(row)
+                print(
+                    f"| {name} | {row.blocked:.0f} | {row.durable:.2f} | {row.first:.2f} | {row.later:.2f} | "
+                    f"{row.restored:.2f} |"
+                )
         finally:
             shutil.rmtree(folder)
-        print("| | blocked | durable | first | later | restore |\n| --- | ---: | ---: | ---: | ---: | ---: |")
-        for name, found in rows:
-            blocked, durable = statistics.median(found.blocked[1:]), statistics.median(found.durable[1:])
-            later = (found.stored[-1] - found.stored[0]) / (options.saves - 1)
-            print(
-                f"| {name} | {blocked * 1e3:.0f} ms | {durable:.2f} s | {found.stored[0] / nbytes:.2f} | "
-                f"{later / nbytes:.2f} | {found.restored:.2f} s |"
-            )
         if importlib.util.find_spec("zipnn"):
             share = zipped(training.tensors()) / nbytes
             print(f"| ZipNN | | | {share:.2f} | {share:.2f} | |")
+    if options.picture:
+        options.picture.write_text(draw(tables))
 
 
 if __name__ == "__main__":
