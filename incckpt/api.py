@@ -109,6 +109,7 @@ def load(
     mode: Mode = "min",
     allow_pickle: bool = False,
     threads: int | None = None,
+    max_bytes: int | None = None,
     progress: bool | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Any:
@@ -136,6 +137,9 @@ def load(
         Whether to unpickle what was pickled at save. Only for stores that you trust.
     threads
         For decoding; by default all cores that this process may use.
+    max_bytes
+        Most memory that the state, or one of its objects, may take; by default what is available, or what the
+        environment variable ``INCCKPT_MAX_BYTES`` says.
     progress
         Whether to show a progress bar; by default if a terminal watches.
     storage_options
@@ -147,13 +151,15 @@ def load(
         If there is no such store, run or step.
     CorruptionError
         If the checkpoint is damaged; names the object and the tensors.
+    MemoryLimitError
+        If it would take more memory than `max_bytes`; nothing was read.
     StateMismatchError
         If `keys` match nothing.
     """
     location = locate(url, run=run, step=checked_which(step))
     checked_flag("allow_pickle", allow_pickle)
     with ExitStack() as stack:
-        store = stack.enter_context(Store.lent(url, location.store, storage_options))
+        store = stack.enter_context(Store.lent(url, location.store, storage_options, max_bytes=max_bytes))
         view = stack.enter_context(
             RunView(store, location.run, threads=chosen_threads(threads), verify=verify, metric=metric, mode=mode)
         )

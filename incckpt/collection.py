@@ -12,7 +12,8 @@ from typing import Any
 
 from incckpt.backends.base import Backend, redact
 from incckpt.errors import CollectionError, OptionError
-from incckpt.options import checked_flag, shown
+from incckpt.messages import shown
+from incckpt.options import checked_flag
 from incckpt.store.gc import Collector
 from incckpt.store.location import locate
 from incckpt.store.plan import CollectionPlan

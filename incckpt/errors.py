@@ -22,6 +22,7 @@ __all__ = [
     "KeyExistsError",
     "KeyNotFoundError",
     "ManagerClosedError",
+    "MemoryLimitError",
     "MissingExtraError",
     "MissingObjectError",
     "OptionError",
@@ -125,6 +126,10 @@ class CodecError(CorruptionError):
 
 class MissingObjectError(CorruptionError, FileNotFoundError):
     """A checkpoint names an object that is not in the store."""
+
+
+class MemoryLimitError(IncckptError, MemoryError):
+    """What a store holds would take more memory than allowed, or than there is; the message says how to allow more."""
 
 
 class KernelError(IncckptError, RuntimeError):

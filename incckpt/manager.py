@@ -85,6 +85,9 @@ class CheckpointManager:
         For evaluators: `restore`, `load` and `checkpoints` work, `save` and `delete` are refused.
     verify
         Whether to check the digests of all that is read. What becomes the base of later saves is checked in any case.
+    max_bytes
+        Most memory that `restore` and `load` may take for a state besides that of its target, or for one object; by
+        default what is available, or what the environment variable ``INCCKPT_MAX_BYTES`` says.
     storage_options
         For fsspec.
 
@@ -116,6 +119,7 @@ class CheckpointManager:
         allow_pickle: bool = False,
         read_only: bool = False,
         verify: bool = True,
+        max_bytes: int | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         location = locate(url, run=run)
@@ -141,7 +145,11 @@ class CheckpointManager:
             threads=threads,
             thresholds=thresholds,
         )
-        self._store = Store(url) if isinstance(url, Backend) else Store.open(location.store, storage_options)
+        self._store = (
+            Store(url, max_bytes=max_bytes)
+            if isinstance(url, Backend)
+            else Store.open(location.store, storage_options, max_bytes=max_bytes)
+        )
         self._view = RunView(self._store, location.run, threads=threads, verify=verify, metric=metric, mode=mode)
         self._position = Position(
             self._store, self._view, policy=policy, threads=threads, baseline=self._base, read_only=read_only

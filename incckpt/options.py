@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import Any
 
 from incckpt.errors import OptionError
+from incckpt.messages import shown
 
 __all__ = [
     "MAX_THREADS",
@@ -16,7 +17,6 @@ __all__ = [
     "checked_mapping",
     "checked_name",
     "checked_strings",
-    "shown",
 ]
 
 MAX_THREADS = 1024
@@ -107,12 +107,3 @@ def checked_mapping(option: str, value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
         return dict(value)
     raise OptionError(f"{option} must be a mapping from names, not a {type(value).__name__}")
-
-
-def shown(value: object) -> str:
-    """Return a value for a message: not all of it, and whatever its ``repr`` does."""
-    try:
-        text = repr(value)
-    except Exception:  # noqa: BLE001 -- an integer of over 4,300 digits, or an object whose own __repr__ fails
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."

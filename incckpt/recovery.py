@@ -9,7 +9,8 @@ from typing import Any, get_args
 
 from incckpt.backends.base import Backend, redact
 from incckpt.errors import OptionError
-from incckpt.options import check_choice, checked_flag, checked_strings, shown
+from incckpt.messages import shown
+from incckpt.options import check_choice, checked_flag, checked_strings
 from incckpt.run.inventory import Inventory, take_inventory
 from incckpt.run.reader import Reader
 from incckpt.run.recovery import Recoverer, RecoveryPlan

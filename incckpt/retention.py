@@ -14,7 +14,8 @@ from numbers import Real
 from typing import Literal, TypeAlias, get_args
 
 from incckpt.errors import OptionError
-from incckpt.options import check_choice, checked_count, checked_name, shown
+from incckpt.messages import shown
+from incckpt.options import check_choice, checked_count, checked_name
 
 __all__ = [
     "KeepAll",

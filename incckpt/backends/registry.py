@@ -13,6 +13,7 @@ from urllib.parse import unquote
 from incckpt.backends.base import Backend, redact
 from incckpt.backends.retry import RetryBackend
 from incckpt.errors import MissingExtraError, OptionError
+from incckpt.messages import shown
 from incckpt.options import checked_mapping
 
 __all__ = ["BackendFactory", "check_url", "open_backend"]
@@ -82,11 +83,11 @@ def check_url(text: str) -> None:
         If it is not; names it, and what to write instead.
     """
     if not text or "\0" in text:
-        raise OptionError(f"not a store: {text!r:.80}; give a path or a URL such as s3://bucket/prefix")
+        raise OptionError(f"not a store: {shown(text)}; give a path or a URL such as s3://bucket/prefix")
     try:
         os.fsencode(text)
     except UnicodeError as error:
-        raise OptionError(f"not a store: {text!r:.80} has characters that no path or URL can have") from error
+        raise OptionError(f"not a store: {shown(text)} has characters that no path or URL can have") from error
     stripped = text.strip()
     if _SCHEME.match(stripped) and (text != stripped or not stripped.isprintable()):
         raise OptionError(f"spaces or control characters around or in the URL: {redact(text)!r}")

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from incckpt.errors import OptionError
-from incckpt.options import checked_mapping, shown
+from incckpt.messages import shown
+from incckpt.options import checked_mapping
 from incckpt.retention import Record
 from incckpt.store.lineage import Lineage, Run
 from incckpt.store.refs import Ref, RefName
+from incckpt.store.untrusted import RECORD_BYTES
 
 __all__ = ["Checkpoint", "checked_metrics", "read_refs", "to_record"]
+
+
+_MOST_METRICS = RECORD_BYTES // 2  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,4 +108,6 @@ def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
             checked[name] = float(value)  # a 0-dim tensor, too
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise OptionError(f"metric {name!r} is not a number: {shown(value)}") from error
+    if len(json.dumps(checked)) > _MOST_METRICS:
+        raise OptionError(f"metrics: {len(checked):,} are too many for a ref; save them as a part of the state")
     return checked

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal, SupportsIndex, TypeAlias
 
 from incckpt.errors import CheckpointNotFoundError, OptionError
-from incckpt.options import shown
+from incckpt.messages import shown
 from incckpt.retention import Mode, best
 from incckpt.run.checkpoint import read_refs, to_record
 from incckpt.store.lineage import Lineage, Run

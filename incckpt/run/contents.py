@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -12,15 +12,18 @@ from incckpt.options import checked_strings
 from incckpt.run.reader import Bytes, Reader, reads_for
 from incckpt.run.snapshot import Snapshot
 from incckpt.staging.hostmem import new_buffer
-from incckpt.state.entries import TensorEntry, check_entries, entry_from_json
+from incckpt.state.entries import TensorEntry, check_entries, entry_from_json, unpacked_nbytes
 from incckpt.state.packing import opened
 from incckpt.state.selection import select
 from incckpt.state.tree import Tree, packed_refs, parse, references
 from incckpt.store.document import Json
 from incckpt.store.manifest import Manifest
+from incckpt.store.untrusted import reading
 
 __all__ = ["Contents", "ReadBack", "read_packed"]
 
+
+_PACKED_VALUE = 8  # bytes of memory that most Python objects take at most for each of their bytes when packed
 
 Fetch: TypeAlias = Callable[[Mapping[int, str]], Mapping[int, Bytes]]
 
@@ -63,21 +66,31 @@ class Contents:
         StateMismatchError
             If `keys` match nothing.
         """
-        entries = _entries(manifest.tensors, [item.nbytes for item in manifest.ranges])
-        tree = parse(manifest.structure, len(entries), len(manifest.packed))
-        if fetch is not None and manifest.packed:
-            prefixes = None if keys is None else [_literal(key) for key in checked_strings("keys", keys)]
-            names = {
-                ref.index: name
-                for name, ref in packed_refs(tree)
-                if prefixes is None
-                or any(name.startswith(start) or f"{start}.".startswith(f"{name}.") for start in prefixes)
-            }
-            tree = opened(tree, fetch(names))
-        if keys is not None:
-            tree = select(tree, keys)
+        with reading(f"the manifest of step {manifest.step}"):
+            entries = _entries(manifest.tensors, [item.nbytes for item in manifest.ranges])
+            tree = parse(manifest.structure, len(entries), len(manifest.packed))
+            if fetch is not None and manifest.packed:
+                prefixes = None if keys is None else [_literal(key) for key in checked_strings("keys", keys)]
+                names = {
+                    ref.index: name
+                    for name, ref in packed_refs(tree)
+                    if prefixes is None
+                    or any(name.startswith(start) or f"{start}.".startswith(f"{name}.") for start in prefixes)
+                }
+                tree = opened(tree, fetch(names))
+            if keys is not None:
+                tree = select(tree, keys)
         wanted = frozenset(entries[index].range for index in references(tree)) - {-1}
         return cls(manifest, tree, entries, wanted)
+
+    def new_bytes(self, ranges: Collection[int] | None = None) -> int:
+        """Return the bytes of memory that new tensors take over `ranges`, by default over those that are wanted.
+
+        A range that was packed is unpacked with the gaps that it had.
+        """
+        chosen = self.wanted if ranges is None else frozenset(ranges)
+        gaps = {entry.range: unpacked_nbytes(entry) for entry in self.entries if entry.packed}
+        return sum(self.manifest.ranges[index].nbytes + gaps.get(index, 0) for index in chosen)
 
     def names(self) -> list[list[str]]:
         """Return the names of the tensors in each range."""
@@ -90,6 +103,9 @@ class Contents:
 
 def read_packed(reader: Reader, manifest: Manifest, names: Mapping[int, str]) -> dict[int, Bytes]:
     """Return the bytes of packed values, given their names by index."""
+    reader.memory.check(
+        _PACKED_VALUE * sum(manifest.packed[index].nbytes for index in names), f"what step {manifest.step} has packed"
+    )
     found = {index: new_buffer(manifest.packed[index].nbytes) for index in names}
     buffers = [found.get(index) for index in range(len(manifest.packed))]
     needed_by = [[names[index]] if index in names else [] for index in range(len(manifest.packed))]

@@ -18,6 +18,7 @@ from incckpt.staging.hostmem import HostPool
 from incckpt.store.manifest import Chunk, Manifest, Range, Stored
 from incckpt.store.objects import ObjectKey, chunk_keys
 from incckpt.store.store import Store
+from incckpt.store.untrusted import MemoryLimit, reading
 
 __all__ = ["Bytes", "ChunkRead", "Reader", "reads_for"]
 
@@ -65,10 +66,16 @@ class Reader:
         delta against other bytes than the base's could never be read.
     bytes_in_flight
         Bound on host memory beyond the destinations.
+
+    Attributes
+    ----------
+    memory
+        The store's limit.
     """
 
     def __init__(self, store: Store, *, threads: int, verify: bool = True, bytes_in_flight: int = 256 << 20) -> None:
         self._store = store
+        self.memory: MemoryLimit = store.memory
         self._verify = verify
         self._bytes_in_flight = bytes_in_flight
         self._pool = HostPool()
@@ -91,13 +98,18 @@ class Reader:
         ------
         MissingObjectError, CorruptionError
             Naming the object and the tensors that need it; destinations are undefined by then.
+        MemoryLimitError
+            If a chunk is too large; nothing was read.
         """
         by_object: dict[ObjectKey, list[ChunkRead]] = {}
         for item in reads:
             by_object.setdefault(chunk_keys(item.chunk)[0], []).append(item)
+        for key, group in by_object.items():
+            self.memory.check(_weight(group), f"object {key}")
 
         def work(group: list[ChunkRead]) -> None:
-            self._read(group)
+            with reading(f"object {chunk_keys(group[0].chunk)[0]}"):
+                self._read(group)
             for item in group:
                 progress(item.chunk.nbytes)
 

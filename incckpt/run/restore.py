@@ -22,6 +22,7 @@ from incckpt.state.build import MapLocation, build
 from incckpt.state.entries import range_kinds
 from incckpt.state.selection import Patterns
 from incckpt.store.manifest import Manifest
+from incckpt.store.untrusted import reading
 
 __all__ = ["MapLocation", "load_state", "restore_into"]
 
@@ -50,9 +51,11 @@ def load_state(
 ) -> Any:
     """Return the state of a checkpoint, or the part of it that `keys` match, in new memory."""
     contents = Contents.of(manifest, keys, fetch=partial(read_packed, reader, manifest))
-    buffers = [
-        new_buffer(item.nbytes) if index in contents.wanted else None for index, item in enumerate(manifest.ranges)
-    ]
+    reader.memory.check(contents.new_bytes(), f"the state of step {manifest.step}")
+    with reading(f"the state of step {manifest.step}"):
+        buffers = [
+            new_buffer(item.nbytes) if index in contents.wanted else None for index, item in enumerate(manifest.ranges)
+        ]
     reads = reads_for(manifest, manifest.ranges, buffers, contents.names())
     with progress_bar(sum(read.chunk.nbytes for read in reads.values()), manifest.step, progress) as count:
         reader.read(reads.values(), count)
@@ -99,14 +102,18 @@ def restore_into(
     )
     buffers: list[Bytes | None] = [None] * len(sizes)
     for index in assignment.ranges:
-        own = assignment.destination(index)
-        buffers[index] = new_buffer(sizes[index][0]) if own is None else own
+        buffers[index] = assignment.destination(index)
+    new = [index for index in assignment.ranges if buffers[index] is None]
+    reader.memory.check(contents.new_bytes(new), f"the state of step {manifest.step}")
+    with reading(f"the state of step {manifest.step}"):
+        for index in new:
+            buffers[index] = new_buffer(sizes[index][0])
     reads = reads_for(manifest, manifest.ranges, buffers, contents.names())
     base.forget()
     layout = None
     if base.keep and len(assignment.ranges) == len(sizes):
         layout = base.layout_for(sizes, range_kinds(contents.entries, len(sizes)))
-    if layout is not None and layout.ranges != manifest.ranges:
+    if layout is not None and not layout.describes(manifest):
         log.warning(
             "the first save will copy everything: the checkpoint was cut into other chunks (here of up to %d bytes)",
             base.chunk_bytes,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from incckpt.backends.base import Backend
-from incckpt.errors import CheckpointNotFoundError, CorruptionError, FormatError, KeyNotFoundError
+from incckpt.errors import CheckpointNotFoundError, CorruptionError, FormatError, KeyNotFoundError, MemoryLimitError
 from incckpt.options import check_choice, checked_strings
 from incckpt.retention import Mode, check_ranking
 from incckpt.run.checkpoint import read_refs
@@ -104,6 +104,7 @@ def verify(
     skip: Collection[str] = (),
     report: Callable[[Verified], None] = lambda checkpoint: None,
     threads: int | None = None,
+    max_bytes: int | None = None,
     progress: bool | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> VerifyResult:
@@ -125,6 +126,8 @@ def verify(
         Called with the result of each checkpoint as soon as it is known.
     threads
         For decoding; by default all cores that this process may use.
+    max_bytes
+        Most memory that one object may take; by default as for `load`.
     progress
         Whether to show a progress bar for each checkpoint, at level ``"hashes"``; by default if a terminal watches.
 
@@ -152,7 +155,7 @@ def verify(
     sound = set(checked_strings("skip", skip))
     location = locate(url, run=run, step=checked_which(step))
     with ExitStack() as stack:
-        store = stack.enter_context(Store.lent(url, location.store, storage_options))
+        store = stack.enter_context(Store.lent(url, location.store, storage_options, max_bytes=max_bytes))
         store.check()
         owner = store.run(location.run)
         reader = stack.enter_context(Reader(store, threads=chosen_threads(threads)))
@@ -218,7 +221,7 @@ class Checker:
         """Return what is wrong with a checkpoint; ``None`` if it was pruned meanwhile."""
         try:
             refs = read_refs(run, lineage, [name])
-        except (CorruptionError, FormatError) as error:
+        except (CorruptionError, FormatError, MemoryLimitError) as error:
             return Checked(None, (str(error),), lost=isinstance(error, CorruptionError))
         if not refs:
             return None
@@ -228,14 +231,14 @@ class Checker:
     def _check(self, ref: Ref) -> Checked:
         try:
             manifest = self._store.manifest(ref)
-        except (CorruptionError, FormatError) as error:
+        except (CorruptionError, FormatError, MemoryLimitError) as error:
             return Checked(ref, (str(error),), lost=isinstance(error, CorruptionError))
         problems: list[str] = []
         lost = False
         names: list[list[str]] = [[] for _ in manifest.ranges]
         try:
             names = Contents.of(manifest).names()
-        except (CorruptionError, FormatError) as error:
+        except (CorruptionError, FormatError, MemoryLimitError) as error:
             problems.append(f"the manifest of step {ref.step} cannot be restored: {error}")
             lost = isinstance(error, CorruptionError)
         damage = self._check_objects(ref, _reads(manifest, names))
@@ -280,11 +283,11 @@ class Checker:
         problems: list[str] = []
         try:
             self._reader.read(reads, count)
-        except CorruptionError:
+        except (CorruptionError, MemoryLimitError):
             for read in reads:
                 try:
                     self._reader.read([read])
-                except CorruptionError as error:
+                except (CorruptionError, MemoryLimitError) as error:
                     problems.append(str(error))
                 else:
                     self.good.update(map(str, chunk_keys(read.chunk)))

@@ -25,7 +25,8 @@ from incckpt.store.lineage import Run
 from incckpt.store.manifest import Chunk, Manifest
 from incckpt.store.objects import ObjectKey, manifest_keys
 from incckpt.store.refs import Ref, RefName, Tombstone
-from incckpt.store.store import MAX_MANIFEST, Store
+from incckpt.store.store import Store
+from incckpt.store.untrusted import LIST_BYTES
 
 __all__ = ["Writer"]
 
@@ -294,10 +295,10 @@ class Writer:
 
     def _put_manifest(self, name: RefName, manifest: Manifest, report: SaveReport) -> Ref:
         document = manifest.to_json()
-        if len(document) > MAX_MANIFEST:
+        if len(document) > LIST_BYTES:
             raise StateError(
                 f"step {manifest.step} was not saved: its manifest would have {len(document):,} bytes, "
-                f"and readers take {MAX_MANIFEST:,}; put many small values into long lists or arrays"
+                f"and readers take {LIST_BYTES:,}; put many small values into long lists or arrays"
             )
         digest = codec.digest(document)
         data = codec.encode_document(document, digest=digest)

@@ -18,7 +18,7 @@ from incckpt.codec.frames import FRAME_BYTES
 from incckpt.errors import OptionError
 from incckpt.options import checked_count
 from incckpt.state.ranges import ByteRange
-from incckpt.store.manifest import Range
+from incckpt.store.manifest import Manifest, Range
 
 __all__ = ["DEFAULT_CHUNK_BYTES", "ChunkTable", "Layout", "batches", "check_chunk_bytes", "plan"]
 
@@ -90,6 +90,11 @@ class Layout:
             pieces[index].append((piece[0], piece[1], piece[2]))
         ranges = (Range(nbytes, item, tuple(parts)) for (nbytes, item), parts in zip(sizes, pieces, strict=True))
         return cls(chunk_bytes, sizes, kinds, table, tuple(ranges))
+
+    def describes(self, manifest: Manifest) -> bool:
+        """Return whether a checkpoint's tensors lie in these very chunks; its packed values come after."""
+        sizes = self.table.chunk_nbytes.tolist()
+        return self.ranges == manifest.ranges and sizes == [chunk.nbytes for chunk in manifest.chunks[: len(sizes)]]
 
     def addresses(self, ranges: Sequence[ByteRange]) -> Addresses:
         """Return the address of each segment in the ranges' memory; ``uintp[m]``."""

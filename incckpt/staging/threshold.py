@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from incckpt.errors import OptionError
-from incckpt.options import shown
+from incckpt.messages import shown
 from incckpt.staging import detect
 from incckpt.state.entries import TensorEntry
 

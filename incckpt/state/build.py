@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from incckpt.errors import CorruptionError, FormatError, OptionError, PickleRefusedError
-from incckpt.options import shown
+from incckpt.errors import CorruptionError, FormatError, IncckptError, OptionError, PickleRefusedError
+from incckpt.messages import shown
 from incckpt.state.entries import TensorEntry, byte_extent, byte_strides, packed_shape
 from incckpt.state.ranges import CARRIERS
 from incckpt.state.tree import (
@@ -157,13 +157,30 @@ class Builder:
         self._allow_pickle = allow_pickle
         self._live = {} if live is None else live
         self._lenient = lenient
+        self._callers: Exception | None = None  # raised by what the caller gave or allowed
         self._devices: dict[str, torch.device] = {}
         self._memory: dict[tuple[int, torch.device], Buffer] = {}
         self._storages: dict[tuple[int, torch.device, int], torch.UntypedStorage] = {}
         self._relocated: dict[tuple[int, str, int], torch.UntypedStorage] = {}
 
     def value(self, tree: Tree) -> Any:
-        """Return the value of `tree`."""
+        """Return the value of `tree`.
+
+        Raises
+        ------
+        FormatError
+            If it cannot be made here. What `map_location` and pickles raise is raised.
+        """
+        try:
+            return self._value(tree)
+        except IncckptError:
+            raise
+        except Exception as error:
+            if error is self._callers:
+                raise
+            raise FormatError(f"the state cannot be made here: {type(error).__name__}: {error}") from error
+
+    def _value(self, tree: Tree) -> Any:
         match tree:
             case Plain(value):
                 return value
@@ -178,9 +195,9 @@ class Builder:
             case PackedRef(index):
                 raise OptionError(f"no bytes were given for packed range {index}")
             case MappingNode(kind, items, extra):
-                return self._mapping(kind, [(key, self.value(child)) for key, child in items], extra)
+                return self._mapping(kind, [(key, self._value(child)) for key, child in items], extra)
             case SequenceNode(kind, items, extra):
-                return self._sequence(kind, [self.value(child) for child in items], extra)
+                return self._sequence(kind, [self._value(child) for child in items], extra)
             case GeneratorRef(index, device):
                 return self._generator(index, device)
             case Pickled(data, name):
@@ -207,7 +224,7 @@ class Builder:
             return defaultdict(DEFAULT_FACTORIES[extra], items)
         ordered = OrderedDict(items)
         if extra is not None:
-            ordered._metadata = self.value(extra)  # type: ignore[attr-defined]
+            ordered._metadata = self._value(extra)  # type: ignore[attr-defined]
         return ordered
 
     def _sequence(self, kind: str, items: Any, extra: Any) -> Any:
@@ -235,6 +252,7 @@ class Builder:
             return pickle.loads(data)
         except Exception as error:
             error.add_note(f"while unpickling a {name} of the checkpoint")
+            self._callers = error
             raise
 
     # -- tensors
@@ -300,7 +318,11 @@ class Builder:
 
     def _call(self, storage: torch.UntypedStorage, saved: str) -> torch.UntypedStorage:
         assert callable(self._map_location)
-        placed = self._map_location(storage, _tag(saved))
+        try:
+            placed = self._map_location(storage, _tag(saved))
+        except Exception as error:
+            self._callers = error
+            raise
         if placed is None:
             device = device_for(saved, None)
             return storage if device.type == "cpu" else storage.to(device=device)

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from incckpt.errors import CorruptionError, FormatError, StateError
+from incckpt.messages import shown
 
 __all__ = [
     "MAX_DIMENSIONS",
@@ -166,6 +167,13 @@ def byte_extent(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> 
     return low, high
 
 
+def unpacked_nbytes(entry: TensorEntry) -> int:
+    """Return the bytes that a packed tensor spans once it is unpacked."""
+    strides = byte_strides(entry)
+    low, high = byte_extent(packed_shape(entry.shape, strides), strides, entry.itemsize)
+    return high - low
+
+
 def packed_shape(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
     """Return the shape of what a packed range holds: dimensions of stride 0 (expanded ones) have one element."""
     return tuple(size if stride else 1 for size, stride in zip(shape, strides, strict=True))
@@ -249,8 +257,8 @@ def numpy_dtype_from_json(node: Json, depth: int = 0) -> np.dtype[Any]:
     except (CorruptionError, FormatError):
         raise
     except (ValueError, TypeError, OverflowError, MemoryError) as error:
-        raise FormatError(f"not a numpy dtype of this platform: {node!r:.200} ({error})") from error
-    raise CorruptionError(f"not a numpy dtype: {node!r:.200}")
+        raise FormatError(f"not a numpy dtype of this platform: {shown(node, 200)} ({error})") from error
+    raise CorruptionError(f"not a numpy dtype: {shown(node, 200)}")
 
 
 def numpy_dtype_to_text(dtype: np.dtype[Any]) -> str:
@@ -266,7 +274,7 @@ def numpy_dtype_from_text(text: str) -> np.dtype[Any]:
         try:
             return numpy_dtype_from_json(json.loads(text))
         except (json.JSONDecodeError, RecursionError) as error:
-            raise CorruptionError(f"not a numpy dtype: {text!r:.200}") from error
+            raise CorruptionError(f"not a numpy dtype: {shown(text, 200)}") from error
     return numpy_dtype_from_json(text)
 
 
@@ -329,7 +337,7 @@ def entry_from_json(node: Json) -> TensorEntry:
         range_, offset = _place(fields.pop("pieces", []))
         flags = fields.pop("flags", [])
         if not isinstance(flags, list) or any(flag not in _FLAGS for flag in flags):
-            raise FormatError(f"unknown flags: {flags!r:.200}")
+            raise FormatError(f"unknown flags: {shown(flags, 200)}")
         entry = TensorEntry(
             name=_text(name),
             kind=kind,
@@ -342,16 +350,16 @@ def entry_from_json(node: Json) -> TensorEntry:
             **dict.fromkeys(flags, True),
         )
         if fields:
-            raise FormatError(f"unknown fields: {sorted(fields)!r:.200}")
+            raise FormatError(f"unknown fields: {shown(sorted(fields), 200)}")
     except (CorruptionError, FormatError) as error:
-        raise type(error)(f"tensor entry {name!r:.200}: {error}") from error
+        raise type(error)(f"tensor entry {shown(name, 200)}: {error}") from error
     return entry
 
 
 def _place(pieces: Json) -> tuple[int, int]:
     """Return range and offset of the one piece that a whole tensor is; an empty one has none."""
     if not isinstance(pieces, list) or not all(isinstance(piece, dict) for piece in pieces):
-        raise CorruptionError(f"pieces: not a list of objects: {pieces!r:.80}")
+        raise CorruptionError(f"pieces: not a list of objects: {shown(pieces)}")
     if not pieces:
         return -1, 0
     piece = dict(pieces[0])
@@ -359,7 +367,7 @@ def _place(pieces: Json) -> tuple[int, int]:
         raise FormatError(f"it is stored in {len(pieces)} pieces, as sharded states are, which needs a later incckpt")
     place = _natural(piece.pop("range", None)), _natural(piece.pop("offset", 0))
     if piece:
-        raise FormatError(f"unknown fields of a piece: {sorted(piece)!r:.200}")
+        raise FormatError(f"unknown fields of a piece: {shown(sorted(piece), 200)}")
     return place
 
 
@@ -369,9 +377,9 @@ def _dtype(kind: Json, dtype: Json) -> tuple[str, int]:
         text = json.dumps(dtype, separators=(",", ":")) if isinstance(dtype, dict) else _text(dtype)
         return text, numpy_dtype_from_text(text).itemsize
     if kind != "torch":
-        raise FormatError(f"unknown kind {kind!r:.80}")
+        raise FormatError(f"unknown kind {shown(kind)}")
     if _text(dtype) not in TORCH_DTYPES:
-        raise FormatError(f"unknown dtype {dtype!r:.80}: update incckpt")
+        raise FormatError(f"unknown dtype {shown(dtype)}: update incckpt")
     return dtype, 1
 
 
@@ -398,7 +406,7 @@ def check_entries(entries: Sequence[TensorEntry], sizes: Sequence[int]) -> None:
             if packings.setdefault(entry.range, packing) != packing:
                 fault = f"disagrees with another tensor on how range {entry.range} is packed"
         if fault:
-            raise CorruptionError(f"tensor {index} ({entry.name!r:.200}): {fault}")
+            raise CorruptionError(f"tensor {index} ({shown(entry.name, 200)}): {fault}")
 
 
 def _fault(entry: TensorEntry, sizes: Sequence[int]) -> str:
@@ -438,17 +446,17 @@ def _fault(entry: TensorEntry, sizes: Sequence[int]) -> str:
 
 def _integers(values: Json) -> list[int]:
     if not isinstance(values, list) or any(type(value) is not int for value in values):
-        raise CorruptionError(f"not a list of integers: {values!r:.200}")
+        raise CorruptionError(f"not a list of integers: {shown(values, 200)}")
     return values
 
 
 def _natural(value: Json) -> int:
     if type(value) is not int or not 0 <= value <= _INT64_MAX:
-        raise CorruptionError(f"not a non-negative 64-bit integer: {value!r:.200}")
+        raise CorruptionError(f"not a non-negative 64-bit integer: {shown(value, 200)}")
     return value
 
 
 def _text(value: Json) -> str:
     if not isinstance(value, str):
-        raise CorruptionError(f"not a string: {value!r:.200}")
+        raise CorruptionError(f"not a string: {shown(value, 200)}")
     return value

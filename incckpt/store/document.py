@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from incckpt.errors import CorruptionError, FormatError
+from incckpt.messages import shown
 
 __all__ = [
     "DOCUMENT_HEAD",
@@ -93,7 +94,7 @@ def decode_float(value: Json, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         if value in ("nan", "inf", "-inf"):
             return float(value)
-        raise CorruptionError(f"{name}: not a number: {value!r:.80}")
+        raise CorruptionError(f"{name}: not a number: {shown(value)}")
     try:
         return float(value)
     except OverflowError as error:
@@ -123,7 +124,7 @@ class Fields:
     def _get(self, field: str, check: Callable[[Json], bool], expected: str) -> Json:
         value = self._document.get(field)
         if not check(value):
-            raise CorruptionError(f"{self._name}: field {field!r} is not {expected}: {value!r:.80}")
+            raise CorruptionError(f"{self._name}: field {field!r} is not {expected}: {shown(value)}")
         return value
 
     def string(self, field: str) -> str:
@@ -149,5 +150,5 @@ def is_count(value: Json) -> bool:
 def as_mapping(value: Json, name: str) -> dict[str, Json]:
     """Return `value` if it is a JSON object, else raise `CorruptionError`."""
     if not isinstance(value, dict):
-        raise CorruptionError(f"{name} is not a JSON object: {value!r:.80}")
+        raise CorruptionError(f"{name} is not a JSON object: {shown(value)}")
     return value

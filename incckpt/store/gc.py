@@ -18,6 +18,7 @@ from incckpt.store.objects import DELTAS, OBJECTS, is_object, manifest_keys
 from incckpt.store.plan import Collected, CollectionPlan, Reason, Removal
 from incckpt.store.refs import Pin, Ref, RefName, Tombstone, create_once, list_pins, list_refs, new_nonce
 from incckpt.store.store import Store
+from incckpt.store.untrusted import fetch
 
 __all__ = ["STALE_SECONDS", "Collector"]
 
@@ -136,7 +137,7 @@ class Collector:
     def _read_needs(self, ref_key: str) -> frozenset[str] | None:
         """Return what a ref needs, read anew; ``None`` if it is a tombstone, or pruned since it was listed."""
         try:
-            data = self._backend.get(ref_key)
+            data = fetch(self._backend, ref_key)
             if data in _TOMBSTONES:
                 return None
             ref = Ref.from_json(data, ref_key)
@@ -150,7 +151,7 @@ class Collector:
 
     def _stands(self, ref_key: str) -> bool:
         try:
-            return self._backend.get(ref_key) not in _TOMBSTONES
+            return fetch(self._backend, ref_key) not in _TOMBSTONES
         except KeyNotFoundError:
             return False
 

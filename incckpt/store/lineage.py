@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from incckpt.backends.base import Backend
 from incckpt.errors import BackendError, CorruptionError, KeyNotFoundError, SupersededError
+from incckpt.messages import shown
 from incckpt.store.document import Fields, Json, as_mapping, dump_document, parse_document
 from incckpt.store.refs import (
     Ref,
@@ -30,6 +31,7 @@ from incckpt.store.refs import (
     new_nonce,
     validate_run,
 )
+from incckpt.store.untrusted import LIST_BYTES, fetch
 
 __all__ = ["Lineage", "Run"]
 
@@ -248,7 +250,7 @@ class Run:
             If it is unreadable.
         """
         key = self.seal_key(attempt)
-        fields = Fields(parse_document(self.backend.get(key), "lineage", key), key)
+        fields = Fields(parse_document(fetch(self.backend, key, LIST_BYTES), "lineage", key), key)
         inherited, abandoned = (
             dict(_inherited_from_json(item, key) for item in fields.list(part)) for part in ("refs", "abandoned")
         )
@@ -264,7 +266,7 @@ class Run:
         """
         key = self.ref_key(name)
         try:
-            data = self.backend.get(key)
+            data = fetch(self.backend, key)
         except KeyNotFoundError:
             return None
         for tombstone in Tombstone:
@@ -352,7 +354,7 @@ class Run:
         """Return who made an attempt, for people."""
         key = self._attempt_key(attempt)
         try:
-            fields = Fields(parse_document(self.backend.get(key), "attempt", key), key)
+            fields = Fields(parse_document(fetch(self.backend, key), "attempt", key), key)
             return f" (process {fields.count('pid')} on {fields.string('host')})"
         except (BackendError, ValueError):
             return ""
@@ -474,7 +476,7 @@ def _inherited_from_json(item: Json, where: str) -> tuple[RefName, Ref | None]:
     if fields.keys() == {"ref"}:
         name = RefName.parse(Fields(fields, where).string("ref"))
         if name is None:
-            raise CorruptionError(f"{where}: not the name of a ref: {fields['ref']!r:.80}")
+            raise CorruptionError(f"{where}: not the name of a ref: {shown(fields['ref'])}")
         return name, None
     ref = Ref.from_item(fields, where)
     return ref.name, ref

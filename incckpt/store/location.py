@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from incckpt.backends.base import Backend, redact
 from incckpt.backends.registry import check_url
 from incckpt.errors import OptionError
-from incckpt.options import shown
+from incckpt.messages import shown
 from incckpt.store.refs import RefName, validate_run
 
 __all__ = ["DEFAULT_RUN", "Location", "locate"]
@@ -117,7 +117,7 @@ def _parse_fragment(store: str, fragment: str) -> tuple[str | None, int | str | 
     if name_of_ref is not None:
         return name, name_of_ref
     raise OptionError(
-        f"{store}#…: after '@' comes a step, 'latest', 'best' or the name of a ref, not {step!r:.80}. {_PATH_ADVICE}"
+        f"{store}#…: after '@' comes a step, 'latest', 'best' or the name of a ref, not {shown(step)}. {_PATH_ADVICE}"
     )
 
 

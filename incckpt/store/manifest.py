@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from incckpt.errors import CorruptionError
+from incckpt.messages import shown
 from incckpt.store.document import (
     Fields,
     Json,
@@ -207,13 +208,13 @@ class Manifest:
 
 def _nonce(value: str, name: str) -> str:
     if _NONCE.fullmatch(value) is None:
-        raise CorruptionError(f"{name}: not a nonce: {value!r:.80}")
+        raise CorruptionError(f"{name}: not a nonce: {shown(value)}")
     return value
 
 
 def _identity(value: str, name: str) -> str:
     if _IDENTITY.fullmatch(value) is None:
-        raise CorruptionError(f"{name}: not an identity: {value!r:.80}")
+        raise CorruptionError(f"{name}: not an identity: {shown(value)}")
     return value
 
 
@@ -281,7 +282,7 @@ def _range_from_json(item: Json, chunks: tuple[Chunk, ...], name: str) -> Range:
     pieces: list[tuple[int, int, int]] = []
     for piece in fields.list("pieces"):
         if not isinstance(piece, list) or len(piece) != 3 or not all(map(is_count, piece)):
-            raise CorruptionError(f"{name}: not a piece: {piece!r:.80}")
+            raise CorruptionError(f"{name}: not a piece: {shown(piece)}")
         chunk, offset, length = piece
         if chunk >= len(chunks) or offset + length > chunks[chunk].nbytes:
             raise CorruptionError(f"{name}: piece {piece} is outside its chunk")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from incckpt.backends.base import Backend, ReadableBuffer
 from incckpt.errors import BackendError, CorruptionError, KeyExistsError, KeyNotFoundError, OptionError
-from incckpt.options import shown
+from incckpt.messages import shown
 from incckpt.store.document import (
     DOCUMENT_HEAD,
     Fields,
@@ -28,6 +28,7 @@ from incckpt.store.document import (
     encode_metrics,
     parse_document,
 )
+from incckpt.store.untrusted import LIST_BYTES, fetch
 
 __all__ = [
     "CondemnedLists",
@@ -190,7 +191,7 @@ class Ref:
         fields = Fields(as_mapping(item, where), where)
         name = RefName.parse(fields.string("ref"))
         if name is None:
-            raise CorruptionError(f"{where}: not the name of a ref: {item['ref']!r:.80}")
+            raise CorruptionError(f"{where}: not the name of a ref: {shown(item['ref'])}")
         return cls(
             name=name,
             time=fields.number("time"),
@@ -239,7 +240,7 @@ def create_once(backend: Backend, key: str, data: ReadableBuffer) -> bytes | Non
             backend.create(key, data)
         except BackendError as error:
             try:
-                found = backend.get(key)
+                found = fetch(backend, key)
             except KeyNotFoundError:
                 # Not there: the conflicting value has gone, or the request never arrived. Try again.
                 if left == 0 or not (isinstance(error, KeyExistsError) or error.transient):
@@ -347,7 +348,7 @@ class CondemnedLists:
             known = self._known.get(match[1])
             if known is None:
                 try:
-                    known = self._parse(self._backend.get(entry.key), entry.key)
+                    known = self._parse(fetch(self._backend, entry.key, LIST_BYTES), entry.key)
                 except KeyNotFoundError:
                     continue  # its collector has finished since the listing
             lists[match[1]] = known

@@ -27,8 +27,9 @@ from incckpt.store.lineage import Run
 from incckpt.store.manifest import Manifest
 from incckpt.store.objects import ObjectKey, Objects
 from incckpt.store.refs import CondemnedLists, Ref, RefName, create_once, list_refs
+from incckpt.store.untrusted import LIST_BYTES, MemoryLimit, fetch, reading
 
-__all__ = ["MAX_MANIFEST", "Store"]
+__all__ = ["Store"]
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ _R = TypeVar("_R")
 
 MARKER = "incckpt.json"
 _MARKER_READS = 3
-MAX_MANIFEST = 1 << 30  # bytes; a million tensors take about a quarter of it
 
 
 class Store:
@@ -51,6 +51,8 @@ class Store:
         Seconds since the epoch; only ever written down.
     monotonic
         Seconds since any moment, for this process's own patience.
+    max_bytes
+        Most memory to take for what the store says, bytes; by default as `MemoryLimit` has it.
     """
 
     def __init__(
@@ -59,8 +61,10 @@ class Store:
         *,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
+        max_bytes: int | None = None,
     ) -> None:
         self.backend = backend
+        self.memory = MemoryLimit(max_bytes)
         self.objects = Objects(backend)
         self.condemned = CondemnedLists(backend)
         self._clock = clock
@@ -75,13 +79,20 @@ class Store:
         return self._id
 
     @classmethod
-    def open(cls, url: str, storage_options: Mapping[str, Any] | None = None) -> Store:
+    def open(cls, url: str, storage_options: Mapping[str, Any] | None = None, *, max_bytes: int | None = None) -> Store:
         """Open the store at `url` (without a fragment); nothing is read or written yet."""
-        return cls(open_backend(url, storage_options))
+        return cls(open_backend(url, storage_options), max_bytes=max_bytes)
 
     @classmethod
     @contextmanager
-    def lent(cls, url: object, store: str, storage_options: Mapping[str, Any] | None = None) -> Iterator[Self]:
+    def lent(
+        cls,
+        url: object,
+        store: str,
+        storage_options: Mapping[str, Any] | None = None,
+        *,
+        max_bytes: int | None = None,
+    ) -> Iterator[Self]:
         """Give the store that a caller named, for the length of a block; a `Backend` of theirs stays open after it.
 
         Parameters
@@ -92,9 +103,9 @@ class Store:
             The part of it that names the store.
         """
         if isinstance(url, Backend):
-            yield cls(url)
+            yield cls(url, max_bytes=max_bytes)
         else:
-            with cls(open_backend(store, storage_options)) as opened:
+            with cls(open_backend(store, storage_options), max_bytes=max_bytes) as opened:
                 yield opened
 
     def run(self, name: str) -> Run:
@@ -106,13 +117,16 @@ class Store:
 
         Raises
         ------
-        MissingObjectError, CorruptionError, FormatError
+        MissingObjectError, CorruptionError, FormatError, MemoryLimitError
             Naming the step.
         """
         key = ObjectKey.parse(ref.manifest)
         try:
+            self.memory.check(ref.manifest_size, f"the manifest of step {ref.step}")
             data = self.objects.get(key, ref.manifest_size)
-            document = codec.decode_document(data, max_bytes=MAX_MANIFEST, identity=bytes.fromhex(key.identity))
+            with reading("it"):
+                document = codec.decode_document(data, max_bytes=LIST_BYTES, identity=bytes.fromhex(key.identity))
+            self.memory.check_json(document, f"the manifest of step {ref.step}")
             manifest = Manifest.from_json(document, ref.manifest)
         except MissingObjectError as error:
             raise MissingObjectError(f"the manifest of step {ref.step} is missing: {error}") from error
@@ -139,7 +153,7 @@ class Store:
         """
         if self._id is None:
             try:
-                self._check_marker(self.backend.get(MARKER))
+                self._check_marker(fetch(self.backend, MARKER))
             except KeyNotFoundError as error:
                 raise StoreNotFoundError(
                     f"there is no incckpt store at {self.backend.url} (no {MARKER}); is the URL right?"
@@ -167,7 +181,7 @@ class Store:
             )
         if self._id is None:
             try:
-                marker = self.backend.get(MARKER)
+                marker = fetch(self.backend, MARKER)
             except KeyNotFoundError:
                 marker = _new_marker()
                 found = create_once(self.backend, MARKER, marker)
@@ -199,7 +213,7 @@ class Store:
         """Put a new marker where it is gone, or cannot be read again and again."""
         for left in reversed(range(_MARKER_READS)):
             try:
-                self._check_marker(self.backend.get(MARKER))
+                self._check_marker(fetch(self.backend, MARKER))
             except KeyNotFoundError:
                 create_once(self.backend, MARKER, _new_marker())
             except CorruptionError:
@@ -216,7 +230,7 @@ class Store:
         StoreNotFoundError, StoreReplacedError
         """
         try:
-            found = self._read_id(self.backend.get(MARKER))
+            found = self._read_id(fetch(self.backend, MARKER))
         except KeyNotFoundError as error:
             raise StoreNotFoundError(
                 f"the store at {self.backend.url} is gone: it was removed or renamed while it was in use. Put it back, "

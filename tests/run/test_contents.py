@@ -63,7 +63,7 @@ def test_a_save_that_no_reader_would_take_writes_nothing(
 
 
 def test_a_manifest_beyond_what_readers_take_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "MAX_MANIFEST", 2000)
+    monkeypatch.setattr(writing, "LIST_BYTES", 2000)
     state = {"w": torch.ones(3), "names": {f"name {i}": i for i in range(200)}}
     with incckpt.CheckpointManager(tmp_path) as manager:
         manager.save(1, {"w": torch.ones(3)}).result()
