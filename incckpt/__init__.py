@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from incckpt.inspection.usage import Usage, usage
     from incckpt.manager import CheckpointManager
     from incckpt.recovery import inventory, recover
+    from incckpt.reporting.report import write_report
     from incckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast
     from incckpt.run.checkpoint import Checkpoint
     from incckpt.run.inventory import Inventory, InventoryItem
@@ -59,6 +60,7 @@ __all__ = [
     "save",
     "usage",
     "verify",
+    "write_report",
 ]
 
 # What is public, by module. Modules are imported when a name of theirs is first used: `incckpt --help` and programs
@@ -71,6 +73,7 @@ _HOMES = {
     "inspection.usage": ("Usage", "usage"),
     "manager": ("CheckpointManager",),
     "recovery": ("inventory", "recover"),
+    "reporting.report": ("write_report",),
     "retention": ("KeepAll", "KeepBest", "KeepEvery", "KeepLast"),
     "run.checkpoint": ("Checkpoint",),
     "run.inventory": ("Inventory", "InventoryItem"),

@@ -24,6 +24,7 @@ _VERBS = {
     "verify": ("check", "Whether checkpoints restore."),
     "rm": ("change", "Delete checkpoints."),
     "gc": ("space", "Delete what no checkpoint needs; a plan unless --no-dry-run."),
+    "report": ("report", "A page about a run for a browser."),
     "completion": ("shell", "Completion for bash, zsh or fish."),
 }
 

@@ -1,1 +1,1 @@
-"""From raw bytes to the bytes of an object, and back."""
+"""Raw bytes to the bytes of an object, and back."""

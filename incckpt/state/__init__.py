@@ -1,1 +1,1 @@
-"""From a nested state to JSON and byte ranges, and back."""
+"""A nested state to JSON and byte ranges, and back."""
