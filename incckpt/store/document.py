@@ -1,4 +1,4 @@
-"""JSON documents: written in one way, checked on reading. The manifest is one, and so are refs, pins and lists.
+"""JSON documents (manifests, refs, pins, lists), all written in one form and checked on reading.
 
 ``docs/format.md`` is the specification.
 """
@@ -32,7 +32,7 @@ __all__ = [
 FORMAT = 1
 _HIGHEST = {"manifest": 2}  # kinds that have changed; each document is written in the lowest format that can express it
 DOCUMENT_HEAD = b'{"format":'
-"""What every document of every version begins with."""
+"""The first bytes of every document of every version."""
 
 Json: TypeAlias = Any
 
@@ -41,10 +41,10 @@ _CHECK_NBYTES = len(_CHECK % 0)
 
 
 def dump_document(kind: str, fields: Mapping[str, Json], *, version: int = FORMAT) -> bytes:
-    """Return a document as compact JSON in UTF-8, its last field the CRC-32 of all bytes before that field.
+    """Return a document as compact JSON in UTF-8; its last field is the CRC-32 of all bytes before.
 
-    `version` is the lowest format that has all of `fields`, so that earlier readers read what they can.
-    NaN and infinity are refused, they are not JSON.
+    `version` is the lowest format that has all of `fields`, so that earlier versions read as many documents as
+    possible. Refuses NaN and infinity, which are not JSON.
     """
     document = {"format": version, "kind": kind, **fields}
     data = json.dumps(document, separators=(",", ":"), allow_nan=False, ensure_ascii=True).encode()[:-1]
@@ -57,9 +57,9 @@ def parse_document(data: bytes, kind: str, name: str) -> dict[str, Json]:
     Raises
     ------
     FormatError
-        If it is of a format that this version does not read.
+        If its format is one that this version does not read.
     CorruptionError
-        If it is not a document of that kind, or not as it was written.
+        If it is not a document of that kind, or damaged.
     """
     try:
         document = json.loads(data, parse_constant=_refuse_constant)

@@ -1,7 +1,7 @@
-"""Collection: deleting the objects that no checkpoint needs, while any number of writers go on.
+"""Collection: deletes the objects that no checkpoint needs, while any number of writers continue.
 
-First condemn (put a list of keys), then look which saves in flight may not have seen the list, and only when those are
-over read the refs again and delete what is still not needed. ``docs/safety.md`` says why this is enough.
+First condemn keys by putting a list of them. Then find the saves in flight that may not have seen the list. Once they
+are over, read the refs again and delete what is still not needed. ``docs/safety.md`` says why this is enough.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _TOMBSTONES = frozenset(tombstone.value for tombstone in Tombstone)
 
 @dataclass
 class _List:
-    """An own condemned list.
+    """A condemned list of this collector.
 
     Attributes
     ----------
     keys
-        What is on it.
+        The keys on it.
     blockers
-        The refs of the saves in flight that may not have seen it; ``None``: not looked yet.
+        Refs of the saves in flight that may not have seen it; ``None`` before the first look.
     takes_over
-        Lists of others whose keys are on this one, too: which of their keys still exist.
+        Other collectors' lists whose keys are on this one too -> those of their keys that still exist.
     """
 
     keys: frozenset[str]
@@ -50,16 +50,16 @@ class _List:
 
 
 class Collector:
-    """Collects in one store. Keeps what it learned of immutable manifests, so that each is read once.
+    """Collects in one store. Remembers what manifests, which are immutable, list, so that each is read only once.
 
     Parameters
     ----------
     store
-        To collect in.
+        The store.
     stale_seconds
-        How long after its last heartbeat (by the server's clock) a save in flight is given up.
+        Time after its last heartbeat, by the server's clock, at which a save in flight is given up.
     discard
-        Called with keys of lists and pins that are no longer needed, to delete them now or later.
+        Called with the keys of lists and pins that are no longer needed, to delete them now or later.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Collector:
     # -- what is needed
 
     def note(self, ref_key: str, keys: frozenset[str]) -> None:
-        """Take note of what a ref that was just committed needs, so that its manifest is not read again."""
+        """Note what a ref that was just committed needs, so that its manifest need not be read."""
         self._know(ref_key, keys)
         self._fresh = ref_key
 
@@ -113,18 +113,18 @@ class Collector:
                 del self._shared[key]
 
     def expired(self, ref_keys: Iterable[str]) -> None:
-        """Take note that these refs need nothing any more."""
+        """Note that these refs need nothing any more."""
         for ref_key in ref_keys:
             self._drop(ref_key)
             self._buried.add(ref_key)
 
     def needs(self, ref_key: str) -> frozenset[str]:
-        """Return what the ref at `ref_key` needs: its manifest object and all that the manifest lists.
+        """Return the keys that the ref at `ref_key` needs: its manifest object, and all that the manifest lists.
 
         Raises
         ------
         CollectionError
-            If it cannot be found out.
+            If the ref or its manifest is unreadable.
         """
         known = self._needs.get(ref_key)
         if known is None:
@@ -135,7 +135,7 @@ class Collector:
         return known
 
     def _read_needs(self, ref_key: str) -> frozenset[str] | None:
-        """Return what a ref needs, read anew; ``None`` if it is a tombstone, or pruned since it was listed."""
+        """Read what a ref needs; return ``None`` if it is a tombstone, or was pruned since it was listed."""
         try:
             data = fetch(self._backend, ref_key)
             if data in _TOMBSTONES:
@@ -197,10 +197,10 @@ class Collector:
     # -- collecting
 
     def condemn(self, doomed: Sequence[str]) -> None:
-        """Condemn what no refs of the same run but those at `doomed` need; they may be expired right after.
+        """Condemn what only the refs at `doomed` need within their run; these may be expired right after.
 
-        Whether another run needs it is looked up when it is to be deleted: two runs that prune their last users of one
-        key at a time would otherwise leave it to each other.
+        Deletion later checks whether another run needs it. If condemning did, two runs that prune their last users of a
+        key at the same time would leave it to each other.
 
         Raises
         ------
@@ -219,7 +219,7 @@ class Collector:
             self._put_list(frozenset(keys))
 
     def condemn_keys(self, keys: Iterable[str]) -> None:
-        """Condemn objects, but for those that a ref is known to need."""
+        """Condemn objects, except those that a ref is known to need."""
         condemned = frozenset(key for key in keys if key not in self._users)
         if condemned:
             self._put_list(condemned)
@@ -232,7 +232,7 @@ class Collector:
     # -- the whole store
 
     def sweep(self, *, min_age: float = 0.0) -> Collected:
-        """Collect in the whole store: what killed saves, killed collectors and lost pins have left, too.
+        """Collect in the whole store, including what killed saves, killed collectors and lost pins left.
 
         Parameters
         ----------
@@ -256,7 +256,7 @@ class Collector:
         min_age
             Leave objects younger than this, in seconds.
         clock
-            To measure ages by, in seconds since the epoch. By default it is the server's, whose time is found out by
+            Returns seconds since the epoch, to measure ages by. By default the server's time is used, which is read by
             putting a key and deleting it; with a clock, nothing is written.
 
         Raises
@@ -312,7 +312,7 @@ class Collector:
         )
 
     def carry_out(self, plan: CollectionPlan) -> CollectionPlan:
-        """Delete what a plan says, as far as no checkpoint needs it by now and no save in flight may rely on it.
+        """Delete what a plan lists, except what a checkpoint needs by now or a save in flight may rely on.
 
         Raises
         ------
@@ -332,7 +332,7 @@ class Collector:
         return replace(plan, done=collected)
 
     def _leftovers(self) -> list[Entry | Leftover]:
-        """Return temporary files, unfinished uploads and the like, of living processes too."""
+        """Return temporary files, unfinished uploads and the like, including those of living processes."""
         try:
             return [*self._backend.leftovers(), *self._backend.list(PROBES)]
         except BackendError as error:
@@ -353,7 +353,7 @@ class Collector:
     # -- what is condemned
 
     def finish(self) -> Collected:
-        """Delete what the own lists condemn and no checkpoint needs, as far as no save in flight may rely on it.
+        """Delete what this collector's lists condemn, except what a checkpoint needs or a save in flight may rely on.
 
         Raises
         ------
@@ -384,9 +384,9 @@ class Collector:
         return collected
 
     def _in_flight(self) -> frozenset[str]:
-        """Return the keys of the refs that saves in flight will commit, after giving up those without a heartbeat.
+        """Give up saves without a heartbeat; return the keys of the refs that the other saves in flight will commit.
 
-        Of every other save that was pinned it is known by now whether it was committed, and what it needs.
+        For every other pinned save it is then known whether it was committed, and what it needs.
         """
         pins, waiting = self._pins()
         given_up = self._give_up_stale(waiting) if waiting else set()
@@ -395,14 +395,14 @@ class Collector:
         return in_flight
 
     def _pins(self) -> tuple[list[Pin], list[Pin]]:
-        """Return all pins, and those whose refs do not exist: of saves in flight, or of killed ones."""
+        """Return all pins, and those without a ref: of saves in flight, or of killed ones."""
         # List pins before refs: a save that finishes in between already has a visible ref.
         pins = list_pins(self._backend)
         existing = self._look()
         return pins, [pin for pin in pins if pin.ref_key not in existing]
 
     def _is_stale(self, item: Pin | Entry | Leftover, now: float | None) -> bool:
-        """Whether a pin or a leftover is so old that its process is taken for dead."""
+        """Whether a pin or a leftover is so old that its process must be dead."""
         return now is not None and item.modified is not None and now - item.modified >= self._stale_seconds
 
     def _give_up_stale(self, pins: Iterable[Pin]) -> set[str]:
@@ -419,7 +419,7 @@ class Collector:
         return given_up
 
     def _server_time(self) -> float | None:
-        """Return the server's time: that of something put a moment ago, for the purpose if there is nothing else."""
+        """Return the server's time: that of a key put a moment ago, or of one put for this purpose."""
         fresh, self._fresh = self._fresh, None
         if fresh is not None:
             try:
@@ -441,7 +441,7 @@ def _run_of(ref_key: str) -> str:
 
 
 def _age(item: Entry | Pin | Leftover, now: float) -> float:
-    """Seconds since `item` was changed; infinite where the server does not tell."""
+    """Return the seconds since `item` changed; infinite if the server does not say."""
     return math.inf if item.modified is None else now - item.modified
 
 

@@ -1,7 +1,7 @@
 """Attempts and lineage, pins and commits: the protocol that lets many processes use one store without a lock.
 
-``docs/safety.md`` says what it promises and why it holds. Every function is synchronous, one request after the other,
-and takes its clock from outside, so that a simulation can interleave and stop it between any two requests.
+``docs/safety.md`` says what it promises and why that holds. Every function is synchronous and makes one request after
+the other, with an injected clock, so that a simulation can interleave and stop it between any two requests.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ COPY_SECONDS = 900.0  # a delayed copy of a request takes effect within this tim
 
 @dataclass(frozen=True)
 class Lineage:
-    """The checkpoints of a run, as of one look at it.
+    """The checkpoints of a run, as seen at one time.
 
     Attributes
     ----------
     attempt
         The highest attempt; 0 if the run was never written.
     sealed
-        The highest attempt that has chosen what it continues; its lineage is the run's.
+        The highest attempt that has recorded what it continues; its lineage is the run's.
     live
         The lineage's checkpoints, by step.
     abandoned
         Checkpoints abandoned by rewinding, or replaced by another of their step, ordered by step.
     known
-        Contents of refs, as far as the lineage tells them (the others have to be read).
+        Contents of refs that the lineage document includes; others must be read.
     """
 
     attempt: int
@@ -99,9 +99,9 @@ class Run:
     name
         Of the run.
     clock
-        Seconds since the epoch; only ever written down, never compared.
+        Returns seconds since the epoch; only written down, never compared.
     monotonic
-        Seconds since any moment, for this process's own patience.
+        Returns seconds since any moment, for time limits within this process.
     """
 
     def __init__(
@@ -122,11 +122,11 @@ class Run:
     # -- looking
 
     def ref_key(self, name: RefName) -> str:
-        """Where the ref stands."""
+        """Return the key of a ref."""
         return f"refs/{self.name}/{name}"
 
     def pin_key(self, name: RefName) -> str:
-        """Where the pin of a save in flight stands."""
+        """Return the key of the pin that announces a ref."""
         return f"pins/{self.name}/{name}"
 
     def seal_key(self, attempt: int) -> str:
@@ -134,7 +134,7 @@ class Run:
         return f"runs/{self.name}/attempts/{attempt:06d}.from"
 
     def attempts(self) -> tuple[int, int]:
-        """Return the highest attempt, and the highest that has chosen what it continues (0 where there is none)."""
+        """Return the highest attempt, and the highest that has recorded what it continues; 0 if there is none."""
         made, sealed = self.listed_attempts()
         return max(made, default=0), max(sealed, default=0)
 
@@ -156,10 +156,10 @@ class Run:
     def lineage(self) -> Lineage:
         """Return the checkpoints of the run: two listings and one read, however long its history.
 
-        Of two checkpoints of one step, which a writer leaves that was killed while it replaced one, the newer counts.
+        A writer killed while replacing a checkpoint leaves two of one step: the newer counts.
 
-        A listing takes time. If nothing shows, or another attempt has taken over meanwhile, it looks again, until it
-        sees something or the same as before.
+        Listings take time. If they show no checkpoint, or another attempt has taken over meanwhile, this looks again,
+        until it sees a checkpoint, or the same as before.
         """
         before = None
         while True:
@@ -172,7 +172,7 @@ class Run:
             before = sealed, listed
 
     def _look(self, attempt: int, sealed: int) -> tuple[Lineage, frozenset[tuple[RefName, bool]]]:
-        """Return the lineage as attempt `sealed` has it, and all refs listed, with whether they are tombstones."""
+        """Return the lineage of attempt `sealed`, and all refs listed, each with whether it is a tombstone."""
         inherited: dict[RefName, Ref | None] = {}
         left: dict[RefName, Ref | None] = {}
         if sealed:
@@ -198,7 +198,7 @@ class Run:
         return Lineage(attempt, sealed, tuple(live), tuple(abandoned), known), frozenset(listed)
 
     def _newest(self, names: Iterable[RefName], known: Mapping[RefName, Ref]) -> tuple[list[RefName], list[RefName]]:
-        """Return the newest checkpoint of each step, by step, and those that they have replaced."""
+        """Return the newest checkpoint of each step, by step, and those that these replaced."""
         by_step: defaultdict[int, list[RefName]] = defaultdict(list)
         for name in names:
             by_step[name.step].append(name)
@@ -212,7 +212,7 @@ class Run:
         return newest, replaced
 
     def _by_age(self, names: Iterable[RefName], known: Mapping[RefName, Ref]) -> list[RefName]:
-        """Return those that stand, the newest last: a checkpoint has a later time than what it has replaced."""
+        """Return the checkpoints that still exist, the newest last: each has a later time than what it replaced."""
         times: dict[RefName, float] = {}
         for name in names:
             try:
@@ -225,7 +225,7 @@ class Run:
         return sorted(times, key=lambda name: (name.attempt, times[name], name.nonce))
 
     def ancestry(self, lineage: Lineage, name: RefName) -> tuple[RefName, ...]:
-        """Return checkpoint `name`, abandoned or not, after those that its lineage has before it, by step."""
+        """Return the lineage up to checkpoint `name`, which may be abandoned, by step."""
         if name in lineage.live:
             return tuple(other for other in lineage.live if other.step <= name.step)
         others = [other for other in (*lineage.live, *lineage.abandoned) if other.step < name.step]
@@ -257,7 +257,7 @@ class Run:
         return inherited, abandoned
 
     def read(self, name: RefName) -> Ref | Tombstone | None:
-        """Return what stands at a ref now.
+        """Return what is at a ref's key now.
 
         Raises
         ------
@@ -280,32 +280,32 @@ class Run:
         return f"runs/{self.name}/attempts/{attempt:06d}"
 
     def new_attempt(self) -> bytes:
-        """Return the document of a new attempt, which is like no other."""
+        """Return the document of a new attempt, which no other has."""
         me = {"time": self._clock(), "host": socket.gethostname(), "pid": os.getpid(), "nonce": new_nonce()}
         return dump_document("attempt", me)
 
     def start_attempt(self, document: bytes, after: int | None = None) -> tuple[int, bool]:
-        """Become the run's writer: create the next attempt, then abort whatever lower attempts have in flight.
+        """Become the run's writer: create the next attempt, then abort all saves of lower attempts in flight.
 
-        The caller chooses what to continue from what it reads afterwards, and says so with `seal`. Called again
-        with the same arguments it goes on with the same attempt.
+        The caller then reads the run, chooses what to continue, and records that with `seal`. Called again with the
+        same arguments, this continues the same attempt.
 
         Parameters
         ----------
         document
-            Of `new_attempt`.
+            From `new_attempt`.
         after
-            The attempt must be the one right after this; by default it is the next, whichever that is.
+            The attempt must be the one right after this; by default it is the next free one.
 
         Returns
         -------
         attempt, unfinished
-            The attempt, and whether a lower one has left a pin.
+            The attempt, and whether a lower one left a pin.
 
         Raises
         ------
         SupersededError
-            If somebody else has made that attempt; they are not disturbed.
+            If another process has made that attempt; it is not disturbed.
         """
         attempt = (self.attempts()[0] if after is None else after) + 1
         while create_once(self.backend, self._attempt_key(attempt), document) is not None:
@@ -318,13 +318,13 @@ class Run:
         return attempt, bool(lower)
 
     def standing(self, seen: Lineage) -> frozenset[RefName]:
-        """Return the checkpoints of a lineage seen earlier that stand now.
+        """Return the checkpoints of a lineage seen earlier that still exist.
 
         Raises
         ------
         SupersededError
-            If the run has moved on since: by a checkpoint that was not seen, or by an attempt other than the
-            caller's, which is the one right after those that were seen.
+            If the run has moved on since: with a new checkpoint, or with an attempt other than the caller's own, which
+            directly follows those seen.
         CorruptionError
             If the lineage seen is gone.
         """
@@ -351,7 +351,7 @@ class Run:
         )
 
     def _writer_of(self, attempt: int) -> str:
-        """Return who made an attempt, for people."""
+        """Return who made an attempt, for messages."""
         key = self._attempt_key(attempt)
         try:
             fields = Fields(parse_document(fetch(self.backend, key), "attempt", key), key)
@@ -360,9 +360,9 @@ class Run:
             return ""
 
     def seal(self, attempt: int, inherited: Iterable[Ref | RefName], abandoned: Iterable[Ref | RefName]) -> None:
-        """Write down what `attempt` continues; from here on this is the run's lineage.
+        """Record what `attempt` continues; from now on this is the run's lineage.
 
-        Of a ref that cannot be read there is only the name.
+        For an unreadable ref, only the name is recorded.
         """
         document = {
             "attempt": attempt,
@@ -372,14 +372,14 @@ class Run:
         self.backend.put(self.seal_key(attempt), dump_document("lineage", document))
 
     def check_not_superseded(self, attempt: int) -> None:
-        """Look for a higher attempt.
+        """Check that there is no higher attempt.
 
         Raises
         ------
         SupersededError
             If there is one.
         CorruptionError
-            If `attempt` is not there any more.
+            If `attempt` itself is gone.
         """
         highest = self.attempts()[0]
         if highest < attempt:
@@ -401,18 +401,18 @@ class Run:
         self.backend.put(self.pin_key(name), dump_document("pin", body))
 
     def commit(self, ref: Ref) -> Tombstone | None:
-        """Create the ref: the checkpoint exists when, and only when, this has happened.
+        """Create the ref: this, and nothing else, makes the checkpoint exist.
 
         Returns
         -------
         Tombstone or None
             ``None`` if the checkpoint is committed; ``EXPIRED`` if it was, and has been pruned since; ``ABORTED`` if it
-            was aborted before, and cannot be committed under this name any more.
+            was aborted before, and can no longer be committed under this name.
 
         Raises
         ------
         BackendError
-            If it could not be found out; it may still be committed by a request under way.
+            If the outcome is unknown; a request in flight may still commit it.
         """
         key = self.ref_key(ref.name)
         found = create_once(self.backend, key, ref.to_json())
@@ -425,7 +425,7 @@ class Run:
         raise CorruptionError(f"{key} holds what no save has put there: {found[:80]!r}")
 
     def abort(self, name: RefName) -> bool:
-        """Make sure that a ref that is not committed yet never will be.
+        """Make sure that a ref is never committed, unless it already was.
 
         Returns
         -------
@@ -437,8 +437,8 @@ class Run:
     def expire(self, names: Iterable[RefName]) -> None:
         """Prune checkpoints.
 
-        A create of the ref may still be under way, which would bring the checkpoint back without its objects: so it is
-        overwritten with ``EXPIRED``. A ref that this process committed long enough ago is deleted.
+        A copy of the request that created a ref may still arrive, and would bring the checkpoint back without its
+        objects. So the ref is overwritten with ``EXPIRED``, or deleted if this process committed it long enough ago.
         """
         now = self._monotonic()
         deletable: list[RefName] = []
@@ -457,7 +457,7 @@ class Run:
                 del self._committed[name]
 
     def take_tombstones(self) -> list[str]:
-        """Return, once, the keys of tombstones that may go: nothing can bring their checkpoints back any more."""
+        """Return, once, the keys of tombstones that may be deleted, since nothing can bring their checkpoints back."""
         if not self._buried:
             return []
         now = self._monotonic()

@@ -19,18 +19,18 @@ DEFAULT_RUN = "default"
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A store, a run and a step, as a URL and arguments beside it name them.
+    """A store, run and step, as named by a URL and further arguments.
 
     Attributes
     ----------
     store
-        URL or path of the store, for `open_backend`.
+        URL or path for `open_backend`.
     run
         Name of the run.
     step
         A step, ``"latest"``, ``"best"``, the exact name of a ref, or ``None``.
     named
-        Whether the run was named, in the URL or beside it.
+        Whether the URL or an argument names the run.
     """
 
     store: str
@@ -44,20 +44,20 @@ def locate(
 ) -> Location:
     """Take a URL with an optional fragment ``#run``, ``#run@step`` or ``#@step`` apart.
 
-    Only a string has a fragment: a path object or a backend is a store whole, whatever its name. Messages show no
-    passwords or signatures.
+    Only a string has a fragment: a path object or a backend always means a whole store. Messages show no passwords or
+    signatures.
 
     Parameters
     ----------
     url
-        As users give it.
+        As passed by the user.
     run, step
-        What they name beside it.
+        As passed besides.
 
     Raises
     ------
     OptionError
-        If it is not the URL of a store, or its fragment and the arguments contradict each other.
+        If `url` is not the URL of a store, or its fragment contradicts the arguments.
     """
     in_url: tuple[str | None, int | str | RefName | None] = (None, None)
     if isinstance(url, Backend):

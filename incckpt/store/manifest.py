@@ -32,8 +32,8 @@ _ITEMSIZES = (1, 2, 4, 8, 16)
 _ALL_DIGITS = 64
 
 DELTA_DIGITS = 32
-"""Digits of the base's identity in the name of a delta: 128 bits tell bases of one chunk apart, and file systems that
-encrypt names (eCryptfs) allow 143 bytes. In manifests of format 1 they were 64, all of them."""
+"""Digits of the base's identity in a delta's name: 128 bits tell the bases of a chunk apart, and file systems that
+encrypt names (eCryptfs) allow only 143 bytes. Manifests of format 1 have all 64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,9 @@ class Stored:
     Attributes
     ----------
     identity, nonce, size
-        Of its chunk; of the save that put it; its size in bytes.
+        Its chunk's identity, the nonce of the save that put it, and its size in bytes.
     digits
-        How many digits of `identity` the delta's own name has.
+        The number of digits of `identity` in the delta's name.
     """
 
     identity: str
@@ -65,9 +65,9 @@ class Chunk:
     nbytes
         Raw length.
     itemsize
-        Element size in bytes that the codec works with.
+        Element size for the codec, in bytes.
     nonce, size
-        Of the object that holds it.
+        Of the object that stores it.
     base
         The full object that the object is a delta against, or ``None``.
     """
@@ -82,7 +82,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A byte range of tensor memory, and where its bytes are: ``(chunk index, offset there, bytes)``, in order."""
+    """A byte range of tensor memory; `pieces` lists where its bytes are: ``(chunk index, offset there, bytes)``."""
 
     nbytes: int
     itemsize: int
@@ -91,7 +91,7 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a checkpoint is made of.
+    """The document that describes a checkpoint.
 
     Attributes
     ----------
@@ -137,7 +137,7 @@ class Manifest:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all chunks together, raw."""
+        """Raw bytes of all chunks."""
         return sum(chunk.nbytes for chunk in self.chunks)
 
     def to_json(self) -> bytes:

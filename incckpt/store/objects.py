@@ -1,7 +1,7 @@
 """Content-addressed objects: names, existence, and the puts and gets of their bytes.
 
-An object's key begins with the identity of the raw bytes it stands for and ends with the nonce of the save that put it,
-so two saves never put one key, and a delete that arrives late never hits a newer object of the same content.
+An object's key begins with the identity of the raw bytes it holds and ends with the nonce of the save that put it. So
+no two saves put the same key, and a late delete never hits a newer object with the same content.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ class ObjectKey:
     nonce
         Of the save that put it, 16 hexadecimal digits.
     base
-        First digits of the identity of the full object that this one is a delta against, 32 or 64 of them; ``None``
-        for a full object.
+        For a delta, the first 32 or all 64 digits of the identity of its full object; ``None`` for a full object.
     """
 
     identity: str
@@ -65,7 +64,7 @@ class ObjectKey:
 
 
 def is_object(key: str) -> bool:
-    """Whether `key` can be that of an object; anything else in its folder is not ours."""
+    """Whether `key` has the form of an object's key; other files in the folder are not ours."""
     return _KEY.fullmatch(key) is not None
 
 
@@ -80,7 +79,7 @@ def chunk_keys(chunk: Chunk) -> tuple[ObjectKey, ...]:
 
 
 def manifest_keys(manifest: Manifest) -> frozenset[str]:
-    """Return the keys of every object that a manifest lists (its own not among them)."""
+    """Return the keys of all objects that a manifest lists, which do not include its own."""
     return frozenset(str(key) for chunk in manifest.chunks for key in chunk_keys(chunk))
 
 
@@ -95,7 +94,7 @@ class Objects:
         self.backend.put(str(key), data)
 
     def put_many(self, objects: Sequence[tuple[ObjectKey, ReadableBuffer]]) -> None:
-        """Store objects as `put` does; if it raises, any of them may be there."""
+        """Store objects as `put` does; if this raises, any of them may be stored."""
         self.backend.put_many([(str(key), data) for key, data in objects])
 
     def get(self, key: ObjectKey, size: int | None = None) -> bytes:
@@ -104,7 +103,7 @@ class Objects:
         Parameters
         ----------
         size
-            What the manifest says its size is, in bytes.
+            Its size in bytes according to the manifest.
 
         Raises
         ------
@@ -122,12 +121,12 @@ class Objects:
         return data
 
     def get_into(self, key: ObjectKey, parts: Sequence[memoryview]) -> None:
-        """Fill `parts` with the object's bytes, one after the other; undefined if an error is raised.
+        """Read the object's bytes into `parts`, in order; their content is undefined after an error.
 
         Parameters
         ----------
         parts
-            ``uint8`` each, together as long as the manifest says that the object is.
+            ``uint8`` each, together as long as the object according to the manifest.
 
         Raises
         ------
@@ -154,7 +153,7 @@ class Objects:
         return True
 
     def find(self, identity: str) -> Iterator[tuple[ObjectKey, int]]:
-        """Yield key and size in bytes of every full object of that content there is now (one listing)."""
+        """Yield the key and size in bytes of every full object with this identity that exists now (one listing)."""
         for entry in self.backend.list(f"{OBJECTS}{identity[:2]}/{identity[2:]}."):
             yield ObjectKey.parse(entry.key), entry.size
 

@@ -1,7 +1,6 @@
-"""The small documents of a store: refs and what may stand in their place, pins, condemned lists.
+"""The small documents of a store: refs and their tombstones, pins, condemned lists.
 
-What they are for, and in which order they may be written and read, is in :mod:`incckpt.store.lineage` and
-``docs/safety.md``.
+:mod:`incckpt.store.lineage` and ``docs/safety.md`` say what they are for, and in which order to write and read them.
 """
 
 from __future__ import annotations
@@ -61,12 +60,12 @@ def new_nonce() -> str:
 
 
 def validate_run(run: object) -> str:
-    """Return `run` if it can be the name of a run.
+    """Return `run` if it is a valid name of a run.
 
     Raises
     ------
     OptionError
-        Naming it.
+        If it is not; names it.
     """
     if not isinstance(run, str) or _RUN.fullmatch(run) is None:
         raise OptionError(
@@ -76,12 +75,12 @@ def validate_run(run: object) -> str:
 
 
 def checked_step(step: object) -> int:
-    """Return `step` as an ``int``, whichever integer type it has: a NumPy scalar, a 0-dim integer tensor.
+    """Return `step` as an ``int``; it may be of any integer type, also a NumPy scalar or a 0-dim integer tensor.
 
     Raises
     ------
     OptionError
-        If it is no integer, or out of range.
+        If it is not an integer, or out of range.
     """
     boolean = isinstance(step, bool) or str(getattr(step, "dtype", "")).endswith("bool")
     try:
@@ -94,7 +93,7 @@ def checked_step(step: object) -> int:
 
 
 class Tombstone(enum.Enum):
-    """What can stand at the key of a ref in place of a checkpoint. Seven bytes each: a listing's size tells."""
+    """What can replace a ref at its key. Each has seven bytes, so that the sizes in a listing reveal it."""
 
     ABORTED = b"ABORTED"  # the commit may not happen any more
     EXPIRED = b"EXPIRED"  # it was committed, and pruned since
@@ -161,7 +160,7 @@ class Ref:
         return dump_document("ref", self.to_item())
 
     def to_item(self) -> dict[str, Json]:
-        """Return the fields, as a lineage lists them."""
+        """Return the fields, in the form of a lineage document."""
         return {
             "ref": str(self.name),
             "time": self.time,
@@ -174,7 +173,7 @@ class Ref:
 
     @classmethod
     def from_json(cls, data: bytes, key: str) -> Ref:
-        """Read a ref; `key` is where it stood, and must agree.
+        """Read a ref; `key`, where it was stored, must agree with it.
 
         Raises
         ------
@@ -213,27 +212,27 @@ class Pin:
 
     @property
     def key(self) -> str:
-        """Where it stands."""
+        """The pin's own key."""
         return f"pins/{self.run}/{self.name}"
 
     @property
     def ref_key(self) -> str:
-        """Where the ref will stand that it announces."""
+        """The key of the ref that the pin announces."""
         return f"refs/{self.run}/{self.name}"
 
 
 def create_once(backend: Backend, key: str, data: ReadableBuffer) -> bytes | None:
-    """Create `key` exclusively, and settle what a conflict or a lost reply means by reading back.
+    """Create `key` exclusively; after a conflict or a lost reply, read back to learn the outcome.
 
     Returns
     -------
     bytes or None
-        ``None`` if the key holds `data` now (by this request, or by one whose reply was lost), else what it holds.
+        ``None`` if the key now holds `data` (from this request, or from one whose reply was lost), else what it holds.
 
     Raises
     ------
     BackendError
-        If it could not be created, nor found out why; a copy of the request may still be under way.
+        If the key was not created and reading back did not explain why; a copy of the request may still arrive.
     """
     for left in reversed(range(_COMMIT_TRIES)):
         try:
@@ -252,10 +251,10 @@ def create_once(backend: Backend, key: str, data: ReadableBuffer) -> bytes | Non
 
 
 def is_stray(backend: Backend, key: str) -> bool:
-    """Whether what stands at a key of no known form is nothing of ours: a ``desktop.ini``, an editor's copy.
+    """Whether the file at a key of unknown form is not ours: a ``desktop.ini``, an editor's copy.
 
-    A document of any version begins alike, and a tombstone is one of two words; with anything else a store goes on as
-    if it were not there, and says so once for each key.
+    Documents of all versions begin alike, and a tombstone is one of two words. Any other file is ignored, with one
+    warning per key.
     """
     try:
         head = backend.get(key, 0, _HEAD)
@@ -275,7 +274,7 @@ def _warn_of_stray(url: str, key: str) -> None:
 def list_refs(backend: Backend, run: str | None = None) -> Iterator[tuple[str, RefName | None, str, bool]]:
     """Yield ``(run, name, key, tombstone)`` of the refs of `run`, or of every run.
 
-    The name is ``None`` where a later version has given it; strays are passed over.
+    The name is ``None`` if only a later version knows its form. Strays are skipped.
     """
     for entry in backend.list("refs/" if run is None else f"refs/{run}/"):
         _, owner, *rest = entry.key.split("/")
@@ -300,10 +299,10 @@ def list_pins(backend: Backend, run: str | None = None) -> list[Pin]:
 
 
 class CondemnedLists:
-    """The lists of keys that collectors are about to delete; what is on one may not be used any more.
+    """The lists of keys that collectors are about to delete; no save may use these keys any more.
 
-    A list is put once, under a nonce of its own, and never changed: a copy of the put that lands late changes nothing,
-    and each list has to be read only once.
+    A list is put once, under its own nonce, and never changed. So a late copy of the put changes nothing, and each list
+    need be read only once.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -312,7 +311,7 @@ class CondemnedLists:
 
     @staticmethod
     def key(name: str) -> str:
-        """Where list `name` stands."""
+        """Return the key of list `name`."""
         return f"gc/{name}"
 
     def put(self, keys: Iterable[str]) -> str:
@@ -324,16 +323,16 @@ class CondemnedLists:
         return name
 
     def keys(self) -> frozenset[str]:
-        """Return what is on any list."""
+        """Return the keys on all lists."""
         return frozenset().union(*self.read().values())
 
     def read(self) -> dict[str, frozenset[str]]:
-        """Return the lists that there are, by name: one listing, and a request for each that is new.
+        """Return the existing lists, by name: one listing, and a request for each new list.
 
         Raises
         ------
         CorruptionError, FormatError
-            If a list is unreadable: what it condemns is not known.
+            If a list is unreadable, so that it is unknown what it condemns.
         """
         lists: dict[str, frozenset[str]] = {}
         for entry in self._backend.list("gc/"):

@@ -48,9 +48,9 @@ class Store:
     backend
         Bytes by key.
     clock
-        Seconds since the epoch; only ever written down.
+        Returns seconds since the epoch; only written down, never compared.
     monotonic
-        Seconds since any moment, for this process's own patience.
+        Returns seconds since any moment, for time limits within this process.
     max_bytes
         Most memory to take for what the store says, bytes; by default as `MemoryLimit` has it.
     """
@@ -74,7 +74,7 @@ class Store:
 
     @property
     def id(self) -> str:
-        """What tells this store from any other at the same URL; known after `check` or `create`."""
+        """Random identifier that tells this store from any other at the same URL; known after `check` or `create`."""
         assert self._id is not None
         return self._id
 
@@ -93,12 +93,12 @@ class Store:
         *,
         max_bytes: int | None = None,
     ) -> Iterator[Self]:
-        """Give the store that a caller named, for the length of a block; a `Backend` of theirs stays open after it.
+        """Yield the store that a caller named, and close it afterwards, unless the caller passed a `Backend`.
 
         Parameters
         ----------
         url
-            What the caller gave.
+            What the caller passed.
         store
             The part of it that names the store.
         """
@@ -138,14 +138,14 @@ class Store:
         return manifest
 
     def each(self, read: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-        """Return `read` of every item; many at once where requests cross a network."""
+        """Call `read` with every item, many at once if requests cross a network, and return the results."""
         if not self.backend.remote or len(items) < 2:
             return [read(item) for item in items]
         with ThreadPoolExecutor(min(REMOTE_REQUESTS, len(items)), "incckpt-read") as pool:
             return list(pool.map(read, items))
 
     def check(self) -> None:
-        """Check that there is a store of a format that this version reads.
+        """Check that there is a store, in a format that this version reads.
 
         Raises
         ------
@@ -160,7 +160,7 @@ class Store:
                 ) from error
 
     def create(self) -> None:
-        """Check the store as `check` does, after making it if it is not there; find out whether it is exclusive.
+        """Create the store unless it exists, check it as `check` does, and find out whether it is exclusive.
 
         Raises
         ------
@@ -223,7 +223,7 @@ class Store:
                 return
 
     def check_unchanged(self) -> None:
-        """Check that this is the store it was: what is remembered of it holds for no other (one request).
+        """Check that this is still the same store, since what is known about it applies to no other (one request).
 
         Raises
         ------
