@@ -2,11 +2,12 @@
 
 Runs of ten checkpoints each are put straight into the backend, as saves would have left them. One more run is saved to
 and pruned by the real code, with its requests counted. With ``--prunes`` a store on the disk grows old instead: one
-run saves and prunes that many times, and a save should cost in the end what it did at first.
+run saves and prunes that many times, there or at ``--url``, and a save should cost in the end what it did at first.
 
     python benchmarks/bench_scale.py                              # 10,000 checkpoints, 1,000,000 objects, in memory
     python benchmarks/bench_scale.py --local --checkpoints 1000   # on the disk
     python benchmarks/bench_scale.py --prunes 5000                # how saves fare in an old store
+    python benchmarks/bench_scale.py --prunes 5000 --url s3://bucket/scratch  # the same on S3
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import resource
+import statistics
+import subprocess
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,6 +29,7 @@ import torch
 import incckpt
 from incckpt.backends.base import Backend, Entry, ReadableBuffer
 from incckpt.backends.local import LocalBackend
+from incckpt.backends.registry import open_backend
 from incckpt.codec import objects as codec
 from incckpt.errors import KeyExistsError, KeyNotFoundError
 from incckpt.store.document import dump_document
@@ -38,6 +42,7 @@ from incckpt.testing.faults import CountingBackend
 
 PAGE = 1000
 PER_RUN = 10
+SAVES = 50  # that a rate is taken from
 
 
 class PagedBackend(Backend):
@@ -153,20 +158,18 @@ def measure(backend: Backend, name: str) -> None:
     step("full sweep", started)
 
 
-def grow_old(prunes: int) -> None:
-    """Save and prune `prunes` times on a local disk; print how long a save takes, pruning included, on the way."""
+def grow_old(prunes: int, url: str, options: dict[str, str], tensors: int) -> None:
+    """Save and prune `prunes` times; on the way print how long saves and loads take, and what there is."""
     milestones = sorted({0, 1000, prunes} | set(range(5000, prunes, 5000)))
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        incckpt.CheckpointManager(folder, keep_last_n=1, threads=1) as manager,
-    ):
-        state = {"w": torch.zeros(1000)}
+    with incckpt.CheckpointManager(url, keep_last_n=1, threads=1, storage_options=options) as manager:
+        state = {f"w{index}": torch.zeros(1000) for index in range(tensors)}
         done = 0
 
         def save() -> float:
             nonlocal done
             done += 1
-            state["w"].fill_(done)
+            for tensor in state.values():
+                tensor.fill_(done)
             started = time.perf_counter()
             manager.save(done, state).result()
             return time.perf_counter() - started
@@ -175,10 +178,40 @@ def grow_old(prunes: int) -> None:
         for milestone in milestones:
             while done <= milestone:
                 save()
-            seconds = [save() for _ in range(30)]
-            median = sorted(seconds)[len(seconds) // 2]
-            folders = sum(1 for path in Path(folder).rglob("*") if path.is_dir())
-            print(f"after {milestone:6} prunes: {1000 * median:7.1f} ms a save; {folders} folders", flush=True)
+            ready = time.perf_counter()
+            seconds = [save() for _ in range(SAVES)]
+            rate = SAVES / (time.perf_counter() - ready)
+            loads = [seconds_of(lambda: incckpt.load(url, storage_options=options, threads=1)) for _ in range(5)]
+            with open_backend(url, options) as backend:
+                keys = Counter(entry.key.split("/")[0] for entry in backend.list())
+            median, load = (1000 * statistics.median(figures) for figures in (seconds, loads))
+            print(
+                f"after {milestone:6} prunes: {rate:5.1f} saves a second (median {median:.1f} ms), "
+                f"a load {load:.1f} ms, resident {resident_mib():.0f} MiB, "
+                f"{described(keys)}{folders_of(url)}",
+                flush=True,
+            )
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Return how long a call takes."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def resident_mib() -> float:
+    """Return the memory that this process has now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def folders_of(url: str) -> str:
+    """Return how many folders a store on the disk has, and on which file system it is."""
+    if "://" in url:
+        return ""
+    command = ["df", "--output=fstype", url]
+    kind = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    return f", {sum(1 for path in Path(url).rglob('*') if path.is_dir())} folders ({kind})"
 
 
 def main() -> None:
@@ -188,9 +221,17 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=1_000_000)
     parser.add_argument("--local", action="store_true")
     parser.add_argument("--prunes", type=int, default=0)
+    parser.add_argument("--tensors", type=int, default=1, help="with --prunes: of 1,000 numbers each")
+    parser.add_argument("--url", help="with --prunes: a store that does not exist yet; by default a temporary folder")
+    parser.add_argument("--endpoint", help="of an S3 server, with --key and --secret")
+    parser.add_argument("--key")
+    parser.add_argument("--secret")
     arguments = parser.parse_args()
     if arguments.prunes:
-        grow_old(arguments.prunes)
+        given = {"endpoint_url": arguments.endpoint, "key": arguments.key, "secret": arguments.secret}
+        with tempfile.TemporaryDirectory() as folder:
+            options = {name: value for name, value in given.items() if value}
+            grow_old(arguments.prunes, arguments.url or folder, options, arguments.tensors)
         return
     counts = (PER_RUN, arguments.checkpoints)
     per_checkpoint = max(1, arguments.objects // arguments.checkpoints)

@@ -20,7 +20,7 @@ from incckpt.store.document import Json
 from incckpt.store.manifest import Manifest
 from incckpt.store.untrusted import reading
 
-__all__ = ["Contents", "ReadBack", "read_packed"]
+__all__ = ["Contents", "ReadBack", "names_by_chunk", "read_packed"]
 
 
 _PACKED_VALUE = 8  # bytes of memory that most Python objects take at most for each of their bytes when packed
@@ -99,6 +99,15 @@ class Contents:
             if entry.range >= 0:
                 names[entry.range].append(entry.name)
         return names
+
+
+def names_by_chunk(manifest: Manifest, names: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return, for messages, the names of tensors in each chunk, given those in each range; of a range the first few."""
+    by_chunk: list[list[str]] = [[] for _ in manifest.chunks]
+    for item, tensors in zip(manifest.ranges, names, strict=True):
+        for index, _, _ in item.pieces:
+            by_chunk[index] += tensors[:3]
+    return by_chunk
 
 
 def read_packed(reader: Reader, manifest: Manifest, names: Mapping[int, str]) -> dict[int, Bytes]:

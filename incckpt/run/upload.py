@@ -32,7 +32,8 @@ _IN_FLIGHT = 256 << 20  # bytes
 class Known:
     """What this save may reuse.
 
-    `vouched` are keys that a ref needs which was read, alive, after this save's pin was put; others need a look.
+    `vouched` are keys that a ref needs which was read, alive, after this save's pin was put; others need a look. Those
+    that are `condemned` may not be used: they are about to be deleted, or were found lost.
     """
 
     condemned: frozenset[str]
@@ -186,10 +187,11 @@ class Uploader:
 
     def _usable(self, chunk: Chunk, known: Known, *, look: bool = True) -> bool:
         """Whether the objects of `chunk` may be relied on: none condemned, each needed by a living ref or seen now."""
-        for key in chunk_keys(chunk):
+        stored: tuple[Chunk | Stored, ...] = (chunk,) if chunk.base is None else (chunk, chunk.base)
+        for key, one in zip(chunk_keys(chunk), stored, strict=True):
             if str(key) in known.condemned:
                 return False
-            if str(key) not in known.vouched and not (look and self._store.objects.exists(key)):
+            if str(key) not in known.vouched and not (look and self._store.objects.size(key) == one.size):
                 return False
         return True
 

@@ -14,7 +14,7 @@ from incckpt.options import check_choice, checked_strings
 from incckpt.retention import Mode, check_ranking
 from incckpt.run.checkpoint import read_refs
 from incckpt.run.choose import Which, checked_which, choose, not_found, place
-from incckpt.run.contents import Contents
+from incckpt.run.contents import Contents, names_by_chunk
 from incckpt.run.reader import ChunkRead, Reader
 from incckpt.run.restore import progress_bar
 from incckpt.run.view import TRIES, stands
@@ -299,11 +299,7 @@ class Checker:
 def _reads(manifest: Manifest, names: Sequence[Sequence[str]]) -> list[ChunkRead]:
     """Return how to read every object of a checkpoint: a delta's base on its own, too, since all of it is relied on."""
     reads: dict[str, ChunkRead] = {}
-    needed_by: list[list[str]] = [[] for _ in manifest.chunks]
-    for item, tensors in zip(manifest.ranges, names, strict=True):
-        for index, _, _ in item.pieces:
-            needed_by[index] += tensors[:3]
-    for chunk, tensors in zip(manifest.chunks, needed_by, strict=True):
+    for chunk, tensors in zip(manifest.chunks, names_by_chunk(manifest, names), strict=True):
         reads[str(chunk_keys(chunk)[0])] = ChunkRead(chunk, names=tuple(tensors))
         base = chunk.base
         if base is not None:

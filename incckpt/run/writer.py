@@ -13,17 +13,18 @@ from types import TracebackType
 
 from incckpt.codec import objects as codec
 from incckpt.errors import BackendError, CorruptionError, StateError, StoreNotFoundError, SupersededError
-from incckpt.run.contents import ReadBack
+from incckpt.run.contents import Contents, ReadBack, names_by_chunk
 from incckpt.run.discards import Discards
 from incckpt.run.pipeline import Pipeline
 from incckpt.run.report import SaveReport
+from incckpt.run.scrub import Scrubber
 from incckpt.run.snapshot import Snapshot
 from incckpt.run.upload import Known, Uploader
 from incckpt.staging.baseline import Baseline
 from incckpt.staging.movement import MovementMeter
 from incckpt.store.lineage import Run
 from incckpt.store.manifest import Chunk, Manifest
-from incckpt.store.objects import ObjectKey, manifest_keys
+from incckpt.store.objects import ObjectKey, chunk_keys, manifest_sizes
 from incckpt.store.refs import Ref, RefName, Tombstone
 from incckpt.store.store import Store
 from incckpt.store.untrusted import LIST_BYTES
@@ -114,6 +115,7 @@ class Writer:
         self._read_back = ReadBack()
         self._movement = MovementMeter()
         self._previous: tuple[RefName, frozenset[str]] | None = None
+        self._scrubber = Scrubber(store.objects)
         self._unsettled: list[tuple[Ref, Manifest, list[str]]] = []
 
     def begin(self, attempt: int) -> None:
@@ -122,8 +124,13 @@ class Writer:
 
     def continue_from(self, name: RefName, manifest: Manifest) -> None:
         """Take a checkpoint of the lineage as the previous one: what it holds need not be put again."""
-        self._previous = (name, manifest_keys(manifest))
+        self._rely_on(name, manifest)
         self._uploader.remember(manifest.chunks)
+
+    def _rely_on(self, name: RefName, manifest: Manifest) -> None:
+        sizes = manifest_sizes(manifest)
+        self._previous = (name, frozenset(sizes))
+        self._scrubber.rely_on(sizes)
 
     def forget(self, keys: Iterable[str]) -> None:
         """Forget objects that were collected."""
@@ -197,7 +204,7 @@ class Writer:
         if outcome is Tombstone.ABORTED:
             self._discards.waste(self._uploader.tried)
             return None
-        self._previous = (name, manifest_keys(manifest))
+        self._rely_on(name, manifest)
         self._uploader.look_up = False
         self._movement.settle()
         if self._baseline is not None:
@@ -239,9 +246,38 @@ class Writer:
 
     def _look_around(self) -> Known:
         """Return what may be reused; to be called once the pin is put. In which order it looks does not matter."""
-        looks = (self._not_superseded, self._store.condemned.keys, self._vouched)
-        _, condemned, vouched = self._uploader.pipeline.together(lambda look: look(), looks)
-        return Known(condemned, vouched)
+        known_lost = self._scrubber.lost
+        looks: list[Callable[[], frozenset[str]]]
+        looks = [self._not_superseded, self._store.condemned.keys, self._vouched]
+        looks += [partial(self._scrub, key) for key in self._scrubber.due()]
+        _, condemned, vouched, *_ = self._uploader.pipeline.together(lambda look: look(), looks)
+        lost = self._scrubber.lost
+        if vouched & (lost - known_lost):
+            self._tell_lost(lost - known_lost)
+        return Known(condemned | lost, vouched - lost)
+
+    def _scrub(self, key: str) -> frozenset[str]:
+        self._scrubber.look(key)
+        return frozenset()
+
+    def _tell_lost(self, lost: frozenset[str]) -> None:
+        assert self._previous is not None
+        name, _ = self._previous
+        tensors = ""
+        try:
+            ref = self._run.read(name)
+            if isinstance(ref, Ref):
+                manifest = self._store.manifest(ref)
+                by_chunk = zip(manifest.chunks, names_by_chunk(manifest, Contents.of(manifest).names()), strict=True)
+                names = [names for chunk, names in by_chunk if not lost.isdisjoint(map(str, chunk_keys(chunk)))]
+                tensors = f" (tensors: {', '.join(dict.fromkeys(name for some in names for name in some))})"
+        except (ValueError, BackendError) as error:
+            log.warning("step %d cannot be read to tell which tensors need what is lost: %s", name.step, error)
+        log.warning(
+            "%d objects%s are gone from %s, or not of the size that was put: step %d is damaged, and so are earlier "
+            "ones that need them. Their content is stored again",
+            len(lost), tensors, self._store.backend.url, name.step,
+        )  # fmt: skip
 
     def _not_superseded(self) -> frozenset[str]:
         try:

@@ -14,7 +14,7 @@ from incckpt.backends.base import Backend, ReadableBuffer
 from incckpt.errors import CorruptionError, KeyNotFoundError, MissingObjectError
 from incckpt.store.manifest import Chunk, Manifest
 
-__all__ = ["DELTAS", "OBJECTS", "ObjectKey", "Objects", "chunk_keys", "is_object", "manifest_keys"]
+__all__ = ["DELTAS", "OBJECTS", "ObjectKey", "Objects", "chunk_keys", "is_object", "manifest_keys", "manifest_sizes"]
 
 OBJECTS = "objects/"
 DELTAS = "deltas/"
@@ -83,6 +83,15 @@ def manifest_keys(manifest: Manifest) -> frozenset[str]:
     return frozenset(str(key) for chunk in manifest.chunks for key in chunk_keys(chunk))
 
 
+def manifest_sizes(manifest: Manifest) -> dict[str, int]:
+    """Return the sizes in bytes of these objects, by key."""
+    sizes: dict[str, int] = {}
+    for chunk in manifest.chunks:
+        stored = (chunk,) if chunk.base is None else (chunk, chunk.base)
+        sizes.update(zip(map(str, chunk_keys(chunk)), (one.size for one in stored), strict=True))
+    return sizes
+
+
 class Objects:
     """The objects of a store."""
 
@@ -144,13 +153,12 @@ class Objects:
     def _missing(self, key: ObjectKey) -> MissingObjectError:
         return MissingObjectError(f"object {key} is missing from {self.backend.url}")
 
-    def exists(self, key: ObjectKey) -> bool:
-        """Return whether the object is there now (one request)."""
+    def size(self, key: ObjectKey) -> int | None:
+        """Return the object's size in bytes, or ``None`` if it is not there now (one request)."""
         try:
-            self.backend.head(str(key))
+            return self.backend.head(str(key)).size
         except KeyNotFoundError:
-            return False
-        return True
+            return None
 
     def find(self, identity: str) -> Iterator[tuple[ObjectKey, int]]:
         """Yield the key and size in bytes of every full object with this identity that exists now (one listing)."""
