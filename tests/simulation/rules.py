@@ -60,8 +60,8 @@ RULES: dict[str, Rule] = {
                 Writer,
                 "_look_around",
                 """
-                - return Known(condemned, vouched)
-                + return Known(frozenset(), vouched)
+                - return Known(condemned | lost, vouched - lost)
+                + return Known(lost, vouched - lost)
                 """,
             )
         ],
@@ -125,7 +125,7 @@ RULES: dict[str, Rule] = {
                 Uploader,
                 "_usable",
                 """
-                - if str(key) not in known.vouched and not (look and self._store.objects.exists(key)):
+                - if str(key) not in known.vouched and not (look and self._store.objects.size(key) == one.size):
                 + if str(key) not in known.vouched and not look:
                 """,
             )
