@@ -19,6 +19,7 @@ import torch
 import incckpt
 from incckpt.backends.memory import MemoryBackend
 from incckpt.errors import (
+from incckpt.run.scrub import LOOKS
     BackendError,
     BacklogFullError,
     CheckpointNotFoundError,
@@ -669,8 +670,11 @@ def test_requests_of_a_save_do_not_grow_with_history(tmp_path: Path) -> None:
             sizes.append(backend.bytes_put)
     assert counts[2] == counts[-1]
     assert abs(sizes[2] - sizes[-1]) < 50
-    small = [op for op in backend.operations if not op.keys[0].startswith(("objects/", "deltas/")) or op.name != "put"]
+    of_objects = [op for op in backend.operations if op.keys[0].startswith(("objects/", "deltas/"))]
+    small = [op for op in backend.operations if op not in of_objects]
     assert len(small) <= 8, small
+    assert {op.name for op in of_objects} == {"put", "head"}
+    assert len([op for op in of_objects if op.name == "head"]) <= LOOKS
 
 
 def test_requests_of_a_prune(tmp_path: Path) -> None:
