@@ -118,19 +118,28 @@ class Uploader:
             return self._base(content, snapshot.layout, index, known)
 
         def store_batch(batch: Sequence[int]) -> None:
+            held: list[Content] = []
+
+            def hold(content: Content) -> None:
+                held.append(content)
+                content.hold()
+
             try:
                 for index in batch:
-                    contents[index].hold()
+                    hold(contents[index])
                 self._hash([contents[index] for index in batch], report)
                 with claiming:
                     mine = [index for index in batch if claims.setdefault(contents[index].identity, index) == index]
                 bases = dict(zip(mine, self.pipeline.together(look, mine), strict=True))
                 new = [(contents[index], bases[index]) for index in mine if contents[index].stored is None]
                 if new:
+                    for _, full in new:
+                        if full is not None:
+                            hold(full)
                     self._put_all(new, self._encode(new, report), nonce, report)
             finally:
-                for index in batch:
-                    contents[index].release()
+                for content in held:
+                    content.release()
 
         unsure = [
             index

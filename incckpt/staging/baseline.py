@@ -29,7 +29,7 @@ from incckpt.staging.packed import PackedChunks, PackedStage
 from incckpt.staging.threshold import RangeThresholds, Thresholds
 from incckpt.state.flatten import ByteRange, FlatState
 
-__all__ = ["Baseline", "Slot", "StageReport", "live_contents"]
+__all__ = ["Baseline", "ChunkSegments", "Slot", "StageReport", "live_contents"]
 
 log = logging.getLogger(__name__)
 

@@ -115,6 +115,11 @@ class Content:
         """Bytes of memory that writing it takes: room for its object."""
         return self.nbytes
 
+    @property
+    def readable(self) -> bool:
+        """Whether `raw` is there once it is held."""
+        return self.raw is not None
+
     def hold(self) -> None:
         """Have `raw` in memory until `release`."""
 
@@ -126,7 +131,7 @@ class Content:
     def base_of(self, content: Content, index: int) -> Chunk | None:
         """Return where this, chunk `index`'s last full object, is stored if `content` should be a delta against it."""
         stored = self.stored
-        if self is content or self.raw is None or stored is None or stored.base is not None:
+        if self is content or not self.readable or stored is None or stored.base is not None:
             return None
         return None if self.deltas.is_over(stored.size, index) else stored
 
