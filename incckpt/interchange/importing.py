@@ -123,8 +123,8 @@ def import_files(
     """
     sources = find_sources(paths)
     location = locate(url, run=run, step=None if step is None else checked_step(step))
-    if isinstance(location.step, str):
-        raise OptionError(f"an import needs a number after '@' in the URL, not {location.step!r}")
+    if location.step is not None and not isinstance(location.step, int):
+        raise OptionError(f"an import needs a number after '@' in the URL, not {str(location.step)!r}")
     if len(sources) > 1 and (location.step is not None or metrics is not None):
         raise OptionError(f"step and metrics are for a single file, and {len(sources)} are to be imported")
     check_if_exists(if_exists)
