@@ -19,7 +19,6 @@ import torch
 import incckpt
 from incckpt.backends.memory import MemoryBackend
 from incckpt.errors import (
-from incckpt.run.scrub import LOOKS
     BackendError,
     BacklogFullError,
     CheckpointNotFoundError,
@@ -33,6 +32,7 @@ from incckpt.run.scrub import LOOKS
     StoreNotFoundError,
     SupersededError,
 )
+from incckpt.run.scrub import LOOKS
 from incckpt.staging.hostmem import HostPool
 from incckpt.store.gc import Collector
 from incckpt.store.store import Store
