@@ -1,4 +1,4 @@
-"""One process's tenure as the writer of a run: what it continues, what it commits, prunes and collects. Synchronous."""
+"""One process's tenure as the writer of a run: what it continues, commits, prunes and collects. Synchronous."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Origin:
     lineage
         The run as it was seen.
     history
-        The checkpoints that the attempt's own will follow, by step.
+        The checkpoints that precede the attempt's own, by step.
     manifest
-        Of the last of them, where it was read: what it holds need not be put again.
+        That of the last of them, if it was read: its objects need not be put again.
     appends
-        Whether the attempt follows the run's latest checkpoint, whichever that is when it starts, since nothing was
-        restored. Otherwise it refuses to start where the run has moved on.
+        Whether the attempt continues from whatever is the run's latest checkpoint when it starts, since nothing was
+        restored. Otherwise it refuses to start if the run has moved on.
     """
 
     lineage: Lineage
@@ -60,33 +60,33 @@ class Origin:
 
     @classmethod
     def latest(cls, lineage: Lineage) -> Origin:
-        """Go on after whatever is the latest checkpoint."""
+        """Continue from whatever is the latest checkpoint."""
         return cls(lineage, lineage.live, appends=True)
 
     @classmethod
     def restored(cls, run: Run, lineage: Lineage, name: RefName, manifest: Manifest | None) -> Origin:
-        """Go on from checkpoint `name`, abandoned or not."""
+        """Continue from checkpoint `name`, abandoned or not."""
         return cls(lineage, run.ancestry(lineage, name), manifest)
 
     @classmethod
     def nothing(cls, lineage: Lineage) -> Origin:
-        """Begin anew: nothing was restored from the run as it was seen."""
+        """Start afresh: the run was seen, but nothing was restored from it."""
         return cls(lineage, ())
 
 
 class Attempt:
-    """An attempt at a run: `start` takes the run over from whoever wrote it before. Making one writes nothing.
+    """An attempt at a run: `start` takes the run over from its last writer. Making one writes nothing.
 
     Parameters
     ----------
     store, run
-        Which run.
+        The run to write.
     origin
         What the attempt continues.
     policy
-        Which checkpoints to keep.
+        Decides which checkpoints to keep.
     threads
-        For hashing and encoding.
+        Threads for hashing and encoding.
     baseline, pipeline
         See `Writer`.
     """
@@ -125,22 +125,22 @@ class Attempt:
 
     @property
     def last_step(self) -> int | None:
-        """The step of the latest checkpoint; that of a new one has to be beyond it."""
+        """The step of the latest checkpoint; a new one must have a higher step."""
         return max((name.step for name in tuple(self._history)), default=None)
 
     def holds(self, step: int) -> bool:
-        """Whether there is a checkpoint of `step` among those that this attempt continues and its own."""
+        """Whether this attempt has a checkpoint of `step`, its own or one that it continues."""
         return any(name.step == step for name in tuple(self._history))
 
     def existing(self, step: int) -> Ref | None:
-        """Return the checkpoint of `step` among those, unless it was pruned (one request).
+        """Return this attempt's checkpoint of `step`, unless it was pruned (one request).
 
         Raises
         ------
         CorruptionError, FormatError
             If its ref is unreadable.
         StoreNotFoundError, StoreReplacedError
-            If the store is not there any more.
+            If the store is gone.
         """
         for name in tuple(self._history):
             if name.step == step:
@@ -153,16 +153,16 @@ class Attempt:
     # -- the beginning
 
     def start(self) -> None:
-        """Take the run over, and write down what this attempt continues. Does nothing if that has been done.
+        """Take the run over and record what this attempt continues, unless that is already done.
 
         Raises
         ------
         SupersededError
-            If the run has moved on since it was restored. Nothing was saved, and nothing of the run is abandoned.
+            If the run has moved on since it was restored; nothing was saved, and nothing of the run is abandoned.
         StoreNotFoundError, StoreReplacedError, CorruptionError
-            If the store or the lineage is not there any more.
+            If the store or the lineage is gone.
         BackendError
-            If the store failed; starting again goes on with it.
+            If the store failed; calling this again continues.
         """
         if self._number:
             return
@@ -188,7 +188,7 @@ class Attempt:
         self._number = number
 
     def _chosen(self) -> tuple[dict[RefName, Ref | None], dict[RefName, Ref | None]]:
-        """Return what the attempt continues, and what it leaves behind; to be called when it has aborted the others."""
+        """Return what the attempt continues, and what it abandons; call it after aborting the saves of others."""
         lineage, history = self._origin.lineage, self._origin.history
         if self._origin.appends:
             lineage = self._run.lineage()
@@ -199,7 +199,7 @@ class Attempt:
         return self._read(lineage, inherited), self._read(lineage, left)
 
     def _continue_latest(self) -> None:
-        """Let the writer rely on the checkpoint that the attempt continues, as far as its ref lives when it looks."""
+        """Let the writer reuse objects of the checkpoint that the attempt continues, as long as its ref lives."""
         name = max(self._history, key=lambda name: name.step, default=None)
         if not self._origin.appends:
             name = self._origin.history[-1] if self._origin.history else None
@@ -213,7 +213,7 @@ class Attempt:
             self._writer.continue_from(name, manifest)
 
     def _read(self, lineage: Lineage, names: Sequence[RefName]) -> dict[RefName, Ref | None]:
-        """Return the refs that still stand; ``None`` for an unreadable one, which stays in the lineage by its name."""
+        """Return the refs that still exist; ``None`` for an unreadable one, which stays in the lineage by name."""
         unreadable: dict[RefName, Ref | None] = {}
 
         def skip(name: RefName, error: Exception) -> None:
@@ -232,7 +232,7 @@ class Attempt:
     # -- checkpoints
 
     def check_step(self, step: int, if_exists: IfExists = "error", pending: Collection[int] = ()) -> None:
-        """Check that a checkpoint of `step` can be saved, with those of the steps `pending` on their way.
+        """Check that a checkpoint of `step` can be saved after those in the queue, of the steps `pending`.
 
         Raises
         ------
@@ -262,14 +262,15 @@ class Attempt:
         Parameters
         ----------
         if_exists
-            With ``"replace"`` the step's checkpoint, if there is one, is expired once the new one is committed.
+            With ``"replace"``, an existing checkpoint of the step expires once the new one is committed.
 
         Raises
         ------
         SupersededError, BackendError
-            If the checkpoint was not committed. Trouble with pruning or collecting is logged; the next save goes on.
+            If the checkpoint was not committed. Errors of pruning and collecting are only logged; the next save
+            continues both.
         OptionError
-            If the step is not beyond the last, and not to be replaced.
+            If the step is not higher than the last one, and replaces none.
         """
         self.start()
         replaces = if_exists == "replace"
@@ -296,7 +297,7 @@ class Attempt:
         return ref
 
     def _after_the_replaced(self, snapshot: Snapshot) -> Snapshot:
-        """Return the snapshot with a time after that of the one it replaces, by which readers tell them apart."""
+        """Return the snapshot with a later time than the checkpoint it replaces; readers rely on that order."""
         times = [ref.time for ref in self._history.values() if ref is not None and ref.step == snapshot.step]
         return replace(snapshot, time=max([snapshot.time, *(math.nextafter(time, math.inf) for time in times)]))
 
@@ -307,7 +308,7 @@ class Attempt:
         self._collector.note(self._run.ref_key(ref.name), manifest_keys(manifest) | {ref.manifest})
 
     def _leave(self) -> None:
-        """Leave the run to its new writer, and list the objects that this one has wasted."""
+        """Leave the run to its new writer, and condemn the objects that this one wasted."""
         if self._condemn_wasted():
             self._discards.delete_spent()
 
@@ -321,7 +322,7 @@ class Attempt:
         return True
 
     def _free_wasted(self) -> None:
-        """Delete what a save has put that found the store full: it would be in the next one's way."""
+        """Delete the objects of a save that found the store full, to make room for the next one."""
         with self._store.backend.freeing():
             try:
                 if self._condemn_wasted():
@@ -343,14 +344,14 @@ class Attempt:
         self._discards.delete_spent()
 
     def _prune(self, step: int) -> None:
-        """Expire what the policy does not keep, and what was abandoned and is passed by now."""
+        """Expire what the policy does not keep, and abandoned checkpoints up to `step`."""
         kept = self._kept()
         doomed = [name for name in self._history if kept is not None and name.step not in kept | {step}]
         doomed += [name for name in self._abandoned if name.step <= step]
         self._expire(doomed)
 
     def _kept(self) -> set[int] | None:
-        """Return the steps that the policy keeps; ``None``, and a word in the log, where it cannot be told."""
+        """Return the steps that the policy keeps; warn and return ``None`` if that is unknown."""
         unreadable = sorted(name.step for name, ref in self._history.items() if ref is None)
         if unreadable:
             steps = ", ".join(map(str, unreadable))
@@ -400,16 +401,16 @@ class Attempt:
         self._writer.forget(collected.deleted)
 
     def delete(self, step: int) -> bool:
-        """Delete the checkpoints of `step`, readable or not, abandoned ones included; return whether there were any.
+        """Delete all checkpoints of `step`, even unreadable and abandoned ones; return whether there were any.
 
-        An attempt that has not started takes the run over for that only if it has seen one.
+        An attempt that has not started takes the run over only if it has seen such a checkpoint.
 
         Raises
         ------
         SupersededError
             See `start`.
         BackendError, CollectionError
-            If not everything could be deleted; a later save collects the rest.
+            If something could not be deleted; a later save collects the rest.
         """
         if not self._number and not self._origin.lineage.at(step):
             return False
@@ -424,12 +425,12 @@ class Attempt:
         return bool(names)
 
     def close(self) -> None:
-        """Let go of threads."""
+        """Stop the threads."""
         self._writer.close()
 
 
 def refuse_other_ranks() -> None:
-    """Refuse to write to a run that every process of a job would write to: one whose name none of them has given.
+    """Refuse to write to a run without a given name on ranks other than 0: all ranks would write to the same run.
 
     Raises
     ------
@@ -446,10 +447,11 @@ def refuse_other_ranks() -> None:
 
 
 def check_if_exists(if_exists: str) -> None:
-    """Refuse what is no `IfExists`.
+    """Check that the argument is an `IfExists`.
 
     Raises
     ------
     OptionError
+        If it is not.
     """
     check_choice("if_exists", if_exists, get_args(IfExists))

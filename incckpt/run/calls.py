@@ -1,4 +1,4 @@
-"""One call to a manager at a time, whichever thread makes it, and none once it is closed."""
+"""Lets in one call to a manager at a time, from any thread, and none once it is closed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class OneAtATime:
     Attributes
     ----------
     closed
-        Whether none is let in any more.
+        Whether calls are refused from now on.
     """
 
     def __init__(self, in_background: Callable[[], bool]) -> None:
@@ -35,19 +35,19 @@ class OneAtATime:
 
     @property
     def forked(self) -> bool:
-        """Whether this process was forked from the one that calls are for."""
+        """Whether this process is a fork of the one that owns the manager."""
         return os.getpid() != self._pid
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Keep other calls out for the length of a block.
+        """Keep other calls out during a block.
 
         Raises
         ------
         ManagerClosedError
-            If calls are over, or not for this process.
+            If the manager is closed, or belongs to another process.
         SaveError
-            If this thread is in a call already, or another one's call waits for this thread.
+            If this thread is already in a call, or a call of another thread waits for this one.
         """
         if self.forked:
             raise ManagerClosedError("this manager belongs to the process that this one was forked from; make one here")

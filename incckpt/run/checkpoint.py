@@ -62,7 +62,7 @@ class Checkpoint:
 
 
 def to_record(ref: Ref) -> Record:
-    """Return what a retention policy may know of a checkpoint."""
+    """Return what a retention policy sees of a checkpoint."""
     return Record(ref.step, ref.time, ref.metrics)
 
 

@@ -53,7 +53,7 @@ def choose(run: Run, lineage: Lineage, which: int | str | RefName | None, metric
     Parameters
     ----------
     metric
-        What ``"best"`` goes by; ``None`` if there is only one metric.
+        Decides what is ``"best"``; may be ``None`` if there is only one metric.
 
     Raises
     ------

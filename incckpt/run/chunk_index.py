@@ -1,4 +1,4 @@
-"""Where content is stored, as far as this process knows: one index for all runs that it writes."""
+"""Where content is stored, as far as this process knows; one index for all runs it writes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _MOST = 1 << 16
 
 
 class ChunkIndex:
-    """Chunks by store and identity, the least recently used forgotten first.
+    """Chunks by store and identity; forgets the least recently used first.
 
-    It only says where to look: an entry may have been collected since, so a save makes sure of it before relying on it.
+    It only says where to look: an entry may have been collected since, so a save checks it before relying on it.
 
     Parameters
     ----------
     most
-        Entries kept; forgetting one costs at most that its content is put again.
+        The most entries kept. If one is forgotten, its content may be put again.
     """
 
     def __init__(self, most: int = _MOST) -> None:
@@ -33,7 +33,7 @@ class ChunkIndex:
         self.renew_lock()
 
     def renew_lock(self) -> None:
-        """Replace the lock: in a forked child, a thread that the child does not have may hold it."""
+        """Replace the lock, which in a forked child may be held by a thread that exists only in the parent."""
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class ChunkIndex:
             return chunk
 
     def forget(self, store_id: str, object_keys: Iterable[str]) -> None:
-        """Forget the chunks whose own objects these are: they were collected."""
+        """Forget the chunks stored in these objects, which were collected."""
         for text in object_keys:
             try:
                 key = ObjectKey.parse(text)

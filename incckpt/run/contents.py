@@ -1,4 +1,4 @@
-"""What a manifest says a checkpoint holds: parsed and checked once, for restoring, verifying and saving alike."""
+"""The contents of a checkpoint according to its manifest, parsed and checked; for restoring, verifying and saving."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def read_packed(reader: Reader, manifest: Manifest, names: Mapping[int, str]) ->
 
 
 class ReadBack:
-    """Parses what a save is about to write as a reader will; what has not changed since the last save is skipped."""
+    """Parses what a save is about to write, as a reader will; skips what has not changed since the last save."""
 
     def __init__(self) -> None:
         self._tensors: tuple[Sequence[Json], Sequence[int]] | None = None
@@ -135,7 +135,7 @@ class ReadBack:
         Raises
         ------
         StateError
-            If not; the message names the place in the state.
+            If it would not; names the place in the state.
         """
         tensors = snapshot.tensors, [nbytes for nbytes, _ in snapshot.layout.sizes]
         structure = snapshot.structure, len(snapshot.tensors), len(snapshot.packed.ranges)
@@ -153,7 +153,7 @@ class ReadBack:
 
 
 def _literal(pattern: str) -> str:
-    """Return what the names that a glob matches begin with."""
+    """Return the common beginning of all names that a glob matches."""
     return re.split(r"[*?[]", pattern, maxsplit=1)[0]
 
 

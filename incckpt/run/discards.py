@@ -1,4 +1,4 @@
-"""What the saves of an attempt leave behind, until it is deleted or condemned."""
+"""What the saves of an attempt leave behind until it is deleted or condemned."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ log = logging.getLogger(__name__)
 
 
 class Discards:
-    """Keys that an attempt has to get rid of.
+    """Keys that an attempt must delete.
 
-    Two kinds: keys that nothing refers to any more, such as the pins of saves that are over, which may be deleted at
-    any time; and objects put by saves that came to nothing. A later save may be using these, here or elsewhere, so they
-    have to be condemned before they are deleted.
+    *Spent* keys, such as the pins of finished saves, are not referred to any more and may be deleted at any time.
+    *Wasted* ones are objects of failed saves. Later saves, here or elsewhere, may use these, so they must be condemned
+    before they are deleted.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -42,13 +42,13 @@ class Discards:
 
     @property
     def wasted(self) -> frozenset[str]:
-        """Objects of saves that came to nothing, not condemned yet."""
+        """Objects of failed saves that are not condemned yet."""
         return frozenset(self._wasted)
 
     def waste(self, keys: Iterable[str]) -> None:
-        """Add objects of a save that came to nothing."""
+        """Add objects of a failed save."""
         self._wasted.update(keys)
 
     def note_condemned(self) -> None:
-        """Take note that what is wasted stands on a condemned list."""
+        """Note that all wasted objects are on a condemned list."""
         self._wasted.clear()

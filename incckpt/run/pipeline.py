@@ -1,4 +1,4 @@
-"""Work on many chunks at once, bounded in requests, computing threads and bytes in flight."""
+"""Works on many chunks at once, with bounds on requests, computing threads and bytes in flight."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ LOCAL_REQUESTS: Final = 4
 
 
 class Pipeline:
-    """A pool of workers, each of which takes an item through all its steps. Used by one thread at a time.
+    """A pool of workers, each of which takes an item through all its steps. For use by one thread at a time.
 
     Parameters
     ----------
     requests
-        How many items, or calls of `together`, may be under way at once, most of them waiting; at least `threads` are.
+        The most items, or calls of `together`, in progress at once, most of which wait; at least `threads` are allowed.
     threads
-        How many workers may compute at one time: they hold `cpu` while they do.
+        The most workers that compute at once; they hold `cpu` meanwhile.
     bytes_in_flight
-        Bound on the weight of the items being worked on; a heavier one goes alone.
+        The largest total weight of the items in progress; a heavier item is processed alone.
     name
-        Of the threads.
+        Prefix of the threads' names.
     """
 
     def __init__(self, *, requests: int, threads: int, bytes_in_flight: int, name: str) -> None:
@@ -49,13 +49,13 @@ class Pipeline:
         Parameters
         ----------
         weight
-            Bytes that an item takes while it is worked on.
+            Returns the bytes that an item takes while in progress.
 
         Raises
         ------
         BaseException
-            The first that `work` raised, or that interrupted the caller; items not begun by then are left out, and none
-            is under way any more.
+            The first that `work` raised, or that interrupted the caller. Items not begun by then are skipped, and none
+            is still in progress.
         """
         errors: list[BaseException] = []
 
@@ -88,12 +88,12 @@ class Pipeline:
             raise errors[0]
 
     def together(self, function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-        """Return what `function` makes of each of `items`, called by a worker for requests that should not queue.
+        """Call `function` with each of `items` at once and return the results; for a worker's requests.
 
         Raises
         ------
         BaseException
-            The first that `function` raised; none is under way any more.
+            The first that `function` raised; no call is still in progress.
         """
         if not self._separate or len(items) < 2:
             return [function(item) for item in items]
@@ -106,7 +106,7 @@ class Pipeline:
         return [future.result() for future in under_way]
 
     def close(self) -> None:
-        """Let go of the threads; the next call starts others."""
+        """Stop the threads; the next call starts new ones."""
         for pool in (self._workers, self._requests):
             if pool is not None:
                 pool.shutdown()
@@ -124,7 +124,7 @@ class Pipeline:
 
 
 def _submit(pool: ThreadPoolExecutor, function: Callable[..., _R], *arguments: Any) -> Future[_R]:
-    """Submit a call to a pool; call here if it takes none: at a limit on threads, or when the interpreter exits."""
+    """Submit a call to a pool; make it here if the pool refuses, at a limit on threads or as the interpreter exits."""
     turns = iter([function])
 
     def call_once() -> Any:  # a pool that could not start a thread may still run it later
@@ -142,4 +142,4 @@ def _submit(pool: ThreadPoolExecutor, function: Callable[..., _R], *arguments: A
 
 
 def _nothing(*arguments: object) -> None:
-    """Stand in for a call that was made."""
+    """Replace a call that was already made."""

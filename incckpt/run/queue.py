@@ -1,4 +1,4 @@
-"""A bounded queue of jobs, done one after the other in the background, and finished even when the interpreter exits."""
+"""A bounded queue of background jobs, done one after the other and finished even when the interpreter exits."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _T = TypeVar("_T")
 
 
 class BackgroundQueue:
-    """Does jobs one after the other in a thread, which lives as long as there are jobs.
+    """Does jobs one after the other in a thread, which exists as long as there are jobs.
 
-    Every job that was put is done, and every wait ends: where no thread can be started (a limit on them, an interpreter
-    that exits), the thread that puts or waits does the jobs itself.
+    Every job is done and every wait ends: if no thread can be started (a limit on threads, an exiting interpreter), the
+    thread that puts or waits does the jobs itself.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ class BackgroundQueue:
         self._changed = threading.Condition()
 
     def works_here(self) -> bool:
-        """Return whether it is this thread that does a job now."""
+        """Return whether this thread is doing a job."""
         return self._doing == threading.get_ident()
 
     @property
@@ -62,7 +62,7 @@ class BackgroundQueue:
         self._wait_until(lambda: self._unfinished() < self._max_pending)
 
     def put(self, job: Callable[[], None]) -> None:
-        """Add a job, which has to deal with its own errors; there must be room.
+        """Add a job, which must handle its own errors; there must be room.
 
         Raises
         ------
@@ -83,12 +83,12 @@ class BackgroundQueue:
         Raises
         ------
         SaveError
-            If it is a job, or what a job calls, that would wait for itself.
+            If a job, or something it calls, would wait for itself.
         """
         self._wait_until(lambda: not self._unfinished())
 
     def stop(self) -> None:
-        """Take no more jobs, and finish those that there are."""
+        """Accept no more jobs, and finish those in the queue."""
         with self._changed:
             self._refuse_here()
             self._stopped = True
@@ -152,7 +152,7 @@ class BackgroundQueue:
 
 
 def resolved(result: _T) -> Future[_T]:
-    """Return a future of what is there already."""
+    """Return a completed future."""
     future: Future[_T] = Future()
     future.set_result(result)
     return future

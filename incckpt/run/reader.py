@@ -1,4 +1,4 @@
-"""Reading the chunks of a checkpoint: fetch, decode, verify, straight into the memory they are for."""
+"""Reads the chunks of a checkpoint: fetches, decodes and verifies them, directly in their destinations if possible."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class ChunkRead:
     Attributes
     ----------
     chunk
-        Which.
+        The chunk.
     out
-        ``uint8[chunk.nbytes]`` to decode it into and to keep; ``None`` if it is not kept whole.
+        ``uint8[chunk.nbytes]`` to decode it into and to keep; ``None`` if the whole chunk is not kept.
     base_out
-        The same for the full object that it is a delta against.
+        The same for the full object behind a delta.
     pieces
-        ``(offset in the chunk, array)``: where its parts are to be copied besides.
+        ``(offset in the chunk, array)``: where else to copy its parts.
     names
         Tensors that need it, for messages.
     base_damaged
-        Set where what `base_out` holds is not the base, though the chunk is whole: a frame of it that the delta has no
-        use for is damaged.
+        Set if `base_out` does not hold the base although the chunk is intact: a frame that the delta does not use is
+        damaged.
     """
 
     chunk: Chunk
@@ -60,12 +60,12 @@ class Reader:
     Parameters
     ----------
     threads
-        For decoding.
+        Threads for decoding.
     verify
-        Whether to check the digests of chunks. What is kept whole, to be the base of later saves, is always checked: a
-        delta against other bytes than the base's could never be read.
+        Whether to check the digests of chunks. Chunks kept as the base of later saves are always checked: a delta
+        against other bytes than the base's could never be read.
     bytes_in_flight
-        Bound on host memory beyond the destinations.
+        The most host memory to use besides the destinations.
 
     Attributes
     ----------
@@ -116,7 +116,7 @@ class Reader:
         self._pipeline.each(by_object.values(), _weight, work)
 
     def close(self) -> None:
-        """Let go of the threads."""
+        """Stop the threads."""
         self._pipeline.close()
 
     def __enter__(self) -> Self:
@@ -190,7 +190,7 @@ class Reader:
         return data
 
     def _scratch(self, nbytes: int) -> Bytes:
-        """Return memory for a moment: recycled, since to touch new pages costs more than to fill them."""
+        """Return temporary memory, reused since first touching new pages costs more than filling them."""
         self._pool.trim(max(0, self._bytes_in_flight - self._pool.used_bytes - _capacity(nbytes)))
         return self._pool.take(_capacity(nbytes))[:nbytes]
 
@@ -216,7 +216,7 @@ def reads_for(
     buffers
         One per range, ``uint8[range.nbytes]``; ``None`` for a range that is not wanted.
     names
-        What is in each range.
+        The names of what is in each range.
     """
     reads: dict[int, ChunkRead] = {}
     for item, buffer, needed_by in zip(ranges, buffers, names, strict=True):
@@ -232,7 +232,7 @@ def reads_for(
 
 
 def _sole_destination(group: Sequence[ChunkRead]) -> Bytes | None:
-    """Return a destination that takes the chunk whole, to decode straight into it."""
+    """Return a destination for the whole chunk, if there is one, to decode directly into."""
     for item in group:
         for _, target in item.pieces:
             if target.nbytes == item.chunk.nbytes:
@@ -241,7 +241,7 @@ def _sole_destination(group: Sequence[ChunkRead]) -> Bytes | None:
 
 
 def _weight(group: Sequence[ChunkRead]) -> int:
-    """Return the bytes that reading a chunk takes besides its destinations: what `Reader._scratch` gives."""
+    """Return the memory needed to read a chunk besides its destinations: what `Reader._scratch` returns."""
     chunk = group[0].chunk
     base = 0 if chunk.base is None else chunk.base.size
     whole = any(item.out is not None for item in group) or _sole_destination(group) is not None
@@ -250,7 +250,7 @@ def _weight(group: Sequence[ChunkRead]) -> int:
 
 
 def _capacity(nbytes: int) -> int:
-    """Return the size of the memory that is taken for `nbytes`: one of few, so that it can be recycled."""
+    """Round `nbytes` up to one of a few sizes of memory, so that it can be reused."""
     step = 1 << max(12, nbytes.bit_length() - 4)
     return -(-nbytes // step) * step
 

@@ -16,12 +16,12 @@ _BLOCKING = ("wait", "flatten", "stage")
 
 @dataclass
 class SaveReport(StageReport):
-    """What a save did; the first five figures are what its caller waited for.
+    """What a save did.
 
     Attributes
     ----------
     chunks, changed_chunks
-        Chunks of the state, and those that differed from the base.
+        Number of chunks in the state, and of those that differed from the base.
     nbytes, changed_bytes
         Their raw bytes.
     put_objects, put_bytes
@@ -49,7 +49,7 @@ class SaveReport(StageReport):
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def restart(self) -> None:
-        """Forget what was put: the save starts again under another name."""
+        """Reset what was put: the save starts again under another name."""
         with self._lock:
             self.put_objects = self.put_bytes = 0
             self.by_way = {}

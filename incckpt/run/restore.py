@@ -1,4 +1,4 @@
-"""A checkpoint to a state: into new memory, or in place."""
+"""From a checkpoint to a state: in new memory, or in place."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def progress_bar(total: int, step: int, show: bool | None) -> Iterator[Callable[[int], None]]:
-    """Show how many of `total` bytes are read, if asked to or if a terminal watches; give what counts them."""
+    """Show how many of `total` bytes are read, if asked to or on a terminal; yield a function that counts them."""
     if show is not None:
         checked_flag("progress", show)
     watched = sys.stderr is not None and sys.stderr.isatty()  # a service has no stderr
@@ -73,7 +73,7 @@ def restore_into(
     allow_pickle: bool = False,
     progress: bool | None = None,
 ) -> None:
-    """Restore a checkpoint into `target`, in place, and keep its contents in `base` if that keeps any.
+    """Restore a checkpoint into `target`, in place, and keep its contents as `base` if that keeps contents.
 
     Parameters
     ----------
@@ -83,11 +83,11 @@ def restore_into(
     Raises
     ------
     StateMismatchError
-        If it does not fit, or `target` cannot be written to; nothing was touched.
+        If it does not fit, or `target` is not writable; nothing was changed.
     MissingObjectError, CorruptionError
         If it is damaged; `target` is undefined until another restore succeeds.
     Exception
-        What an object's own ``load_state_dict`` raises, with a note of its path; `target` is undefined then as well.
+        Whatever an object's own ``load_state_dict`` raises, with a note of its path; `target` is undefined then too.
     """
     contents = Contents.of(manifest, fetch=partial(read_packed, reader, manifest))
     sizes = [(item.nbytes, item.itemsize) for item in manifest.ranges]

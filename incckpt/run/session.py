@@ -167,7 +167,7 @@ class Sessions:
         metrics: Mapping[str, float],
         if_exists: IfExists,
     ) -> Checkpoint:
-        """Save in a session, and keep it unless the way it failed says that it is of no use any more."""
+        """Save in a session, and keep it unless it fails in a way that makes it useless."""
         keep = False
         try:
             checkpoint = session.save(flat, step, metrics, if_exists)
@@ -186,7 +186,7 @@ class Sessions:
         return checkpoint
 
     def _place_of_url(self, url: str, run: str, options: object) -> str | None:
-        """Return where `url` leads if a session that is idle was opened with it; paths are looked up every time."""
+        """Return where `url` leads if an idle session was opened with it; paths are looked up every time."""
         if "://" not in url or url.startswith("file:"):
             return None
         with self._changed:
@@ -237,7 +237,7 @@ class Sessions:
 
 
 def _frozen(value: object) -> object:
-    """Return `value` with copies of its dicts and lists, to compare with what they hold later."""
+    """Return `value` with copies of its dicts and lists, to compare with later."""
     if isinstance(value, Mapping):
         return {key: _frozen(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -27,7 +27,7 @@ class Snapshot:
     Attributes
     ----------
     layout, contents
-        How its ranges lie in chunks, and one content per chunk.
+        How its ranges are cut into chunks, and one content per chunk.
     packed
         Its packed values; their chunks follow those of the layout.
     entries
@@ -67,7 +67,7 @@ class Snapshot:
         norms: Mapping[str, tuple[float, float]] | None = None,
         packed: PackedChunks = NOTHING_PACKED,
     ) -> Snapshot:
-        """Put a snapshot together from what flattening and staging gave."""
+        """Make a snapshot from the results of flattening and staging."""
         items = tuple(entry_to_json(entry) for entry in tensors)
         return cls(step, metrics, time, structure, items, layout, contents, norms, packed, tensors)
 
@@ -75,7 +75,7 @@ class Snapshot:
 def stage(
     step: int, app: Any, metrics: Mapping[str, float], report: SaveReport, *, base: Baseline, allow_pickle: bool
 ) -> Callable[[], Snapshot]:
-    """Flatten a state and copy what has changed of it; return what makes the snapshot when there is time for it."""
+    """Flatten a state and copy what changed; return a function that makes the snapshot, to be called later."""
     started = time.perf_counter()
     flat = flatten(app, allow_pickle=allow_pickle)
     flattened = time.perf_counter()

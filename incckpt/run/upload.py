@@ -1,4 +1,4 @@
-"""The chunks of a save: hash, find what is stored already, encode, put."""
+"""Stores the chunks of a save: hashes them, finds those already stored, encodes and puts the others."""
 
 from __future__ import annotations
 
@@ -30,10 +30,8 @@ _IN_FLIGHT = 256 << 20  # bytes
 
 @dataclass
 class Known:
-    """What this save may reuse.
-
-    `vouched` are keys that a ref needs which was read, alive, after this save's pin was put; others need a look. Those
-    that are `condemned` may not be used: they are about to be deleted, or were found lost.
+    """What this save may reuse: keys in `vouched`, which a ref needs that was seen alive after this save put its pin;
+    others if a look finds them; nothing in `condemned`, which is about to be deleted or was found lost.
     """
 
     condemned: frozenset[str]
@@ -46,20 +44,20 @@ class Uploader:
     Parameters
     ----------
     store
-        Where to.
+        The store.
     threads
-        For hashing and encoding.
+        Threads for hashing and encoding.
     baseline
-        What deltas are made against; without, there are none.
+        What deltas are against; without it there are none.
     pipeline
-        What takes chunks through hashing, encoding and putting; a new one, with 256 MiB in flight, if none is given.
+        Hashes, encodes and puts chunks; by default a new one with 256 MiB in flight.
 
     Attributes
     ----------
     tried
-        Keys that this save has put, or tried to.
+        Keys that this save has put or tried to put.
     look_up
-        Whether to look in the store for content that this process does not know of.
+        Whether to look in the store for content that this process does not know about.
     """
 
     def __init__(
@@ -87,7 +85,7 @@ class Uploader:
         self._index = process_index()
 
     def remember(self, chunks: Iterable[Chunk]) -> None:
-        """Note what a checkpoint holds: it need not be put again."""
+        """Note the chunks of a checkpoint, which need not be put again."""
         self._index.add(self._store.id, chunks)
 
     def forget(self, keys: Iterable[str]) -> None:
@@ -95,17 +93,17 @@ class Uploader:
         self._index.forget(self._store.id, keys)
 
     def close(self) -> None:
-        """Let go of threads and memory, until the next save."""
+        """Release threads and memory, until the next save."""
         self.pipeline.close()
         self._buffers.trim(0)
 
     def put(self, key: ObjectKey, data: bytes) -> None:
-        """Put an object that is no chunk."""
+        """Put an object that is not a chunk."""
         self.tried.append(str(key))
         self._store.objects.put(key, data)
 
     def store(self, snapshot: Snapshot, nonce: str, known: Known, report: SaveReport) -> list[Chunk]:
-        """Make sure that every content is stored, each identity once; return where, by chunk."""
+        """Make sure that every content is stored, each identity once; return where each chunk is stored."""
         contents = [*snapshot.contents, *snapshot.packed.contents]
         claims: dict[str, int] = {}
         claiming = threading.Lock()
@@ -167,7 +165,7 @@ class Uploader:
             report.spent("hash", time.perf_counter() - started)
 
     def _encode(self, contents: Sequence[tuple[Content, Content | None]], report: SaveReport) -> list[codec.Encoded]:
-        """Return the objects of contents, each with the one that it may be a delta against."""
+        """Return the objects of contents, each given with the content that it may be a delta against."""
         self._buffers.trim(self._spare_bytes)  # chunks of many sizes leave many buffers that fit none again
         sources: list[codec.Source] = []
         for content, full in contents:
@@ -195,7 +193,7 @@ class Uploader:
         return encoded
 
     def _usable(self, chunk: Chunk, known: Known, *, look: bool = True) -> bool:
-        """Whether the objects of `chunk` may be relied on: none condemned, each needed by a living ref or seen now."""
+        """Whether the objects of `chunk` may be reused: none is condemned, and each is vouched for or found now."""
         stored: tuple[Chunk | Stored, ...] = (chunk,) if chunk.base is None else (chunk, chunk.base)
         for key, one in zip(chunk_keys(chunk), stored, strict=True):
             if str(key) in known.condemned:
@@ -205,7 +203,7 @@ class Uploader:
         return True
 
     def _reusable(self, content: Content, known: Known) -> Chunk | None:
-        """Return where the content is stored already, if it is."""
+        """Return where the content is already stored, if it is."""
         identity = content.identity
         candidates = [content.stored, self._index.find(self._store.id, identity)]
         for chunk in candidates:
@@ -231,7 +229,7 @@ class Uploader:
         nonce: str,
         report: SaveReport,
     ) -> None:
-        """Put the objects of contents, each given with the one that it is against if it is a delta."""
+        """Put the objects of contents, each given with its base in case it is a delta."""
         started = time.perf_counter()
         chunks: list[Chunk] = []
         for (content, full), one in zip(contents, encoded, strict=True):

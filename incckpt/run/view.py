@@ -35,11 +35,11 @@ class RunView:
     store, run
         Which run. The store stays open.
     threads
-        For decoding.
+        Threads for decoding.
     verify
         Whether to check the digests of all that is read.
     metric, mode
-        What ``"best"`` goes by; the metric can be left out if there is only one.
+        Decide what is ``"best"``; the metric is optional if there is only one.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class RunView:
         return None if ref is None else Checkpoint.of(self.run.name, ref)
 
     def close(self) -> None:
-        """Let go of the threads."""
+        """Stop the threads."""
         if self._reader is not None:
             self._reader.close()
 

@@ -1,4 +1,4 @@
-"""The background part of a save: pin, store the chunks, put the manifest, commit."""
+"""The background part of a save: pins, stores the chunks, puts the manifest and commits."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _ABORTED_TRIES = 3
 
 
 class _CommitUnknownError(Exception):
-    """Whether the checkpoint is committed could not be found out, because of `error`."""
+    """It is unknown whether the checkpoint is committed, because of `error`."""
 
     def __init__(self, error: BackendError) -> None:
         self.error = error
 
 
 class _Heartbeat:
-    """Renews a pin every minute while a save is written, so that no collector takes the writer for dead."""
+    """Renews the pin of a save in flight, so that no collector takes its writer for dead."""
 
     def __init__(self, run: Run, name: RefName, seconds: float) -> None:
         self._run = run
@@ -81,17 +81,17 @@ class Writer:
     Parameters
     ----------
     store, run
-        Where to.
+        The run to write.
     discards
-        Takes what saves leave behind.
+        Collects what saves leave behind.
     threads
-        For hashing and encoding.
+        Threads for hashing and encoding.
     baseline
-        What deltas are made against; told of what is stored. Without, there are no deltas.
+        What deltas are against; learns what is stored. Without it there are no deltas.
     pipeline
-        What takes chunks through hashing, encoding and putting; a new one, with 256 MiB in flight, if none is given.
+        Hashes, encodes and puts chunks; by default a new one with 256 MiB in flight.
     heartbeat_seconds
-        How often the pin of a save in flight is put again.
+        Interval at which the pin of a save in flight is renewed.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Writer:
         self._attempt = attempt
 
     def continue_from(self, name: RefName, manifest: Manifest) -> None:
-        """Take a checkpoint of the lineage as the previous one: what it holds need not be put again."""
+        """Take a checkpoint of the lineage as the previous one, whose chunks need not be put again."""
         self._rely_on(name, manifest)
         self._uploader.remember(manifest.chunks)
 
@@ -137,7 +137,7 @@ class Writer:
         self._uploader.forget(keys)
 
     def close(self) -> None:
-        """Let go of threads and memory, until the next save."""
+        """Release threads and memory, until the next save."""
         self._uploader.close()
 
     def write(self, snapshot: Snapshot, report: SaveReport) -> tuple[Ref, Manifest]:
@@ -153,9 +153,9 @@ class Writer:
         SupersededError
             If another process has taken over the run.
         StateError
-            If no reader would take the checkpoint; nothing of it is committed.
+            If no reader would accept the checkpoint; it is not committed.
         StoreNotFoundError
-            If the store was removed, or another one stands in its place.
+            If the store was removed or replaced.
         BackendError
             If the store failed; the next save uploads what is missing.
         """
@@ -227,12 +227,12 @@ class Writer:
             return None
 
     def settle_commits(self) -> Iterator[tuple[Ref, Manifest]]:
-        """Find out about earlier commits whose outcome was unknown; yields those that were committed after all.
+        """Settle earlier commits with unknown outcomes; yield those that were committed after all.
 
         Raises
         ------
         BackendError
-            If that cannot be found out now either.
+            If an outcome is still unknown.
         """
         while self._unsettled:
             ref, manifest, tried = self._unsettled[0]
@@ -245,7 +245,7 @@ class Writer:
                 yield ref, manifest
 
     def _look_around(self) -> Known:
-        """Return what may be reused; to be called once the pin is put. In which order it looks does not matter."""
+        """Return what may be reused; call it once the pin is put. The order of its requests does not matter."""
         known_lost = self._scrubber.lost
         looks: list[Callable[[], frozenset[str]]]
         looks = [self._not_superseded, self._store.condemned.keys, self._vouched]
@@ -288,7 +288,7 @@ class Writer:
         return frozenset()
 
     def _vouched(self) -> frozenset[str]:
-        """Return the keys that the previous checkpoint needs, if its ref lives now."""
+        """Return the keys that the previous checkpoint needs, if its ref still lives."""
         if self._previous is None:
             return frozenset()
         name, keys = self._previous
