@@ -21,6 +21,7 @@ __all__ = [
     "KernelError",
     "KeyExistsError",
     "KeyNotFoundError",
+    "LineageError",
     "ManagerClosedError",
     "MemoryLimitError",
     "MissingExtraError",
@@ -118,6 +119,13 @@ class FormatError(IncckptError, ValueError):
 
 class CorruptionError(IncckptError, ValueError):
     """Stored bytes are not what was written; the message names the key, and the tensors that need it."""
+
+
+class LineageError(CorruptionError):
+    """A run's attempts, or what its last one continues, are gone or unreadable, though checkpoints of it stand.
+
+    `incckpt.recover` makes a new lineage of those that are whole.
+    """
 
 
 class CodecError(CorruptionError):

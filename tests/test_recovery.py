@@ -291,7 +291,7 @@ def test_what_is_committed_between_the_plan_and_the_attempt_is_continued(backend
     with manager(backend) as trainer:
         trainer.restore(value(0, 0))
         trainer.save(5, value(5, 3)).result()
-        backend.delete([f"{ATTEMPTS}000003.from"])
+        backend.put(f"{ATTEMPTS}000003.from", b"garbled")
         late = Fault("create", f"{ATTEMPTS}*", do=Call(lambda operation: trainer.save(6, value(6, 3)).result()))
         incckpt.recover(FaultyBackend(backend, [late]), dry_run=False)
         with pytest.raises(SupersededError):

@@ -32,6 +32,7 @@ from incckpt.backends.remote import (
     Deadline,
     RemoteBackend,
     RequestFailed,
+    WrongAnswer,
     gather,
     take_options,
 )
@@ -107,6 +108,8 @@ class _Transport(AioHttpTransport):  # type: ignore[misc]
     """Streams bodies, since aiohttp sends bytes in one go and blocks the event loop meanwhile."""
 
     async def send(self, request: Any, **options: Any) -> Any:
+        if request.method in ("GET", "HEAD"):
+            request.headers["Cache-Control"] = "no-cache"
         if isinstance(request.data, bytes):
             request.data = io.BytesIO(request.data)
         return await super().send(request, **options)
@@ -167,6 +170,7 @@ class AzureBackend(RemoteBackend[_Session]):
                 if bounds and exc.status_code == 416:  # the value ends before `start`
                     return b""
                 raise
+            _check(stream.properties.etag, "there is no ETag")
             if _FOLDER in stream.properties.metadata:
                 raise self._missing(key)
             deadline.expect(stream.size)
@@ -213,6 +217,7 @@ class AzureBackend(RemoteBackend[_Session]):
 
         async def request(session: _Session, _: Deadline) -> Entry:
             found = await session.container.get_blob_client(name).get_blob_properties()
+            _check(found.etag and found.last_modified, "there is no ETag and Last-Modified")
             if _FOLDER in found.metadata:
                 raise self._missing(key)
             return Entry(key, found.size, found.last_modified.timestamp())
@@ -230,7 +235,10 @@ class AzureBackend(RemoteBackend[_Session]):
 
         async def request(session: _Session, _: Deadline) -> None:
             blob: BlobClient = session.container.get_blob_client(name)
-            await blob.upload_blob(body, length=len(body), overwrite=overwrite, max_concurrency=_PARALLEL_RANGES)
+            stored = await blob.upload_blob(
+                body, length=len(body), overwrite=overwrite, max_concurrency=_PARALLEL_RANGES
+            )
+            _check(stored.get("etag"), "nothing says that the value was stored: there is no ETag")
 
         self._call(verb, key, request, len(body))
 
@@ -238,9 +246,12 @@ class AzureBackend(RemoteBackend[_Session]):
         async def request(session: _Session, _: Deadline) -> tuple[Sequence[Entry], str | None]:
             blobs = session.container.list_blobs(name_starts_with=begin, include=["metadata"])
             pages: Any = blobs.by_page(continuation_token=token)
+            found = [blob async for blob in await anext(pages)]
+            ours = pages.service_endpoint and pages.container == self._container and (pages.prefix or "") == begin
+            _check(ours and all(blob.name.startswith(begin) for blob in found), f"not a listing of {begin!r}")
             entries = [
                 Entry(blob.name[len(self._root) :], blob.size, blob.last_modified.timestamp())
-                async for blob in await anext(pages)
+                for blob in found
                 if _FOLDER not in (blob.metadata or ())
             ]
             return entries, pages.continuation_token or None
@@ -300,7 +311,21 @@ _CONNECTION_ERRORS = (
     aiohttp.ClientError,
     ConnectionError,
     EOFError,
+    AttributeError,  # and what else comes of an answer that is not the service's: the client takes for granted what it
+    KeyError,  # looks for
+    ValueError,
 )
+
+
+def _check(given: object, otherwise: str) -> None:
+    """Refuse an answer without what the service always gives.
+
+    Raises
+    ------
+    WrongAnswer
+    """
+    if not given:
+        raise WrongAnswer(200, otherwise)
 
 
 def _service(options: Mapping[str, Any]) -> tuple[BlobServiceClient, Any]:

@@ -30,8 +30,10 @@ from incckpt.backends.remote import (
     Deadline,
     RemoteBackend,
     RequestFailed,
+    WrongAnswer,
     byte_range,
     gather,
+    is_page,
     open_http,
     pieces,
     take_options,
@@ -110,6 +112,8 @@ class _Session:
         async with self._http.request(method, url, headers={**self._headers, **(headers or {})}, data=data) as reply:
             if reply.status >= 400:
                 raise _failed(reply.status, await reply.read())
+            if is_page(reply.headers):
+                raise WrongAnswer(reply.status, "it is a web page")
             yield reply
 
 
@@ -187,7 +191,7 @@ class GCSBackend(RemoteBackend[_Session]):
 
         async def request(session: _Session, _: Deadline) -> Entry:
             async with session.call("GET", path, {"fields": "size,updated"}) as reply:
-                return _entry(key, json.loads(await reply.read()))
+                return _entry(key, await _fields(reply, "size", "updated"))
 
         return self._call("head", key, request)
 
@@ -205,21 +209,24 @@ class GCSBackend(RemoteBackend[_Session]):
             async with session.call(
                 "POST", f"/upload{self._objects}", parameters, headers=headers, data=pieces(view)
             ) as reply:
-                stored = int(json.loads(await reply.read())["size"])
+                stored = int((await _fields(reply, "size"))["size"])
             if stored != len(view):
                 raise self._cut_short(key, stored, len(view))
 
         self._call(verb, key, request, len(view))
 
     def _page(self, prefix: str, begin: str, token: str | None) -> tuple[Sequence[Entry], str | None]:
-        parameters = {"prefix": begin, "fields": "items(name,size,updated),nextPageToken", "maxResults": "1000"}
+        parameters = {"prefix": begin, "fields": "kind,items(name,size,updated),nextPageToken", "maxResults": "1000"}
         if token is not None:
             parameters["pageToken"] = token
 
         async def request(session: _Session, _: Deadline) -> dict[str, Any]:
             async with session.call("GET", self._objects, parameters) as reply:
-                page: dict[str, Any] = json.loads(await reply.read())
-                return page
+                page = await _fields(reply, "kind")
+            names = [str(found.get("name")) for found in page.get("items", ())]
+            if page["kind"] != "storage#objects" or not all(name.startswith(begin) for name in names):
+                raise WrongAnswer(200, f"not a listing of {begin!r}")
+            return page
 
         page = self._call("list", prefix, request)
         entries = [_entry(found["name"][len(self._root) :], found) for found in page.get("items", ())]
@@ -265,6 +272,24 @@ class GCSBackend(RemoteBackend[_Session]):
         if failure.status in (401, 403):
             return "the credentials do not allow this, or there are none: see the roles in docs/backends.md"
         return ""
+
+
+async def _fields(reply: aiohttp.ClientResponse, *fields: str) -> dict[str, Any]:
+    """Return an answer's JSON object.
+
+    Raises
+    ------
+    WrongAnswer
+        If it is none, or lacks fields that the service always gives.
+    """
+    text = await reply.read()
+    try:
+        document = json.loads(text)
+    except ValueError as exc:
+        raise WrongAnswer(reply.status, f"not JSON but {text[:40]!r}") from exc
+    if not isinstance(document, dict) or any(name not in document for name in fields):
+        raise WrongAnswer(reply.status, f"there is no {' and '.join(fields)} in it")
+    return document
 
 
 def _entry(key: str, resource: Mapping[str, Any]) -> Entry:

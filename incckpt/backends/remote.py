@@ -14,7 +14,7 @@ import socket
 import threading
 import weakref
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, MutableMapping
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import aiohttp
@@ -33,7 +33,17 @@ from incckpt.errors import (
     UnsupportedOperationError,
 )
 
-__all__ = ["CredentialsExpired", "Deadline", "RemoteBackend", "RequestFailed", "gather", "take_options"]
+__all__ = [
+    "CredentialsExpired",
+    "Deadline",
+    "RemoteBackend",
+    "RequestFailed",
+    "WrongAnswer",
+    "check_range",
+    "gather",
+    "is_page",
+    "take_options",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +102,14 @@ class RequestFailed(Exception):
 
 class CredentialsExpired(RequestFailed):
     """The server says that the credentials have expired; their source may have new ones."""
+
+
+class WrongAnswer(RequestFailed):
+    """A success, but not an answer of the service: a portal's page, say, or what a broken proxy has left of one."""
+
+    def __init__(self, status: int, what: str) -> None:
+        message = f"{what}; does a proxy or a login page answer in the service's place?"
+        super().__init__(status, "", message, transient=True)
 
 
 class _Connection(Generic[C]):
@@ -283,6 +301,8 @@ class RemoteBackend(Backend, Generic[C]):
         self, key: str, reply: aiohttp.ClientResponse, deadline: Deadline, start: int, end: int | None
     ) -> bytes:
         """Read the body of an answer to a `byte_range` request."""
+        if reply.status == 206:
+            check_range(reply.headers.get("Content-Range"), start)
         length = reply.content_length
         if length is not None:
             deadline.expect(length)
@@ -344,6 +364,22 @@ def byte_range(start: int, end: int | None) -> dict[str, str]:
     return {"Range": f"bytes={start}-" if end is None else f"bytes={start}-{max(start, end - 1)}"}
 
 
+def check_range(content_range: str | None, start: int) -> None:
+    """Refuse a part of a value that does not begin at `start`, by the header that says where it does.
+
+    Raises
+    ------
+    WrongAnswer
+    """
+    if content_range is None or not content_range.replace("=", " ").startswith(f"bytes {start}-"):
+        raise WrongAnswer(206, f"not the part that begins at byte {start} but {content_range!r}")
+
+
+def is_page(headers: Mapping[str, str]) -> bool:
+    """Whether an answer says that it is a web page, which no service sends with a success."""
+    return "html" in next((value for name, value in headers.items() if name.lower() == "content-type"), "").lower()
+
+
 def open_http(**options: Any) -> aiohttp.ClientSession:
     """Return a connection pool that leaves the deadlines of requests to us."""
     defaults: dict[str, Any] = {
@@ -351,7 +387,8 @@ def open_http(**options: Any) -> aiohttp.ClientSession:
         "timeout": aiohttp.ClientTimeout(total=None, sock_connect=CONNECTING),
         "auto_decompress": False,
     }
-    headers = {"Accept-Encoding": "identity", "User-Agent": "incckpt", **options.pop("headers", {})}
+    own = {"Accept-Encoding": "identity", "User-Agent": "incckpt", "Cache-Control": "no-cache"}
+    headers = {**own, **options.pop("headers", {})}
     return aiohttp.ClientSession(**{**defaults, **options, "headers": headers})
 
 

@@ -36,8 +36,11 @@ from incckpt.backends.remote import (
     Deadline,
     RemoteBackend,
     RequestFailed,
+    WrongAnswer,
     byte_range,
+    check_range,
     gather,
+    is_page,
     take_options,
 )
 from incckpt.backends.s3_session import Body, Session, client_config
@@ -120,7 +123,10 @@ class S3Backend(RemoteBackend[Session]):
                 if wanted and _status(exc) == 416:  # the value ends before `start`
                     return b""
                 raise
+            _check_fields(reply, "ETag", "ContentLength")
             length = reply["ContentLength"]
+            if "ContentRange" in reply:
+                check_range(reply["ContentRange"], start)
             deadline.expect(length)
             async with reply["Body"] as body:
                 data: bytes = await body.read()
@@ -147,7 +153,7 @@ class S3Backend(RemoteBackend[Session]):
             wait = Patience(self._timeout, self._min_rate)
             with session.connections().request(signed, wait) as reply:
                 length = reply.length
-                if reply.status != 200 or length is None:
+                if reply.status != 200 or length is None or "etag" not in reply.headers:
                     return None  # let the client ask again and interpret the answer
                 if length <= room:
                     wait.expect(length)
@@ -190,6 +196,7 @@ class S3Backend(RemoteBackend[Session]):
 
         async def request(session: Session, _: Deadline) -> Entry:
             reply = await session.call("head_object", Key=name)
+            _check_fields(reply, "ETag", "ContentLength", "LastModified")
             return Entry(key, reply["ContentLength"], reply["LastModified"].timestamp())
 
         return self._call("head", key, request)
@@ -201,7 +208,9 @@ class S3Backend(RemoteBackend[Session]):
 
             async def request(session: Session, _: Deadline) -> dict[str, Any]:
                 try:
-                    return await session.call("list_multipart_uploads", Prefix=self._root, **markers)  # noqa: B023
+                    reply = await session.call("list_multipart_uploads", Prefix=self._root, **markers)  # noqa: B023
+                    _check_fields(reply, "IsTruncated")
+                    return reply
                 except botocore.exceptions.ClientError as exc:
                     if _status(exc) in (404, 501) and _code(exc) != NO_SUCH_ROOT:
                         return {}  # there are none, or the server lacks multipart uploads
@@ -222,7 +231,7 @@ class S3Backend(RemoteBackend[Session]):
 
         async def request(session: Session, _: Deadline) -> None:
             try:
-                await session.call("abort_multipart_upload", Key=self._root + name, UploadId=upload)
+                _check_fields(await session.call("abort_multipart_upload", Key=self._root + name, UploadId=upload))
             except botocore.exceptions.ClientError as exc:
                 if _status(exc) != 404:
                     raise
@@ -254,6 +263,8 @@ class S3Backend(RemoteBackend[Session]):
             wait.expect(len(view))
             with session.connections().request(signed, wait, view) as reply:
                 answer = reply.read(_LONGEST_ANSWER)
+            if 200 <= reply.status < 300 and "etag" not in reply.headers:
+                raise WrongAnswer(reply.status, "nothing says that the value was stored: there is no ETag")
             if 200 <= reply.status < 300:
                 return True
             error = _parsed("PutObject", reply.status, reply.headers, answer)
@@ -262,7 +273,8 @@ class S3Backend(RemoteBackend[Session]):
             raise error
 
         async def request(session: Session, _: Deadline) -> None:
-            await session.call("put_object", Key=name, Body=bytes(view), **condition)  # botocore refuses a memoryview
+            body = bytes(view)  # botocore refuses a memoryview
+            _check_fields(await session.call("put_object", Key=name, Body=body, **condition), "ETag")
 
         if not self._connectedly(verb, key, transfer):
             self._call(verb, key, request, len(view))
@@ -270,7 +282,9 @@ class S3Backend(RemoteBackend[Session]):
     def _page(self, begin: str, token: str | None) -> tuple[Sequence[Entry], str | None]:
         async def request(session: Session, _: Deadline) -> dict[str, Any]:
             following = {"ContinuationToken": token} if token is not None else {}
-            return await session.call("list_objects_v2", Prefix=begin, **following)
+            reply = await session.call("list_objects_v2", Prefix=begin, **following)
+            self._check_listing(reply, begin)
+            return reply
 
         reply = self._call("list", begin[len(self._root) :], request)
         entries = [
@@ -285,11 +299,30 @@ class S3Backend(RemoteBackend[Session]):
             )
         return entries, reply["NextContinuationToken"]
 
+    def _check_listing(self, reply: Mapping[str, Any], begin: str) -> None:
+        """Refuse what is not a listing of our bucket and prefix: one that looks empty would make others' data garbage.
+
+        Raises
+        ------
+        WrongAnswer
+        """
+        _check_fields(reply, "IsTruncated")
+        bucket = reply.get("Name", self._bucket)  # of an access point, the name of the bucket behind it
+        others = [] if bucket == self._bucket or self._bucket.endswith("-s3alias") else [f"bucket {bucket!r}"]
+        if reply.get("Prefix", begin) != begin:
+            others.append(f"prefix {reply['Prefix']!r}")
+        others += [found["Key"] for found in reply.get("Contents", ()) if not found["Key"].startswith(begin)][:1]
+        if others:
+            raise WrongAnswer(200, f"not a listing of {begin!r} but of {', '.join(others)}")
+
     def _delete_at_once(self, names: Sequence[str]) -> None:
         async def request(session: Session, _: Deadline) -> dict[str, Any]:
             try:
                 objects = [{"Key": name} for name in names]
-                return await session.call("delete_objects", Delete={"Objects": objects, "Quiet": True})
+                reply = await session.call("delete_objects", Delete={"Objects": objects})
+                if not reply.get("Deleted") and not reply.get("Errors"):
+                    raise WrongAnswer(200, "it names no key that was deleted or not")
+                return reply
             except botocore.exceptions.ClientError as exc:
                 failure = self._answer(exc)
                 if failure.status in _NO_BULK and not failure.transient and not isinstance(failure, CredentialsExpired):
@@ -310,7 +343,7 @@ class S3Backend(RemoteBackend[Session]):
         async def request(session: Session, deadline: Deadline) -> None:
             async def delete(name: str) -> None:
                 try:
-                    await session.call("delete_object", Key=name)
+                    _check_fields(await session.call("delete_object", Key=name))
                 except botocore.exceptions.ClientError as exc:
                     if _status(exc) != 404 or _code(exc) == NO_SUCH_ROOT:
                         raise
@@ -372,6 +405,21 @@ def _parsed(operation: str, status: int, headers: Mapping[str, str], body: bytes
     return botocore.exceptions.ClientError(
         {"Error": parsed.get("Error", {}), "ResponseMetadata": {"HTTPStatusCode": status}}, operation
     )
+
+
+def _check_fields(reply: Mapping[str, Any], *fields: str) -> None:
+    """Refuse an answer without the fields that the service always gives, or that says that it is a web page.
+
+    Raises
+    ------
+    WrongAnswer
+    """
+    metadata = reply.get("ResponseMetadata", {})
+    lacking = [name for name in fields if reply.get(name) is None]
+    is_ours = metadata.get("HTTPStatusCode") == 204 or not is_page(metadata.get("HTTPHeaders", {}))
+    if lacking or not (fields or is_ours):
+        what = f"there is no {' and no '.join(lacking)}" if lacking else "it is a web page"
+        raise WrongAnswer(metadata.get("HTTPStatusCode", 0), what)
 
 
 def _first(parts: Sequence[memoryview], nbytes: int) -> list[memoryview]:

@@ -84,7 +84,6 @@ class Session:
             self._direct = not (config.client_cert or config.proxies or botocore.utils.get_environ_proxies(url))
         if not self._direct:
             return None
-        client.meta.events.register("before-send.s3", _hand_over, unique_id="incckpt")
         signing = _signing.set(True)
         try:
             await self._call(client, operation, parameters)
@@ -113,6 +112,7 @@ class Session:
         takes = client.meta.service_model.operation_model(client.meta.method_to_api_mapping[operation]).input_shape
         additional = {**self._fs.s3_additional_kwargs, **self._fs.req_kw}
         chosen = {name: value for name, value in additional.items() if name in takes.members}
+        client.meta.events.register("before-send.s3", _before_send, unique_id="incckpt")
         reply: dict[str, Any] = await getattr(client, operation)(Bucket=self._bucket, **chosen, **parameters)
         return reply
 
@@ -136,8 +136,10 @@ class _SignedError(Exception):
 _signing: ContextVar[bool] = ContextVar("_signing", default=False)
 
 
-def _hand_over(request: Any, **_: Any) -> None:
-    """Stop the client before it sends a request that it should only sign."""
+def _before_send(request: Any, **_: Any) -> None:
+    """Have no cache answer in the server's place; keep the client from sending what was only to be signed."""
+    if request.method in ("GET", "HEAD"):  # after the signature: a proxy may change it
+        request.headers["Cache-Control"] = "no-cache"
     if _signing.get():
         raise _SignedError(request)
 

@@ -191,7 +191,7 @@ class Attempt:
         """Return what the attempt continues, and what it abandons; call it after aborting the saves of others."""
         lineage, history = self._origin.lineage, self._origin.history
         if self._origin.appends:
-            lineage = self._run.lineage()
+            lineage = self._run.lineage(twice=True)
             return self._read(lineage, lineage.live), self._read(lineage, lineage.abandoned)
         standing = self._run.standing(lineage)
         inherited = [name for name in history if name in standing]

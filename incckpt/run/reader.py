@@ -17,6 +17,7 @@ from incckpt.run.pipeline import LOCAL_REQUESTS, Pipeline
 from incckpt.staging.hostmem import HostPool
 from incckpt.store.manifest import Chunk, Manifest, Range, Stored
 from incckpt.store.objects import ObjectKey, chunk_keys
+from incckpt.store.rereading import reread
 from incckpt.store.store import Store
 from incckpt.store.untrusted import MemoryLimit, reading
 
@@ -128,6 +129,9 @@ class Reader:
         self.close()
 
     def _read(self, group: Sequence[ChunkRead]) -> None:
+        reread(lambda: self._read_once(group))
+
+    def _read_once(self, group: Sequence[ChunkRead]) -> None:
         chunk = group[0].chunk
         whole = next((item.out for item in group if item.out is not None), None)
         out = whole if whole is not None else _sole_destination(group)
@@ -169,17 +173,22 @@ class Reader:
         """
         kept = [item.base_out for item in group if item.base_out is not None]
         target = kept[0] if kept else out
-        data = self._fetch(key, stored.size)
         identity = bytes.fromhex(stored.identity)
+
+        def decode(verify: bool) -> None:
+            data = self._fetch(key, stored.size)
+            with self._pipeline.cpu:
+                codec.decode(data, target, identity=identity, verify=verify)
+
+        try:
+            reread(lambda: decode(bool(kept)))
+        except CodecError:
+            if not kept:
+                raise
+            decode(False)
+            for item in group:
+                item.base_damaged = True
         with self._pipeline.cpu:
-            try:
-                codec.decode(data, target, identity=identity, verify=bool(kept))
-            except CodecError:
-                if not kept:
-                    raise
-                codec.decode(data, target, identity=identity, verify=False)
-                for item in group:
-                    item.base_damaged = True
             for other in kept[1:]:
                 other[:] = target
         return codec.Base(identity, target)

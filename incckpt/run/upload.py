@@ -31,11 +31,13 @@ _IN_FLIGHT = 256 << 20  # bytes
 @dataclass
 class Known:
     """What this save may reuse: keys in `vouched`, which a ref needs that was seen alive after this save put its pin;
-    others if a look finds them; nothing in `condemned`, which is about to be deleted or was found lost.
+    others if a look finds them; nothing in `condemned`, which is about to be deleted or was found lost. Where `sure`,
+    two looks have told what is condemned.
     """
 
     condemned: frozenset[str]
     vouched: frozenset[str]
+    sure: bool = False
 
 
 class Uploader:
@@ -198,9 +200,21 @@ class Uploader:
         for key, one in zip(chunk_keys(chunk), stored, strict=True):
             if str(key) in known.condemned:
                 return False
-            if str(key) not in known.vouched and not (look and self._store.objects.size(key) == one.size):
+            if str(key) not in known.vouched and not (look and self._is_there(key, one.size, known)):
                 return False
         return True
+
+    def _is_there(self, key: ObjectKey, size: int, known: Known) -> bool:
+        """Whether an object is there that no ref vouches for, and nobody is about to delete."""
+        if not self._store.objects.exists(key, size):
+            return False
+        return str(key) not in self._surely_condemned(known)
+
+    def _surely_condemned(self, known: Known) -> frozenset[str]:
+        if not known.sure and self._store.backend.remote:
+            known.condemned |= self._store.condemned.keys()
+        known.sure = True
+        return known.condemned
 
     def _reusable(self, content: Content, known: Known) -> Chunk | None:
         """Return where the content is already stored, if it is."""
@@ -212,7 +226,7 @@ class Uploader:
         # Where a killed put may leave a part behind, a listing does not prove that an object is whole.
         if self.look_up and self._store.backend.exclusive:
             for key, size in self._store.objects.find(identity):
-                if str(key) not in known.condemned:
+                if str(key) not in self._surely_condemned(known):
                     return Chunk(identity, content.nbytes, content.itemsize, key.nonce, size)
         return None
 

@@ -17,7 +17,7 @@ from incckpt.run.choose import Which, checked_which, choose, not_found, place
 from incckpt.run.contents import Contents, names_by_chunk
 from incckpt.run.reader import ChunkRead, Reader
 from incckpt.run.restore import progress_bar
-from incckpt.run.view import TRIES, stands
+from incckpt.run.view import TRIES
 from incckpt.staging.detect import chosen_threads
 from incckpt.store.lineage import Lineage, Run
 from incckpt.store.location import locate
@@ -226,7 +226,7 @@ class Checker:
         if not refs:
             return None
         checked = self._check(refs[0])
-        return checked if not checked.problems or stands(run, name) else None
+        return checked if not checked.problems or run.stands(name) else None
 
     def _check(self, ref: Ref) -> Checked:
         try:

@@ -13,12 +13,12 @@ from incckpt.retention import Mode, check_ranking
 from incckpt.run.checkpoint import Checkpoint, read_refs
 from incckpt.run.choose import Which, checked_which, choose, place
 from incckpt.run.reader import Reader
-from incckpt.store.lineage import Lineage, Run
+from incckpt.store.lineage import Lineage
 from incckpt.store.manifest import Manifest
 from incckpt.store.refs import Ref, RefName
 from incckpt.store.store import Store
 
-__all__ = ["TRIES", "RunView", "stands"]
+__all__ = ["TRIES", "RunView"]
 
 log = logging.getLogger(__name__)
 
@@ -181,21 +181,13 @@ class RunView:
                 for ref in read_refs(self.run, lineage, [candidate]):
                     return read(ref), None
             except CorruptionError as error:
-                if stands(self.run, candidate):
+                if self.run.stands(candidate):
                     if candidate == candidates[-1]:
                         raise
                     log.error("step %d cannot be read, falling back to the one before it: %s", candidate.step, error)
                     continue
             return None, candidate
         raise AssertionError("unreachable")
-
-
-def stands(run: Run, name: RefName) -> bool:
-    """Return whether a checkpoint is there still, readable or not."""
-    try:
-        return isinstance(run.read(name), Ref)
-    except ValueError:
-        return True
 
 
 def _log_unreadable(name: RefName, error: Exception) -> None:

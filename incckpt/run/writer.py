@@ -181,7 +181,7 @@ class Writer:
         try:
             self._run.pin(name)
             with _Heartbeat(self._run, name, self._heartbeat_seconds):
-                known = self._look_around()
+                known = self._look_around(name)
                 storing = time.perf_counter()
                 chunks = self._uploader.store(snapshot, name.nonce, known, report)
                 stored = time.perf_counter() - storing
@@ -244,17 +244,25 @@ class Writer:
             else:
                 yield ref, manifest
 
-    def _look_around(self) -> Known:
+    def _look_around(self, name: RefName) -> Known:
         """Return what may be reused; call it once the pin is put. The order of its requests does not matter."""
         known_lost = self._scrubber.lost
+        # The writer before this one may still prune what is inherited from it.
+        inherited = self._previous is not None and self._previous[0].attempt != self._attempt
         looks: list[Callable[[], frozenset[str]]]
-        looks = [self._not_superseded, self._store.condemned.keys, self._vouched]
+        looks = [self._not_superseded, partial(self._store.condemned.keys, twice=inherited), self._vouched]
+        if self._store.backend.remote:
+            looks.append(partial(self._pinned, name))
         looks += [partial(self._scrub, key) for key in self._scrubber.due()]
         _, condemned, vouched, *_ = self._uploader.pipeline.together(lambda look: look(), looks)
         lost = self._scrubber.lost
         if vouched & (lost - known_lost):
             self._tell_lost(lost - known_lost)
-        return Known(condemned | lost, vouched - lost)
+        return Known(condemned | lost, vouched - lost, sure=inherited)
+
+    def _pinned(self, name: RefName) -> frozenset[str]:
+        self._run.check_pinned(name)
+        return frozenset()
 
     def _scrub(self, key: str) -> frozenset[str]:
         self._scrubber.look(key)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from incckpt.backends.base import Backend, Entry, Leftover
@@ -17,6 +17,7 @@ from incckpt.errors import BackendError, CollectionError, CorruptionError, Forma
 from incckpt.store.objects import DELTAS, OBJECTS, is_object, manifest_keys
 from incckpt.store.plan import Collected, CollectionPlan, Reason, Removal
 from incckpt.store.refs import Pin, Ref, RefName, Tombstone, create_once, list_pins, list_refs, new_nonce
+from incckpt.store.rereading import reread
 from incckpt.store.store import Store
 from incckpt.store.untrusted import fetch
 
@@ -135,12 +136,16 @@ class Collector:
         return known
 
     def _read_needs(self, ref_key: str) -> frozenset[str] | None:
-        """Read what a ref needs; return ``None`` if it is a tombstone, or was pruned since it was listed."""
-        try:
+        """Return what a ref needs, read anew; ``None`` if it is a tombstone, or pruned since it was listed."""
+
+        def read() -> Ref | None:
             data = fetch(self._backend, ref_key)
-            if data in _TOMBSTONES:
+            return None if data in _TOMBSTONES else Ref.from_json(data, ref_key)
+
+        try:
+            ref = reread(read)
+            if ref is None:
                 return None
-            ref = Ref.from_json(data, ref_key)
             return manifest_keys(self._store.manifest(ref)) | {ref.manifest}
         except FileNotFoundError as error:
             if not self._stands(ref_key):
@@ -166,11 +171,14 @@ class Collector:
             f"nothing was collected at {self._backend.url}: what {ref_key} needs is not known ({error}); {advice}"
         )
 
-    def _look(self) -> set[str]:
-        """List the refs of every run, learn what new ones need, and return the keys of all, tombstones included."""
+    def _look(self, *, twice: bool = False) -> set[str]:
+        """List the refs of every run, learn what new ones need, and return the keys of all, tombstones included.
+
+        For `twice` see `list_twice`.
+        """
         buried: set[str] = set()
         live: set[str] = set()
-        for _, name, key, tombstone in list_refs(self._backend):
+        for _, name, key, tombstone in list_refs(self._backend, twice=twice):
             if name is None:
                 raise CollectionError(
                     f"nothing was collected at {self._backend.url}: {key} is not a ref that this version knows; "
@@ -272,8 +280,9 @@ class Collector:
                 f"nothing was collected: {error}. If no other process collects at {self._backend.url}, remove that list"
             ) from error
         others = {name: keys for name, keys in lists.items() if name not in self._lists}
-        listed = (entry for space in (OBJECTS, DELTAS) for entry in self._backend.list(space))
-        there = {entry.key: entry for entry in listed if is_object(entry.key)}  # other people's files stay
+        there = self._objects()
+        if self._backend.remote and any(not keys <= there.keys() for keys in others.values()):
+            there = {**self._objects(), **there}  # a list is over, and removed, when none of its keys is there
         pins, waiting = self._pins()
         leftovers = self._leftovers()
         now = None
@@ -310,6 +319,11 @@ class Collector:
             sum(there[key].size for key in young),
             still,
         )
+
+    def _objects(self) -> dict[str, Entry]:
+        """List all objects; other people's files are left out."""
+        listed = (entry for space in (OBJECTS, DELTAS) for entry in self._backend.list(space))
+        return {entry.key: entry for entry in listed if is_object(entry.key)}
 
     def carry_out(self, plan: CollectionPlan) -> CollectionPlan:
         """Delete what a plan lists, except what a checkpoint needs by now or a save in flight may rely on.
@@ -364,8 +378,12 @@ class Collector:
         if not self._lists:
             return collected
         in_flight = self._in_flight()
+        renewed = self._renew_lost_lists()
         done: dict[str, _List] = {}
         for name, own in self._lists.items():
+            if name in renewed:
+                collected.waiting += len(own.keys)
+                continue
             own.blockers = in_flight if own.blockers is None else own.blockers & in_flight
             if own.blockers:
                 collected.waiting += len(own.keys)
@@ -383,22 +401,37 @@ class Collector:
             del self._lists[name]
         return collected
 
+    def _renew_lost_lists(self) -> Set[str]:
+        """Put lists again that are not there, though they were put; return their new names.
+
+        Saves since cannot have seen them: it all begins again for these keys.
+        """
+        if not self._backend.remote:
+            return frozenset()
+        before = set(self._lists)
+        lost = [name for name in self._lists if not self._store.condemned.stands(name)]
+        for name in lost:
+            log.warning("%s was put, and is gone; its keys are condemned again", self._store.condemned.key(name))
+            own = self._lists.pop(name)
+            self._put_list(own.keys, own.takes_over)
+        return self._lists.keys() - before
+
     def _in_flight(self) -> frozenset[str]:
         """Give up saves without a heartbeat; return the keys of the refs that the other saves in flight will commit.
 
         For every other pinned save it is then known whether it was committed, and what it needs.
         """
-        pins, waiting = self._pins()
+        pins, waiting = self._pins(twice=True)
         given_up = self._give_up_stale(waiting) if waiting else set()
         in_flight = frozenset(pin.ref_key for pin in waiting if pin.ref_key not in given_up)
         self._over = [pin.key for pin in pins if pin.ref_key not in in_flight]
         return in_flight
 
-    def _pins(self) -> tuple[list[Pin], list[Pin]]:
-        """Return all pins, and those without a ref: of saves in flight, or of killed ones."""
+    def _pins(self, *, twice: bool = False) -> tuple[list[Pin], list[Pin]]:
+        """Return all pins, and those whose refs do not exist: of saves in flight, or of killed ones."""
         # List pins before refs: a save that finishes in between already has a visible ref.
-        pins = list_pins(self._backend)
-        existing = self._look()
+        pins = list_pins(self._backend, twice=twice)
+        existing = self._look(twice=twice)
         return pins, [pin for pin in pins if pin.ref_key not in existing]
 
     def _is_stale(self, item: Pin | Entry | Leftover, now: float | None) -> bool:

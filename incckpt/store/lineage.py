@@ -17,20 +17,23 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from incckpt.backends.base import Backend
-from incckpt.errors import BackendError, CorruptionError, KeyNotFoundError, SupersededError
-from incckpt.messages import shown
-from incckpt.store.document import Fields, Json, as_mapping, dump_document, parse_document
+from incckpt.errors import BackendError, CorruptionError, KeyNotFoundError, LineageError, SupersededError
+from incckpt.store.document import Fields, dump_document, parse_document
 from incckpt.store.refs import (
     Ref,
     RefName,
     Tombstone,
     create_once,
+    exists,
+    inherited_from_json,
+    inherited_to_json,
     is_stray,
     list_pins,
     list_refs,
     new_nonce,
     validate_run,
 )
+from incckpt.store.rereading import reread
 from incckpt.store.untrusted import LIST_BYTES, fetch
 
 __all__ = ["Lineage", "Run"]
@@ -57,7 +60,9 @@ class Lineage:
     abandoned
         Checkpoints abandoned by rewinding, or replaced by another of their step, ordered by step.
     known
-        Contents of refs that the lineage document includes; others must be read.
+        Contents of refs, as far as the lineage tells them (the others have to be read).
+    seen
+        All checkpoints that showed, those included that no lineage holds.
     """
 
     attempt: int
@@ -65,6 +70,7 @@ class Lineage:
     live: tuple[RefName, ...]
     abandoned: tuple[RefName, ...]
     known: Mapping[RefName, Ref] = field(repr=False)
+    seen: frozenset[RefName] = field(repr=False)
 
     @property
     def latest(self) -> RefName | None:
@@ -74,7 +80,7 @@ class Lineage:
     @classmethod
     def empty(cls) -> Lineage:
         """Return the lineage of a run that was never written."""
-        return cls(0, 0, (), (), {})
+        return cls(0, 0, (), (), {}, frozenset())
 
     def including(self, name: RefName) -> Lineage:
         """Return the same with checkpoint `name` as an abandoned one, if it is neither that nor live."""
@@ -153,34 +159,49 @@ class Run:
                 sealed.add(int(match[1]))
         return made, sealed
 
-    def lineage(self) -> Lineage:
+    def lineage(self, *, twice: bool = False) -> Lineage:
         """Return the checkpoints of the run: two listings and one read, however long its history.
 
         A writer killed while replacing a checkpoint leaves two of one step: the newer counts.
 
-        Listings take time. If they show no checkpoint, or another attempt has taken over meanwhile, this looks again,
-        until it sees a checkpoint, or the same as before.
+        A listing takes time, and may be wrong. If nothing shows, or another attempt seems to have taken over meanwhile,
+        it looks again, until it sees something or the same as before. For `twice` see `list_twice`.
+
+        Raises
+        ------
+        LineageError
+            If refs stand of attempts that do not show, or have not chosen: what the run continues is lost.
         """
         before = None
         while True:
             attempt, sealed = self.attempts()
-            view, listed = self._look(attempt, sealed)
-            if view.live and all(name.attempt <= sealed for name, _ in listed):
+            view, listed = self._look(attempt, sealed, twice)
+            latest = max((name.attempt for name, _ in listed), default=0)
+            if view.live and latest <= sealed:
                 return view
             if (sealed, listed) == before:
-                return view
+                break
             before = sealed, listed
+        if latest > sealed:  # a ref is committed or aborted only after its attempt has chosen
+            raise self._damaged(f"{self.seal_key(latest)} is gone, though refs of that attempt stand")
+        return view
 
-    def _look(self, attempt: int, sealed: int) -> tuple[Lineage, frozenset[tuple[RefName, bool]]]:
-        """Return the lineage of attempt `sealed`, and all refs listed, each with whether it is a tombstone."""
-        inherited: dict[RefName, Ref | None] = {}
-        left: dict[RefName, Ref | None] = {}
-        if sealed:
-            inherited, left = self.read_seal(sealed)
+    def _damaged(self, what: str) -> LineageError:
+        return LineageError(
+            f"run {self.name!r} at {self.backend.url} is damaged: {what}. Put it back from a copy, or see what "
+            f"incckpt.recover({self.backend.url!r}, run={self.name!r}) would make of the checkpoints that are whole"
+        )
+
+    def _look(self, attempt: int, sealed: int, twice: bool) -> tuple[Lineage, frozenset[tuple[RefName, bool]]]:
+        """Return the lineage as attempt `sealed` has it, and all refs listed, with whether they are tombstones."""
+        try:
+            inherited, left = self.read_seal(sealed) if sealed else ({}, {})
+        except (KeyNotFoundError, CorruptionError) as error:
+            raise self._damaged(str(error)) from error
         live: list[RefName] = []
         abandoned: list[RefName] = []
         listed: set[tuple[RefName, bool]] = set()
-        for _, name, key, tombstone in list_refs(self.backend, self.name):
+        for _, name, key, tombstone in list_refs(self.backend, self.name, twice=twice):
             if name is None:
                 log.warning("%s is not a ref that this version of incckpt knows; it is ignored", key)
                 continue
@@ -195,7 +216,8 @@ class Run:
         live, replaced = self._newest(live, known)
         abandoned += replaced
         abandoned.sort(key=lambda name: (name.step, name.attempt, known[name].time if name in known else 0.0))
-        return Lineage(attempt, sealed, tuple(live), tuple(abandoned), known), frozenset(listed)
+        seen = frozenset(name for name, tombstone in listed if not tombstone)
+        return Lineage(attempt, sealed, tuple(live), tuple(abandoned), known, seen), frozenset(listed)
 
     def _newest(self, names: Iterable[RefName], known: Mapping[RefName, Ref]) -> tuple[list[RefName], list[RefName]]:
         """Return the newest checkpoint of each step, by step, and those that these replaced."""
@@ -250,11 +272,15 @@ class Run:
             If it is unreadable.
         """
         key = self.seal_key(attempt)
-        fields = Fields(parse_document(fetch(self.backend, key, LIST_BYTES), "lineage", key), key)
-        inherited, abandoned = (
-            dict(_inherited_from_json(item, key) for item in fields.list(part)) for part in ("refs", "abandoned")
-        )
-        return inherited, abandoned
+
+        def read() -> tuple[dict[RefName, Ref | None], dict[RefName, Ref | None]]:
+            fields = Fields(parse_document(fetch(self.backend, key, LIST_BYTES), "lineage", key), key)
+            inherited, abandoned = (
+                dict(inherited_from_json(item, key) for item in fields.list(part)) for part in ("refs", "abandoned")
+            )
+            return inherited, abandoned
+
+        return reread(read)
 
     def read(self, name: RefName) -> Ref | Tombstone | None:
         """Return what is at a ref's key now.
@@ -265,14 +291,25 @@ class Run:
             If it is unreadable.
         """
         key = self.ref_key(name)
-        try:
+
+        def read() -> Ref | Tombstone:
             data = fetch(self.backend, key)
+            for tombstone in Tombstone:
+                if data == tombstone.value:
+                    return tombstone
+            return Ref.from_json(data, key)
+
+        try:
+            return reread(read)
         except KeyNotFoundError:
             return None
-        for tombstone in Tombstone:
-            if data == tombstone.value:
-                return tombstone
-        return Ref.from_json(data, key)
+
+    def stands(self, name: RefName) -> bool:
+        """Return whether a checkpoint is there now, readable or not."""
+        try:
+            return isinstance(self.read(name), Ref)
+        except ValueError:
+            return True
 
     # -- an attempt
 
@@ -312,7 +349,8 @@ class Run:
             if after is not None:
                 raise self._moved_on(attempt, "has taken it over")
             attempt += 1
-        lower = [pin.name for pin in list_pins(self.backend, self.name) if pin.name.attempt < attempt]
+        pins = list_pins(self.backend, self.name, twice=True)  # who is missed commits what no lineage holds
+        lower = [pin.name for pin in pins if pin.name.attempt < attempt]
         for name in lower:
             self.abort(name)
         return attempt, bool(lower)
@@ -323,24 +361,26 @@ class Run:
         Raises
         ------
         SupersededError
-            If the run has moved on since: with a new checkpoint, or with an attempt other than the caller's own, which
-            directly follows those seen.
-        CorruptionError
+            If the run has moved on since: by a checkpoint that was not seen, or by an attempt other than the
+            caller's, which is the one right after those that were seen.
+        LineageError
             If the lineage seen is gone.
         """
         _, sealed = self.attempts()
         if sealed < seen.sealed:
-            raise CorruptionError(
-                f"run {self.name!r} at {self.backend.url} is damaged: {self.seal_key(seen.sealed)} was there, "
-                "and is gone"
-            )
+            _, sealed = self.attempts()
+        if sealed < seen.sealed:
+            raise self._damaged(f"{self.seal_key(seen.sealed)} was there, and is gone")
         if sealed not in (seen.sealed, seen.attempt + 1):
             raise self._moved_on(sealed, "has taken it over")
         known = {*seen.live, *seen.abandoned}
-        standing = {name for _, name, _, tombstone in list_refs(self.backend, self.name) if name and not tombstone}
-        newer = [name for name in standing - known if name.attempt == seen.sealed]
+        listed = {name: tombstone for _, name, _, tombstone in list_refs(self.backend, self.name, twice=True) if name}
+        standing = {name for name, tombstone in listed.items() if not tombstone}
+        newer = [name for name in standing - seen.seen if name.attempt <= seen.sealed]
         if newer:
             raise self._moved_on(seen.sealed, f"has committed step {max(name.step for name in newer)}")
+        # What is left out is lost, or passes for lost: whether it is gone is not for a listing to say.
+        standing |= {name for name in known - listed.keys() if self.stands(name)}
         return frozenset(standing & known)
 
     def _moved_on(self, attempt: int, what: str) -> SupersededError:
@@ -366,8 +406,8 @@ class Run:
         """
         document = {
             "attempt": attempt,
-            "refs": [_inherited_to_json(ref) for ref in inherited],
-            "abandoned": [_inherited_to_json(ref) for ref in abandoned],
+            "refs": [inherited_to_json(ref) for ref in inherited],
+            "abandoned": [inherited_to_json(ref) for ref in abandoned],
         }
         self.backend.put(self.seal_key(attempt), dump_document("lineage", document))
 
@@ -378,15 +418,14 @@ class Run:
         ------
         SupersededError
             If there is one.
-        CorruptionError
-            If `attempt` itself is gone.
+        LineageError
+            If `attempt`, or what it continues, is not there any more.
         """
-        highest = self.attempts()[0]
-        if highest < attempt:
-            raise CorruptionError(
-                f"attempt {attempt} of run {self.name!r} is gone from {self.backend.url}: the run's folder was removed "
-                "or replaced while it was being written. Make another CheckpointManager to go on"
-            )
+        highest, sealed = self.attempts()
+        if sealed < attempt:
+            highest, sealed = self.attempts()
+        if sealed < attempt:
+            raise self._damaged(f"{self.seal_key(attempt)} is gone, though this process is writing the run")
         if highest > attempt:
             raise SupersededError(
                 f"run {self.name!r} at {self.backend.url} was taken over from attempt {attempt} by attempt "
@@ -399,6 +438,20 @@ class Run:
         """Announce the ref that a save will commit; putting it again is the heartbeat."""
         body = {"time": self._clock(), "host": socket.gethostname(), "pid": os.getpid()}
         self.backend.put(self.pin_key(name), dump_document("pin", body))
+
+    def check_pinned(self, name: RefName) -> None:
+        """Check that a pin that was put is there, without which others delete what its save uses (one request).
+
+        Raises
+        ------
+        BackendError
+            If the store does not keep what it takes.
+        """
+        if not exists(self.backend, self.pin_key(name)):
+            raise BackendError(
+                f"{self.backend.url} has taken {self.pin_key(name)}, and does not have it. Does something answer "
+                "in the server's place? Nothing was saved"
+            )
 
     def commit(self, ref: Ref) -> Tombstone | None:
         """Create the ref: this, and nothing else, makes the checkpoint exist.
@@ -465,18 +518,3 @@ class Run:
         for name in done:
             del self._buried[name]
         return [self.ref_key(name) for name in done]
-
-
-def _inherited_to_json(ref: Ref | RefName) -> Json:
-    return ref.to_item() if isinstance(ref, Ref) else {"ref": str(ref)}
-
-
-def _inherited_from_json(item: Json, where: str) -> tuple[RefName, Ref | None]:
-    fields = as_mapping(item, where)
-    if fields.keys() == {"ref"}:
-        name = RefName.parse(Fields(fields, where).string("ref"))
-        if name is None:
-            raise CorruptionError(f"{where}: not the name of a ref: {shown(fields['ref'])}")
-        return name, None
-    ref = Ref.from_item(fields, where)
-    return ref.name, ref

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from incckpt.backends.base import Backend, ReadableBuffer
 from incckpt.errors import CorruptionError, KeyNotFoundError, MissingObjectError
 from incckpt.store.manifest import Chunk, Manifest
+from incckpt.store.rereading import reread
 
 __all__ = ["DELTAS", "OBJECTS", "ObjectKey", "Objects", "chunk_keys", "is_object", "manifest_keys", "manifest_sizes"]
 
@@ -154,16 +155,25 @@ class Objects:
         return MissingObjectError(f"object {key} is missing from {self.backend.url}")
 
     def size(self, key: ObjectKey) -> int | None:
-        """Return the object's size in bytes, or ``None`` if it is not there now (one request)."""
+        """Return the object's size in bytes, or ``None`` if it is not there now (one request, two where it is not)."""
         try:
-            return self.backend.head(str(key)).size
+            return reread(lambda: self.backend.head(str(key))).size
         except KeyNotFoundError:
             return None
 
+    def exists(self, key: ObjectKey, size: int) -> bool:
+        """Return whether the object is there now, of that size in bytes (one request, over a network two).
+
+        A save relies on what it finds, and an answer of yesterday shows what has been deleted since.
+        """
+        return all(self.size(key) == size for _ in range(2 if self.backend.remote else 1))
+
     def find(self, identity: str) -> Iterator[tuple[ObjectKey, int]]:
-        """Yield the key and size in bytes of every full object with this identity that exists now (one listing)."""
+        """Yield key and size in bytes of every full object of that content there is now (a listing, and two looks)."""
         for entry in self.backend.list(f"{OBJECTS}{identity[:2]}/{identity[2:]}."):
-            yield ObjectKey.parse(entry.key), entry.size
+            key = ObjectKey.parse(entry.key)
+            if not self.backend.remote or self.exists(key, entry.size):
+                yield key, entry.size
 
 
 def _check_size(key: ObjectKey, size: int, found: int) -> None:

@@ -13,8 +13,9 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from incckpt.backends.base import Backend, ReadableBuffer
+from incckpt.backends.base import Backend, Entry, ReadableBuffer
 from incckpt.errors import BackendError, CorruptionError, KeyExistsError, KeyNotFoundError, OptionError
 from incckpt.messages import shown
 from incckpt.store.document import (
@@ -27,6 +28,7 @@ from incckpt.store.document import (
     encode_metrics,
     parse_document,
 )
+from incckpt.store.rereading import reread
 from incckpt.store.untrusted import LIST_BYTES, fetch
 
 __all__ = [
@@ -37,9 +39,13 @@ __all__ = [
     "Tombstone",
     "checked_step",
     "create_once",
+    "exists",
+    "inherited_from_json",
+    "inherited_to_json",
     "is_stray",
     "list_pins",
     "list_refs",
+    "list_twice",
     "new_nonce",
     "validate_run",
 ]
@@ -202,6 +208,23 @@ class Ref:
         )
 
 
+def inherited_to_json(ref: Ref | RefName) -> Json:
+    """Return a ref as a lineage lists it: of one that cannot be read there is only the name."""
+    return ref.to_item() if isinstance(ref, Ref) else {"ref": str(ref)}
+
+
+def inherited_from_json(item: Json, where: str) -> tuple[RefName, Ref | None]:
+    """Reverse `inherited_to_json`."""
+    fields = as_mapping(item, where)
+    if fields.keys() == {"ref"}:
+        name = RefName.parse(Fields(fields, where).string("ref"))
+        if name is None:
+            raise CorruptionError(f"{where}: not the name of a ref: {shown(fields['ref'])}")
+        return name, None
+    ref = Ref.from_item(fields, where)
+    return ref.name, ref
+
+
 @dataclass(frozen=True, slots=True)
 class Pin:
     """A save in flight."""
@@ -240,6 +263,8 @@ def create_once(backend: Backend, key: str, data: ReadableBuffer) -> bytes | Non
         except BackendError as error:
             try:
                 found = fetch(backend, key)
+                if found != bytes(data):
+                    found = fetch(backend, key)  # whose value it is decides between success and failure: look twice
             except KeyNotFoundError:
                 # Not there: the conflicting value has gone, or the request never arrived. Try again.
                 if left == 0 or not (isinstance(error, KeyExistsError) or error.transient):
@@ -250,6 +275,15 @@ def create_once(backend: Backend, key: str, data: ReadableBuffer) -> bytes | Non
     raise AssertionError("unreachable")
 
 
+def exists(backend: Backend, key: str) -> bool:
+    """Return whether a key is there now (one request; another if it seems not to be)."""
+    try:
+        reread(partial(backend.head, key))
+    except KeyNotFoundError:
+        return False
+    return True
+
+
 def is_stray(backend: Backend, key: str) -> bool:
     """Whether the file at a key of unknown form is not ours: a ``desktop.ini``, an editor's copy.
 
@@ -257,11 +291,12 @@ def is_stray(backend: Backend, key: str) -> bool:
     warning per key.
     """
     try:
-        head = backend.get(key, 0, _HEAD)
+        for _ in range(2):  # once it is taken for a stray, it stops no collection any more
+            head = reread(lambda: backend.get(key, 0, _HEAD))
+            if head.startswith(DOCUMENT_HEAD) or any(head == tombstone.value for tombstone in Tombstone):
+                return False
     except KeyNotFoundError:
         return True
-    if head.startswith(DOCUMENT_HEAD) or any(head == tombstone.value for tombstone in Tombstone):
-        return False
     _warn_of_stray(backend.url, key)
     return True
 
@@ -271,12 +306,28 @@ def _warn_of_stray(url: str, key: str) -> None:
     log.warning("%s/%s is not a file of incckpt; it is ignored", url, key)
 
 
-def list_refs(backend: Backend, run: str | None = None) -> Iterator[tuple[str, RefName | None, str, bool]]:
+def list_twice(backend: Backend, prefix: str) -> Iterator[Entry]:
+    """Yield what either of two listings shows, as the later shows it.
+
+    To be used where something is deleted, or left out of a lineage for ever, because it does not show: over a network
+    a single answer may be short of entries. Of a local disk it is one listing, by the kernel, which does not guess.
+    """
+    if not backend.remote:
+        return backend.list(prefix)
+    seen = {entry.key: entry for entry in backend.list(prefix)}
+    seen |= {entry.key: entry for entry in backend.list(prefix)}
+    return iter(seen.values())
+
+
+def list_refs(
+    backend: Backend, run: str | None = None, *, twice: bool = False
+) -> Iterator[tuple[str, RefName | None, str, bool]]:
     """Yield ``(run, name, key, tombstone)`` of the refs of `run`, or of every run.
 
-    The name is ``None`` if only a later version knows its form. Strays are skipped.
+    The name is ``None`` where a later version has given it; strays are passed over. For `twice` see `list_twice`.
     """
-    for entry in backend.list("refs/" if run is None else f"refs/{run}/"):
+    prefix = "refs/" if run is None else f"refs/{run}/"
+    for entry in list_twice(backend, prefix) if twice else backend.list(prefix):
         _, owner, *rest = entry.key.split("/")
         name = RefName.parse(rest[0]) if len(rest) == 1 else None
         if name is None and is_stray(backend, entry.key):
@@ -284,10 +335,11 @@ def list_refs(backend: Backend, run: str | None = None) -> Iterator[tuple[str, R
         yield owner, name, entry.key, entry.size == _TOMBSTONE_SIZE
 
 
-def list_pins(backend: Backend, run: str | None = None) -> list[Pin]:
-    """Return the pins of `run`, or of every run."""
+def list_pins(backend: Backend, run: str | None = None, *, twice: bool = False) -> list[Pin]:
+    """Return the pins of `run`, or of every run. For `twice` see `list_twice`."""
     pins: list[Pin] = []
-    for entry in backend.list("pins/" if run is None else f"pins/{run}/"):
+    prefix = "pins/" if run is None else f"pins/{run}/"
+    for entry in list_twice(backend, prefix) if twice else backend.list(prefix):
         _, owner, *rest = entry.key.split("/")
         name = RefName.parse(rest[0]) if len(rest) == 1 else None
         if name is None:
@@ -322,12 +374,16 @@ class CondemnedLists:
         self._known[name] = condemned
         return name
 
-    def keys(self) -> frozenset[str]:
-        """Return the keys on all lists."""
-        return frozenset().union(*self.read().values())
+    def stands(self, name: str) -> bool:
+        """Return whether list `name` is there now (one request)."""
+        return exists(self._backend, self.key(name))
 
-    def read(self) -> dict[str, frozenset[str]]:
-        """Return the existing lists, by name: one listing, and a request for each new list.
+    def keys(self, *, twice: bool = False) -> frozenset[str]:
+        """Return what is on any list. For `twice` see `list_twice`."""
+        return frozenset().union(*self.read(twice=twice).values())
+
+    def read(self, *, twice: bool = False) -> dict[str, frozenset[str]]:
+        """Return the lists that there are, by name: one listing, and a request for each that is new.
 
         Raises
         ------
@@ -335,7 +391,7 @@ class CondemnedLists:
             If a list is unreadable, so that it is unknown what it condemns.
         """
         lists: dict[str, frozenset[str]] = {}
-        for entry in self._backend.list("gc/"):
+        for entry in list_twice(self._backend, "gc/") if twice else self._backend.list("gc/"):
             match = _CONDEMNED.fullmatch(entry.key)
             if match is None:
                 if is_stray(self._backend, entry.key):
@@ -347,15 +403,24 @@ class CondemnedLists:
             known = self._known.get(match[1])
             if known is None:
                 try:
-                    known = self._parse(fetch(self._backend, entry.key, LIST_BYTES), entry.key)
+                    known = reread(partial(self._get, entry.key))
                 except KeyNotFoundError:
                     continue  # its collector has finished since the listing
             lists[match[1]] = known
         self._known = lists
         return dict(lists)
 
+    def _get(self, key: str) -> frozenset[str]:
+        return self.parse(fetch(self._backend, key, LIST_BYTES), key)
+
     @staticmethod
-    def _parse(data: bytes, key: str) -> frozenset[str]:
+    def parse(data: bytes, key: str) -> frozenset[str]:
+        """Return what is on a list.
+
+        Raises
+        ------
+        CorruptionError, FormatError
+        """
         keys = Fields(parse_document(data, "condemned", key), key).list("keys")
         if not all(isinstance(item, str) for item in keys):
             raise CorruptionError(f"{key}: a key is not a string")

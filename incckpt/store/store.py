@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -26,7 +26,8 @@ from incckpt.store.document import Fields, dump_document, parse_document
 from incckpt.store.lineage import Run
 from incckpt.store.manifest import Manifest
 from incckpt.store.objects import ObjectKey, Objects
-from incckpt.store.refs import CondemnedLists, Ref, RefName, create_once, list_refs
+from incckpt.store.refs import CondemnedLists, Ref, RefName, create_once
+from incckpt.store.rereading import reread
 from incckpt.store.untrusted import LIST_BYTES, MemoryLimit, fetch, reading
 
 __all__ = ["Store"]
@@ -113,13 +114,16 @@ class Store:
         return Run(self.backend, name, clock=self._clock, monotonic=self._monotonic)
 
     def manifest(self, ref: Ref) -> Manifest:
-        """Read the manifest of a checkpoint (one request).
+        """Read the manifest of a checkpoint (one request, if it is sound).
 
         Raises
         ------
         MissingObjectError, CorruptionError, FormatError, MemoryLimitError
             Naming the step.
         """
+        return reread(lambda: self._read_manifest(ref))
+
+    def _read_manifest(self, ref: Ref) -> Manifest:
         key = ObjectKey.parse(ref.manifest)
         try:
             self.memory.check(ref.manifest_size, f"the manifest of step {ref.step}")
@@ -152,12 +156,11 @@ class Store:
         StoreNotFoundError, FormatError, CorruptionError
         """
         if self._id is None:
-            try:
-                self._check_marker(fetch(self.backend, MARKER))
-            except KeyNotFoundError as error:
-                raise StoreNotFoundError(
-                    f"there is no incckpt store at {self.backend.url} (no {MARKER}); is the URL right?"
-                ) from error
+            self._id = self._find_id()
+        if self._id is None:
+            raise StoreNotFoundError(
+                f"there is no incckpt store at {self.backend.url} (no {MARKER}); is the URL right?"
+            )
 
     def create(self) -> None:
         """Create the store unless it exists, check it as `check` does, and find out whether it is exclusive.
@@ -180,14 +183,11 @@ class Store:
                 self.backend.url,
             )
         if self._id is None:
-            try:
-                marker = fetch(self.backend, MARKER)
-            except KeyNotFoundError:
-                marker = _new_marker()
-                found = create_once(self.backend, MARKER, marker)
-                if found is not None:
-                    marker = found
-            self._check_marker(marker)
+            self._id = self._find_id()
+        if self._id is None:
+            marker = _new_marker()
+            found = create_once(self.backend, MARKER, marker)
+            self._id = self._parse_marker(marker if found is None else found)
         self.backend.reserve()
         self._created = True
 
@@ -203,24 +203,18 @@ class Store:
         """
         try:
             self.check()
-        except (StoreNotFoundError, CorruptionError) as error:
-            if isinstance(error, StoreNotFoundError) and next(list_refs(self.backend), None) is None:
-                raise
+        except CorruptionError as error:
             return str(error)
         return None
 
     def restore_marker(self) -> None:
         """Put a new marker where it is gone, or cannot be read again and again."""
-        for left in reversed(range(_MARKER_READS)):
-            try:
-                self._check_marker(fetch(self.backend, MARKER))
-            except KeyNotFoundError:
-                create_once(self.backend, MARKER, _new_marker())
-            except CorruptionError:
-                if not left:
-                    self.backend.put(MARKER, _new_marker())
-            else:
-                return
+        try:
+            self._id = self._read_id()
+        except KeyNotFoundError:
+            create_once(self.backend, MARKER, _new_marker())
+        except CorruptionError:
+            self.backend.put(MARKER, _new_marker())
 
     def check_unchanged(self) -> None:
         """Check that this is still the same store, since what is known about it applies to no other (one request).
@@ -230,7 +224,7 @@ class Store:
         StoreNotFoundError, StoreReplacedError
         """
         try:
-            found = self._read_id(fetch(self.backend, MARKER))
+            found = self._read_id()
         except KeyNotFoundError as error:
             raise StoreNotFoundError(
                 f"the store at {self.backend.url} is gone: it was removed or renamed while it was in use. Put it back, "
@@ -242,12 +236,34 @@ class Store:
                 f"{self._id}). Make another CheckpointManager to write to it"
             )
 
-    def _check_marker(self, data: bytes) -> None:
-        self._id = self._read_id(data)
+    def _read_id(self) -> str:
+        return reread(lambda: self._parse_marker(fetch(self.backend, MARKER)))
 
-    def _read_id(self, data: bytes) -> str:
+    def _parse_marker(self, data: bytes) -> str:
         where = f"{self.backend.url}/{MARKER}"
         return Fields(parse_document(data, "store", where), where).string("id")
+
+    def _find_id(self) -> str | None:
+        """Return the store's id; ``None`` where there is no store.
+
+        Raises
+        ------
+        CorruptionError
+            If checkpoints stand where there is no marker: they would be taken for none.
+        """
+        with suppress(KeyNotFoundError):
+            return self._read_id()
+        refs = (entry.key for entry in self.backend.list("refs/") if RefName.parse(entry.key.rpartition("/")[2]))
+        key = next(refs, None)
+        if key is None:
+            return None
+        try:
+            return self._read_id()  # somebody may have made the store meanwhile
+        except KeyNotFoundError as error:
+            raise CorruptionError(
+                f"{self.backend.url} holds checkpoints ({key}), but its {MARKER} is gone. Put it back from a copy, or "
+                f"incckpt.recover({self.backend.url!r}, run={key.split('/')[1]!r}, dry_run=False) makes another"
+            ) from error
 
     def close(self) -> None:
         """Close the backend."""

@@ -12,7 +12,7 @@ import pytest
 
 from incckpt.backends import Backend
 from incckpt.backends.retry import RetryBackend
-from incckpt.errors import BackendTimeoutError, KeyExistsError
+from incckpt.errors import BackendError, BackendTimeoutError, KeyExistsError
 from incckpt.testing.conformance import BackendConformance
 from tests.forks import exit_code, fork, forks
 from tests.servers.fault_proxy import FaultProxy, Rule
@@ -90,6 +90,32 @@ class RemoteFaults:
             store.delete(list(values)[:10])
             assert sorted(entry.key for entry in store.list()) == sorted(values)[10:]
             assert rule.struck > 3
+
+    @pytest.mark.parametrize("do", ["page", "blank"])
+    def test_what_is_no_answer_of_the_service_is_asked_for_again(
+        self, proxy: FaultProxy, make: MakeBackend, do: str
+    ) -> None:
+        """A portal's page, or an empty answer, is neither a value nor an empty listing nor a success."""
+        with make(str(uuid.uuid4())) as backend:
+            store = patient(backend)
+            store.put("there", b"value")
+            for name, operation in ONE_OF_EACH.items():
+                rule = Rule(do)
+                proxy.rules = [rule]
+                assert operation(store), name
+                assert rule.struck == 1, name
+            for keys in (["one"], ["two", "three"]) if do == "page" else ():  # a delete's own answer may be empty
+                for key in keys:
+                    store.put(key, b"to be deleted")
+                rule = Rule(do)
+                proxy.rules = [rule]
+                store.delete(keys)
+                assert rule.struck == 1
+                assert not {entry.key for entry in store.list()} & set(keys), "what was not deleted counts as deleted"
+            proxy.rules = [Rule(do, times=None)]
+            with pytest.raises(BackendError, match=r"cannot list") as caught:
+                list(backend.list())
+            assert caught.value.transient
 
     @pytest.mark.parametrize("do", ["hang", "hang_upload", "hang_reply", "hang_download"])
     def test_hangs_end_at_our_deadline(self, proxy: FaultProxy, make: MakeBackend, do: str) -> None:

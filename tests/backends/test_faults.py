@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from incckpt.backends.local import LocalBackend
 from incckpt.backends.memory import MemoryBackend
 from incckpt.errors import BackendError, KeyNotFoundError
+from incckpt.testing.disk import PowerCut, StopAt, UnsyncedDisk
 from incckpt.testing.faults import (
     Call,
     CountingBackend,
@@ -24,9 +25,6 @@ from incckpt.testing.faults import (
     Kill,
     Operation,
     Pause,
-    PowerCut,
-    StopAt,
-    UnsyncedDisk,
 )
 from tests.forks import exit_code, fork, forks
 

@@ -32,7 +32,8 @@ from incckpt.errors import (
     UnsupportedOperationError,
 )
 from incckpt.testing.conformance import BackendConformance
-from incckpt.testing.faults import PowerCut, StopAt, UnsyncedDisk, kill_process
+from incckpt.testing.disk import PowerCut, StopAt, UnsyncedDisk
+from incckpt.testing.faults import kill_process
 from tests.forks import exit_code, fork, forks
 
 pytestmark = forks

@@ -11,7 +11,7 @@ import incckpt
 from incckpt.backends.local import LocalBackend
 from incckpt.errors import SaveError
 from incckpt.manager import CheckpointManager
-from incckpt.testing.faults import PowerCut, StopAt, UnsyncedDisk
+from incckpt.testing.disk import PowerCut, StopAt, UnsyncedDisk
 from tests.children.save_loop import equals, state_at
 from tests.stores import orphans
 

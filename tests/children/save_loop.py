@@ -19,7 +19,8 @@ import torch
 
 from incckpt.backends.local import LocalBackend
 from incckpt.manager import CheckpointManager
-from incckpt.testing.faults import StopAt, kill_process
+from incckpt.testing.disk import StopAt
+from incckpt.testing.faults import kill_process
 
 STEPS = 4
 KEEP_LAST = 2

@@ -10,6 +10,8 @@ What a rule can do:
 
 =============  ========================================================================================================
 status         answer with `status` and `code`; the server sees nothing
+page           answer 200 with a web page, as a captive portal does; the server sees nothing
+blank          answer 200 with nothing; the server sees nothing
 reset          reset the connection before the server sees anything
 lose_reply     let the server do the work, then reset the connection
 cut_upload     pass on half of the request's body, then reset both connections
@@ -40,6 +42,10 @@ from typing import Self
 _BUFFER = 1 << 20
 _PIECE = 64 << 10
 _ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected by the test</Message></Error>"
+_PAGE = (
+    '<?xml version="1.0"?><html xmlns="http://www.w3.org/1999/xhtml"><head><title>Welcome</title></head>'
+    "<body><p>Please sign in to use this network.</p></body></html>"
+)
 
 
 @dataclass
@@ -192,6 +198,10 @@ class FaultProxy:
             await self._hang(connection)
         if rule is not None and do == "status":
             await self._refuse(connection, request, method, rule)
+        if do in ("page", "blank"):
+            await self._refuse(
+                connection, request, method, Rule("status", status=200, body=_PAGE if do == "page" else " ")
+            )
         await connection.connect(self._upstream)
         head = request.raw
         if "100-continue" in request.headers.get("expect", ""):
@@ -249,8 +259,10 @@ class FaultProxy:
         if "100-continue" not in request.headers.get("expect", ""):
             async for _ in _body(connection.reader, request):
                 pass
-        body = (rule.body or self._error_body.format(status=rule.status, code=rule.code)).encode()
+        body = (rule.body or self._error_body.format(status=rule.status, code=rule.code)).strip().encode()
         kind = "application/json" if body.startswith(b"{") else "application/xml"
+        if body == _PAGE.encode():
+            kind = "text/html; charset=utf-8"
         head = f"HTTP/1.1 {rule.status} Injected\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
         connection.writer.write(head.encode() + b"Connection: close\r\n\r\n" + (b"" if method == "HEAD" else body))
         await connection.writer.drain()

@@ -47,8 +47,8 @@ RULES: dict[str, Rule] = {
                 - self._run.pin(name)
                 + condemned = self._store.condemned.keys()
                 + self._run.pin(name)
-                - known = self._look_around()
-                + known = Known(condemned, self._look_around().vouched)
+                - known = self._look_around(name)
+                + known = Known(condemned, self._look_around(name).vouched)
                 """,
             )
         ],
@@ -60,8 +60,8 @@ RULES: dict[str, Rule] = {
                 Writer,
                 "_look_around",
                 """
-                - return Known(condemned | lost, vouched - lost)
-                + return Known(lost, vouched - lost)
+                - return Known(condemned | lost, vouched - lost, sure=inherited)
+                + return Known(lost, vouched - lost, sure=inherited)
                 """,
             )
         ],
@@ -86,7 +86,7 @@ RULES: dict[str, Rule] = {
                 Uploader,
                 "_reusable",
                 """
-                - if str(key) not in known.condemned:
+                - if str(key) not in self._surely_condemned(known):
                 + if True:
                 """,
             )
@@ -125,7 +125,7 @@ RULES: dict[str, Rule] = {
                 Uploader,
                 "_usable",
                 """
-                - if str(key) not in known.vouched and not (look and self._store.objects.size(key) == one.size):
+                - if str(key) not in known.vouched and not (look and self._is_there(key, one.size, known)):
                 + if str(key) not in known.vouched and not look:
                 """,
             )
@@ -328,7 +328,7 @@ RULES: dict[str, Rule] = {
                 - self._run.pin(name)
                 + self._run.check_not_superseded(self._attempt)
                 + self._run.pin(name)
-                - known = self._look_around()
+                - known = self._look_around(name)
                 + known = Known(self._store.condemned.keys(), self._vouched())
                 """,
             )
@@ -457,7 +457,7 @@ RULES: dict[str, Rule] = {
                 Run,
                 "seal",
                 """
-                - self.backend.put(self._attempt_key(attempt) + ".from", dump_document("lineage", document))
+                - self.backend.put(self.seal_key(attempt), dump_document("lineage", document))
                 + pass
                 """,
             )
@@ -470,7 +470,7 @@ RULES: dict[str, Rule] = {
                 Run,
                 "lineage",
                 """
-                - if view.live and all(name.attempt <= sealed for name, _ in listed):
+                - if view.live and latest <= sealed:
                 + if True:
                 """,
             )
@@ -607,10 +607,10 @@ RULES: dict[str, Rule] = {
                 Collector,
                 "_pins",
                 """
-                - pins = list_pins(self._backend)
-                - existing = self._look()
-                + existing = self._look()
-                + pins = list_pins(self._backend)
+                - pins = list_pins(self._backend, twice=twice)
+                - existing = self._look(twice=twice)
+                + existing = self._look(twice=twice)
+                + pins = list_pins(self._backend, twice=twice)
                 """,
             )
         ],
@@ -622,7 +622,7 @@ RULES: dict[str, Rule] = {
                 Collector,
                 "_pins",
                 """
-                - existing = self._look()
+                - existing = self._look(twice=twice)
                 + existing = {key for _, _, key, _ in list_refs(self._backend)}
                 """,
             )

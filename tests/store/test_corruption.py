@@ -18,7 +18,7 @@ from incckpt.errors import BackendError, CorruptionError, FormatError, IncckptEr
 from incckpt.manager import CheckpointManager
 from incckpt.store.refs import Ref
 from incckpt.store.store import Store
-from incckpt.testing.faults import StopAt
+from incckpt.testing.disk import StopAt
 from tests.stores import object_keys, orphans
 
 pytestmark = pytest.mark.slow

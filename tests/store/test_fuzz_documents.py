@@ -324,7 +324,7 @@ def test_documents_alone(kind: str) -> None:
         "manifest": Manifest.from_json,
         "ref": Ref.from_json,
         "lineage": lambda data, key: parse_document(data, "lineage", key),
-        "condemned": CondemnedLists._parse,
+        "condemned": CondemnedLists.parse,
         "store": lambda data, key: parse_document(data, "store", key),
     }
     errors = 0
