@@ -13,7 +13,6 @@ from incckpt.reporting.components import Component, components_of
 from incckpt.reporting.heatmap import HeatMap, HeatMapBuilder
 from incckpt.reporting.tensors import TensorTable, object_sizes
 from incckpt.run.checkpoint import Checkpoint, read_refs
-from incckpt.run.view import stands
 from incckpt.store.lineage import Lineage, Run
 from incckpt.store.manifest import Manifest
 from incckpt.store.refs import Ref, RefName
@@ -126,7 +125,7 @@ def read_history(store: Store, name: str, progress: Progress | None = None) -> H
             heat.add(read.table)
             stored = sum(new.values()) + ref.manifest_size
             history.columns.append(Column(checkpoint, stored, last.blocked, last.norms_since))
-        elif stands(run, ref.name):
+        elif run.stands(ref.name):
             history.problems.append(str(read))
             heat.add(None)
             history.columns.append(Column(checkpoint))
