@@ -372,7 +372,7 @@ def test_where_two_attempts_have_a_step_the_lineages_is_read(tmp_path: Path, cap
             for step in range((start or 0) + 1, 4):
                 manager.save(step, {"x": value})
     assert incckpt.load(unpruned, step=3) == {"x": 30}
-    assert "that of attempt 2 is read; an abandoned one stands of attempt 1" in caplog.text
+    assert "reading that of attempt 2; there is an abandoned one of attempt 1" in caplog.text
 
 
 def test_going_on_from_an_abandoned_checkpoint(tmp_path: Path) -> None:

@@ -430,7 +430,7 @@ def test_arguments_that_are_none(backend: MemoryBackend) -> None:
             incckpt.recover(url, **options)
     with pytest.raises(OptionError, match="leave out"):
         incckpt.inventory(f"{backend.url}#default@3")
-    with pytest.raises(CheckpointNotFoundError, match="no checkpoint stands there"):
+    with pytest.raises(CheckpointNotFoundError, match="it has no checkpoint"):
         incckpt.recover(backend, run="other")
     for call in (incckpt.recover, incckpt.inventory):
         with pytest.raises(StoreNotFoundError):

@@ -83,7 +83,7 @@ def test_taken_apart(url: Any, location: Location) -> None:
         (None, "not a path or URL: None"),
         (3, "not a path or URL: 3"),
         (b"runs", "not a path or URL: b'runs'"),
-        ("simplecache::s3://bucket/run", "a cache shows what has been"),
+        ("simplecache::s3://bucket/run", "a cache may show an outdated store"),
     ],
 )
 def test_refused_everywhere_in_the_same_words(url: Any, message: str) -> None:

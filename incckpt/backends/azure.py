@@ -95,7 +95,7 @@ def open_url(url: str, storage_options: Mapping[str, Any]) -> Backend:
     match = _URL.fullmatch(url)
     if match is None:
         shown = redact(url)
-        raise OptionError(f"not an Azure URL, as az://container/path or abfss://container@host/path: {shown}")
+        raise OptionError(f"not an Azure URL: {shown}; write az://container/path or abfss://container@host/path")
     options = dict(storage_options)
     limits = take_options(options, redact(url))
     if match["host"]:

@@ -315,7 +315,7 @@ class Backend(ABC):
             try:
                 self.delete([key])
             except BackendError as exc:
-                logger.warning("%s: the key %s of a probe stays behind: %s", self.url, key, exc)
+                logger.warning("%s: could not delete the key %s of a probe: %s", self.url, key, exc)
         return self.exclusive
 
     def reserve(self) -> None:  # noqa: B027 - most stores are never full

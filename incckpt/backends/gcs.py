@@ -61,7 +61,7 @@ def open_url(url: str, storage_options: Mapping[str, Any]) -> Backend:
     """
     match = _URL.fullmatch(url)
     if match is None:
-        raise OptionError(f"not a GCS URL, as gs://bucket/path: {redact(url)}")
+        raise OptionError(f"not a GCS URL: {redact(url)}; write gs://bucket/path")
     options = dict(storage_options)
     limits = take_options(options, redact(url))
     return GCSBackend(match["bucket"], match["path"] or "", options, **limits)

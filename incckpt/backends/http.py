@@ -71,7 +71,7 @@ def open_url(url: str, storage_options: Mapping[str, Any]) -> Backend:
         raise OptionError(f"{redact(url)}: unknown storage_options {sorted(options)}; known: client_kwargs")
     parts = urlsplit(url)
     if not parts.hostname or parts.fragment:
-        raise OptionError(f"not an HTTP URL, as https://host/path: {redact(url)}")
+        raise OptionError(f"not an HTTP URL: {redact(url)}; write https://host/path")
     return HTTPBackend(url, client, **limits)
 
 
@@ -187,7 +187,7 @@ class HTTPBackend(RemoteBackend[_Session]):
             self._refuse_folder_or_coding(key, reply)
             size = reply.headers.get("Content-Length")
             if size is None:
-                raise BackendError(errno.EIO, f"{self.url}: the server does not tell the size of {key!r}")
+                raise BackendError(errno.EIO, f"{self.url}: the server does not send the size of {key!r}")
             modified = reply.headers.get("Last-Modified")
             return Entry(key, int(size), parsedate_to_datetime(modified).timestamp() if modified else None)
 
@@ -249,7 +249,7 @@ class HTTPBackend(RemoteBackend[_Session]):
     def _say_no_ranges(self) -> None:
         if not self._said_no_ranges:
             self._said_no_ranges = True
-            logger.warning("%s: the server does not know byte ranges; each costs the whole object", self.url)
+            logger.warning("%s: the server does not support byte ranges; each read costs the whole object", self.url)
 
     # -- connection and errors ----------------------------------------------------------------------------------------
 

@@ -404,8 +404,8 @@ class LocalBackend(Backend):
             self._calls = self._folders.calls = calls
             raise
         logger.warning(
-            "%s: this file system cannot sync a file (%s); a power cut, or the loss of the mount, may take the last "
-            "writes, checkpoints that were announced among them",
+            "%s: this file system cannot sync a file (%s); a power cut, or the loss of the mount, may undo the last "
+            "writes, even committed checkpoints",
             self.url,
             refused.strerror,
         )
@@ -436,7 +436,7 @@ class LocalBackend(Backend):
             pass
         except OSError as exc:
             if os.path.lexists(temporary):
-                logger.warning("%s: the temporary file %s stays behind: %s", self.url, temporary, exc)
+                logger.warning("%s: could not remove the temporary file %s: %s", self.url, temporary, exc)
 
     def _name_new(self, temporary: str, path: str) -> None:
         if not self.exclusive:

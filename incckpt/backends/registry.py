@@ -94,10 +94,10 @@ def check_url(text: str) -> None:
     if _FILE.match(text):
         return
     if text[:7].lower() == "file://":
-        raise OptionError(f"a file URL needs an absolute path, as file:///data/run: {redact(text)}")
+        raise OptionError(f"a file URL needs an absolute path, such as file:///data/run, not {redact(text)}")
     chain = _CHAIN.match(text)
     if chain is not None and chain[1].lower() in _CACHES:
-        raise OptionError(f"{redact(text)}: a cache shows what has been; give the URL behind {chain[1]}:: itself")
+        raise OptionError(f"{redact(text)}: a cache may show an outdated store; pass the URL without {chain[1]}::")
     match = _ONE_SLASH.match(text)
     if match is None or chain is not None or _SCHEME.match(text):
         return

@@ -426,5 +426,5 @@ def take_options(options: MutableMapping[str, Any], url: str) -> dict[str, float
         return {}
     timeout = options.pop("request_timeout")
     if not isinstance(timeout, int | float) or not timeout > 0:
-        raise OptionError(f"{url}: request_timeout is to be a number of seconds, not {timeout!r}")
+        raise OptionError(f"{url}: request_timeout must be a positive number of seconds, not {timeout!r}")
     return {"timeout": float(timeout)}

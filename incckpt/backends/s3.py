@@ -82,7 +82,7 @@ def open_url(url: str, storage_options: Mapping[str, Any]) -> Backend:
     """
     match = _URL.fullmatch(url)
     if match is None:
-        raise OptionError(f"not an S3 URL, as s3://bucket/path: {redact(url)}")
+        raise OptionError(f"not an S3 URL: {redact(url)}; write s3://bucket/path")
     options = dict(storage_options)
     limits = take_options(options, redact(url))
     return S3Backend(match["bucket"], match["path"] or "", options, **limits)
@@ -295,7 +295,7 @@ class S3Backend(RemoteBackend[Session]):
             return entries, None
         if not reply.get("NextContinuationToken"):
             raise BackendError(
-                errno.EIO, f"{self.url}: the listing of {begin!r} goes on, but the server does not say how"
+                errno.EIO, f"{self.url}: the listing of {begin!r} is cut short, without a continuation token"
             )
         return entries, reply["NextContinuationToken"]
 

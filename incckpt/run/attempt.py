@@ -316,7 +316,7 @@ class Attempt:
         try:
             self._collector.condemn_keys(self._discards.wasted)
         except BackendError as error:
-            log.warning("could not tell what failed saves have put; their pins stay for now, as a sign: %s", error)
+            log.warning("could not condemn the objects of failed saves; their pins stay until that works: %s", error)
             return False
         self._discards.note_condemned()
         return True

@@ -80,7 +80,7 @@ def _at(run: Run, lineage: Lineage, step: int) -> RefName:
     name, *others = found
     if others:
         log.warning(
-            "step %d of %s: that of attempt %d is read; an abandoned one stands of attempt %s",
+            "step %d of %s: reading that of attempt %d; there is an abandoned one of attempt %s",
             step,
             place(run),
             name.attempt,
@@ -107,9 +107,9 @@ def _best(run: Run, lineage: Lineage, metric: str | None, mode: Mode) -> RefName
     if metric is None:
         metrics = sorted({key for ref in refs for key in ref.metrics})
         if not metrics:
-            raise CheckpointNotFoundError(f"no checkpoint of {place(run)} is the best: none was saved with metrics")
+            raise CheckpointNotFoundError(f"{place(run)} has no best checkpoint: none was saved with metrics")
         if len(metrics) > 1:
-            raise OptionError(f"'best' of {place(run)} by which metric? Give metric=; there are {', '.join(metrics)}")
+            raise OptionError(f"'best' of {place(run)} needs metric=, one of {', '.join(metrics)}")
         metric = metrics[0]
     record = best([to_record(ref) for ref in refs], metric, mode)
     if record is None:

@@ -67,9 +67,9 @@ class PendingSaves:
         return self._futures[step] if step in self.steps else None
 
     def make_room(self, report: SaveReport) -> Future[Checkpoint] | None:
-        """Wait until a save may be put. Where it is skipped instead, return its future, which says so."""
+        """Wait until there is room for a save; if it is skipped instead, return its future, which says so."""
         if self._skips and self._queue.full:
-            log.warning("step %d was skipped: as many saves as may wait are being written still", report.step)
+            log.warning("step %d was skipped: max_pending earlier saves are still being written", report.step)
             skipped = _running()
             skipped.set_exception(
                 BacklogFullError(f"step {report.step} was not saved: earlier saves are being written")

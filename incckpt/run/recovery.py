@@ -180,8 +180,8 @@ class Recoverer:
         checked = found.checked
         if not checked:
             raise CheckpointNotFoundError(
-                f"{place(self._run)} cannot be recovered: no checkpoint stands there. Is the run's name right? To "
-                "begin anew, save to another run"
+                f"{place(self._run)} cannot be recovered: it has no checkpoint. Is the run's name right? To start "
+                "afresh, save to another run"
             )
         whole = {name: one.ref for name, one in checked.items() if not one.lost}
         if self._refs is not None:

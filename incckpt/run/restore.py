@@ -137,8 +137,8 @@ def restore_into(
     if damaged:
         names = ", ".join(dict.fromkeys(name for index in damaged for name in reads[index].names[:3]))
         log.error(
-            "step %d is whole, but what deltas of %d of its chunks are against is damaged, in a part that they do not "
-            "use (tensors: %s); the next save stores these in full",
+            "step %d is whole, but the bases of %d of its chunks are damaged, in parts that their deltas do not use "
+            "(tensors: %s); the next save stores these chunks in full",
             manifest.step, len(damaged), names,
         )  # fmt: skip
     if layout is not None:

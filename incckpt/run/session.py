@@ -152,7 +152,7 @@ class Sessions:
                 try:
                     return self._use(key, url, session, flat, step, metrics, if_exists)
                 except StoreNotFoundError as error:
-                    log.warning("beginning anew at %s: %s", session.store.backend.url, error)
+                    log.warning("starting afresh at %s: %s", session.store.backend.url, error)
             session = Session(backend or open_backend(url, options), run, wanted)
             self._close_others(session, run)
             return self._use(key, url, session, flat, step, metrics, if_exists)

@@ -176,7 +176,7 @@ def verify(
                     report(found[-1])
             if found:
                 return VerifyResult(store.backend.url, location.run, level, tuple(found))
-    raise CheckpointNotFoundError(f"{place(owner)}: {TRIES} times what there was had been pruned before it was checked")
+    raise CheckpointNotFoundError(f"{place(owner)}: {TRIES} times its checkpoints were pruned before they were checked")
 
 
 @dataclass(frozen=True)

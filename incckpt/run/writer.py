@@ -216,7 +216,7 @@ class Writer:
             return self._run.commit(ref)
         except BackendError as error:
             # Commit and abort race for one key, so an abort tells which came first.
-            log.warning("the commit of step %d got no clear answer (%s); settling it", ref.step, error)
+            log.warning("it is unknown whether step %d was committed (%s); finding out", ref.step, error)
             try:
                 aborted = self._run.abort(ref.name)
             except BackendError:

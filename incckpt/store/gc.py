@@ -168,7 +168,7 @@ class Collector:
             manager = f"CheckpointManager({self._backend.url!r}, run={run!r})"
             advice = f"if that checkpoint is lost, delete it: {manager}.delete({ref.step})"
         return CollectionError(
-            f"nothing was collected at {self._backend.url}: what {ref_key} needs is not known ({error}); {advice}"
+            f"nothing was collected at {self._backend.url}: it is unknown what {ref_key} needs ({error}); {advice}"
         )
 
     def _look(self, *, twice: bool = False) -> set[str]:
@@ -189,8 +189,8 @@ class Collector:
             # Pruned by another process, or left out by something that answers in the server's place.
             if key not in buried and self._stands(key):
                 raise CollectionError(
-                    f"nothing was collected at {self._backend.url}: {key} is there, and a listing left it out. Does a "
-                    "proxy or a cache stand between?"
+                    f"nothing was collected at {self._backend.url}: {key} exists, but a listing left it out. Is there "
+                    "a proxy or a cache in between?"
                 )
             self._drop(key)
         # Of tombstones the listing only tells the size; a damaged ref is none.

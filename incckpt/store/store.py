@@ -179,7 +179,7 @@ class Store:
         if not self.backend.probe_exclusive():
             log.warning(
                 "%s cannot create exclusively: only one process may write to it, which is not checked, and the objects "
-                "of pruned checkpoints stay",
+                "of pruned checkpoints are not deleted",
                 self.backend.url,
             )
         if self._id is None:
@@ -228,12 +228,12 @@ class Store:
         except KeyNotFoundError as error:
             raise StoreNotFoundError(
                 f"the store at {self.backend.url} is gone: it was removed or renamed while it was in use. Put it back, "
-                "or begin anew with another CheckpointManager"
+                "or start afresh with a new CheckpointManager"
             ) from error
         if found != self._id:
             raise StoreReplacedError(
-                f"another store stands at {self.backend.url} than the one in use (its id is {found}, it was "
-                f"{self._id}). Make another CheckpointManager to write to it"
+                f"the store at {self.backend.url} was replaced by another while it was in use (its id is {found}, it "
+                f"was {self._id}). Make a new CheckpointManager to write to it"
             )
 
     def _read_id(self) -> str:

@@ -51,7 +51,7 @@ def test_a_damaged_base_is_not_built_on(tmp_path: Path, verify: bool, caplog: py
     with incckpt.CheckpointManager(tmp_path, verify=verify) as manager:
         assert manager.restore(target) == 2
         assert torch.equal(target["w"], weights)
-        assert "the next save stores these in full" in caplog.text
+        assert "the next save stores these chunks in full" in caplog.text
         target["w"][:100] += 1e-3
         manager.save(3, target).result()
         target["w"][:100] += 1e-3
