@@ -1,7 +1,7 @@
-"""Sequences of system calls in one go: between two of them the interpreter's lock is not handed over.
+"""Sequences of system calls, made without taking the interpreter's lock in between.
 
-Each time that a thread takes the lock back, the training thread may be put to sleep (docs/decisions/007).
-:class:`incckpt.backends.system.SystemCalls` says the same in Python.
+Each time a thread takes the lock back, it may put the training thread to sleep (docs/decisions/007).
+:class:`incckpt.backends.system.SystemCalls` does the same in Python.
 """
 
 from cpython.bytes cimport PyBytes_AsStringAndSize
@@ -23,7 +23,9 @@ cdef extern from *:
     #include <sys/stat.h>
     #include <unistd.h>
 
-    /* Make what was written to a file, or the entries of a folder, durable; as SystemCalls.fsync. */
+    /* Functions that return `int` return 0 or an error number; files_is_folder returns a truth value. */
+
+    /* Make a file's content or a folder's entries durable, as SystemCalls.fsync does. */
     static int files_sync(int fd)
     {
         int failed;
@@ -47,7 +49,6 @@ cdef extern from *:
         return *fd < 0 ? errno : 0;
     }
 
-    /* Those below return 0 or an error number. */
 
     static int files_write_new(const char *path, const uint8_t *data, size_t nbytes)
     {
@@ -88,7 +89,7 @@ cdef extern from *:
         size_t nbytes;
     } files_file;
 
-    /* Leaves in `stage` what failed: 0 writing, 1 renaming, 2 the folder's sync. */
+    /* Sets `stage` to the step that failed: 0 write, 1 rename, 2 the folder's sync. */
     static int files_write_over(const files_file *file, int *stage)
     {
         int code;
@@ -109,9 +110,9 @@ cdef extern from *:
     }
 
     typedef struct {
-        char *names; /* each after 'd' for a folder or '-', and followed by a zero byte */
+        char *names; /* 'd' for a folder or '-', the name, and a zero byte, for each */
         size_t nbytes, room;
-        int64_t before, after; /* when the folder was changed last, in ns */
+        int64_t before, after; /* the folder's modification time before and after reading, in ns */
     } files_folder;
 
     static int64_t files_changed(int fd)
@@ -134,7 +135,7 @@ cdef extern from *:
         return fstatat(fd, entry->d_name, &found, 0) == 0 && S_ISDIR(found.st_mode);
     }
 
-    /* `names` is to be freed, whatever is returned. */
+    /* The caller frees `names`, even after an error. */
     static int files_read_folder(const char *path, files_folder *found)
     {
         DIR *const folder = opendir(path);
@@ -199,12 +200,12 @@ cdef extern from *:
 
 
 def write_new(path, const uint8_t[::1] data not None):
-    """Make a file that does not exist yet, with `data` as its content, durable.
+    """Create a file with `data` as its content, durably.
 
     Raises
     ------
     OSError
-        What the system says; the file may be there then, with a part of the data.
+        If the file exists or a call fails. After a failed call the file may hold part of the data.
     """
     cdef Path name = Path(path)
     cdef int code
@@ -219,7 +220,7 @@ def sync_folder(path):
     Raises
     ------
     OSError
-        What the system says.
+        If a call fails.
     """
     cdef Path name = Path(path)
     cdef int code
@@ -229,12 +230,17 @@ def sync_folder(path):
 
 
 def write_over(files):
-    """Of each of `files`, temporary path, path and data: `write_new`, give it the name `path`, `sync_folder`.
+    """Write files durably, over existing ones: `write_new`, rename, `sync_folder`.
+
+    Parameters
+    ----------
+    files
+        The temporary path, path and data of each.
 
     Raises
     ------
     OSError
-        What the system says, naming one of the paths or their folder; files before that one are done.
+        If a call fails; names one of the paths or their folder. The files before that one are complete.
     """
     cdef size_t count = <size_t> len(files), i
     cdef int code = 0, stage = 0
@@ -265,12 +271,12 @@ def write_over(files):
 
 
 def make_folder(path):
-    """Make a folder, and its name durable.
+    """Make a folder and sync its parent, which makes its name durable.
 
     Raises
     ------
     OSError
-        What the system says; the folder may be there then.
+        If a call fails; the folder may exist then.
     """
     cdef Path name = Path(path), above = Path(os.path.dirname(path))
     cdef int code
@@ -280,12 +286,12 @@ def make_folder(path):
 
 
 def read_folder(path):
-    """Return the names in a folder, each with whether it is a folder, and when the folder was changed, before and after.
+    """Return a folder's entries as (name, is a folder), and its modification time before and after reading, in ns.
 
     Raises
     ------
     OSError
-        What the system says.
+        If a call fails.
     """
     cdef Path name = Path(path)
     cdef files_folder found
@@ -301,14 +307,14 @@ def read_folder(path):
 
 
 cdef class Path:
-    """A path as the system takes it."""
+    """A path, encoded for the system."""
 
     cdef bytes name
     cdef char *c_name
 
     def __cinit__(self, path):
         self.name = os.fsencode(path)
-        PyBytes_AsStringAndSize(self.name, &self.c_name, NULL)  # which refuses null bytes
+        PyBytes_AsStringAndSize(self.name, &self.c_name, NULL)  # raises on null bytes
 
 
 cdef const uint8_t *start(const uint8_t[::1] data) noexcept nogil:
@@ -316,7 +322,7 @@ cdef const uint8_t *start(const uint8_t[::1] data) noexcept nogil:
 
 
 cdef int check(int code, path) except -1:
-    """Raise what `code` stands for, if it is not 0."""
+    """Raise the `OSError` of `code`, unless it is 0."""
     if code:
         raise OSError(code, os.strerror(code), path)
     return 0

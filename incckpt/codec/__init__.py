@@ -1,1 +1,1 @@
-"""Raw bytes to the bytes of an object, and back."""
+"""From raw bytes to the bytes of an object, and back."""

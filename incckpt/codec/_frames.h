@@ -1,9 +1,9 @@
-/* Frames to coded frames, without Python: what is chosen, and how it is carried out, for many chunks in one call.
+/* Codes frames without Python: chooses the way and carries it out, for many chunks in one call.
  *
- * Each call that takes and gives back the interpreter's lock may put the training thread to sleep, so chunks have to be
- * coded in few calls, not in several for each frame. What only zstd's matcher can do is left open here: blocks of low
- * entropy are set aside with their heads in place, and frames that repeat themselves are noted. The caller has zstd code
- * these, in one call for all, and frames_close puts the results in.
+ * Each call that releases the interpreter's lock may put the training thread to sleep when it takes the lock back. So
+ * chunks are coded in a few calls, not in several per frame. What needs zstd's matcher stays open: frames_code sets
+ * blocks of low entropy aside, with their heads in place, and marks frames that repeat themselves. The caller has zstd
+ * code each kind in one call, and frames_close inserts the results.
  *
  * The layout is in docs/objects.md. Nothing here checks its arguments; _planes.pyx does.
  */
@@ -14,21 +14,21 @@
 
 enum { WAY_RAW, WAY_INTRA, WAY_DELTA, WAY_ZSTD };
 enum { BLOCK_RAW, BLOCK_CONSTANT, BLOCK_MASKED, BLOCK_ZSTD, BLOCK_SPARSE };
-enum { FRAME_BYTES = 1 << 20, BLOCK_HEAD = 5, PLANE_GAP = 192 }; /* planes a power of two apart would share cache sets */
-enum { REPEATS_BYTES = 16 << 10, REPEATS_LOG = 12, REPEATS_COST = 2 /* bytes that zstd needs for a match, about */ };
-#define REPEATS_SIGN 0.98 /* matches by chance, in numbers, save less */
+enum { FRAME_BYTES = 1 << 20, BLOCK_HEAD = 5, PLANE_GAP = 192 }; /* the gap keeps planes from sharing cache sets */
+enum { REPEATS_BYTES = 16 << 10, REPEATS_LOG = 12, REPEATS_COST = 2 /* bytes of a match in zstd, roughly */ };
+#define REPEATS_SIGN 0.98 /* chance matches in numbers save less than this */
 
 typedef struct {
-    double worthwhile;    /* of its size, to which coding has to bring a block; decoding it has to be paid for */
-    double huffman_bits;  /* of entropy in a byte, below which zstd's matches and runs beat codes of at least a bit */
-    double masked_share;  /* of the commonest byte, from which a mask is smaller and faster than Huffman codes alone */
-    double delta_gain;    /* of intra's cost, below which a delta is worth the reading of its base */
-    double zstd_gain;     /* of the planes' size, below which zstd is worth its slower decoding */
-    size_t fewest;        /* elements, below which planes do not pay for their heads */
+    double worthwhile;    /* coded/raw size that a block must reach to repay its decoding */
+    double huffman_bits;  /* entropy per byte below which zstd beats Huffman codes, which take at least a bit */
+    double masked_share;  /* share of the commonest byte from which a mask is smaller and faster than Huffman codes */
+    double delta_gain;    /* delta/intra cost below which a delta repays reading its base */
+    double zstd_gain;     /* zstd/planes size below which zstd repays its slower decoding */
+    size_t fewest;        /* elements below which planes do not repay their heads */
 } frames_rules;
 
 typedef struct {
-    uint8_t *head;  /* of its block; the content is to follow that */
+    uint8_t *head;  /* of its block; the content will follow it */
     uint8_t *outer; /* head of the masked or sparse block around it, or NULL */
     const uint8_t *data;
     size_t nbytes;
@@ -39,10 +39,10 @@ typedef struct {
     size_t raw_nbytes;
     uint8_t *start;
     size_t nbytes;      /* at `start` */
-    size_t full_nbytes; /* what it would be without a base, about */
-    size_t asides;      /* still to be put in */
+    size_t full_nbytes; /* estimated size without a base */
+    size_t asides;      /* blocks set aside, still to be inserted */
     int way;
-    int repeats; /* itself, so that zstd is worth a try */
+    int repeats; /* whether it repeats itself, so that zstd is worth a try */
 } frames_frame;
 
 typedef struct {
@@ -61,13 +61,13 @@ typedef struct {
     const planes_variant *kernels;
     frames_rules rules;
     uint8_t *planes, *others, *bitmap; /* scratch */
-    uint8_t *end;                      /* of what this frame may take */
-    uint8_t *side;                     /* where what is set aside goes */
+    uint8_t *end;                      /* of the bytes that this frame may take */
+    uint8_t *side;                     /* where the next block set aside goes */
     frames_aside *asides;
     size_t count;
 } frames_coder;
 
-/* Bytes that all frames of `nbytes` may set aside, and blocks. */
+/* The most bytes, and the most blocks, that all frames of `nbytes` can set aside. */
 static size_t frames_side(size_t nbytes) { return nbytes + nbytes / 8 + 16 * (nbytes / FRAME_BYTES + 1); }
 static size_t frames_most_asides(size_t nbytes) { return 16 * (nbytes / FRAME_BYTES + 1); }
 
@@ -85,9 +85,9 @@ static size_t frames_length(const uint8_t *head)
     return (size_t)head[1] | (size_t)head[2] << 8 | (size_t)head[3] << 16 | (size_t)head[4] << 24;
 }
 
-/* ---- what to do -------------------------------------------------------------------------------------------------- */
+/* ---- the choice of a way ----------------------------------------------------------------------------------------- */
 
-/* The size to expect of planes with these statistics, of their raw size. */
+/* The expected coded/raw size of planes with these statistics. */
 static double frames_cost(const frames_coder *coder, const planes_statistics *planes, int itemsize)
 {
     double bits = 0.0;
@@ -96,8 +96,8 @@ static double frames_cost(const frames_coder *coder, const planes_statistics *pl
     return bits / (8.0 * itemsize);
 }
 
-/* The size to expect of what is left to code where four bytes or more repeat, of the raw size, if a byte that does not
- * costs `literal`; from the middle of a frame. */
+/* The expected coded/raw size if matches of four bytes or more are coded and every other byte costs `literal`, from a
+ * sample in the middle of the frame. */
 static double frames_repeats(const uint8_t *raw, size_t nbytes, double literal)
 {
     uint16_t seen[1 << REPEATS_LOG];
@@ -119,7 +119,7 @@ static double frames_repeats(const uint8_t *raw, size_t nbytes, double literal)
             i += length;
             matches++;
             misses = 0;
-        } else { /* look less often the longer nothing was found */
+        } else { /* the longer nothing is found, the larger the steps */
             const size_t step = 1 + misses++ / 32;
             literals += step;
             i += step;
@@ -128,7 +128,7 @@ static double frames_repeats(const uint8_t *raw, size_t nbytes, double literal)
     return ((double)literals * literal + (double)(matches * REPEATS_COST)) / (double)n;
 }
 
-/* Choose between the ways by samples, filling in the statistics of the planes; returns whether to code planes at all. */
+/* Choose a way from samples, and fill in the statistics of the planes. Return whether to code planes at all. */
 static int frames_choose(const frames_coder *coder, frames_frame *frame, const uint8_t *base, int itemsize,
                          planes_statistics *planes)
 {
@@ -155,7 +155,7 @@ static int frames_choose(const frames_coder *coder, frames_frame *frame, const u
         }
     }
     cost = cost < 1.0 ? cost : 1.0;
-    /* A sample knows little of what repeats further away: the least sign is followed. */
+    /* A sample shows little of distant repeats, so a faint sign is enough. */
     frame->repeats = frames_repeats(frame->raw, frame->raw_nbytes, full) < REPEATS_SIGN * cost;
     return cost < 1.0;
 }
@@ -196,12 +196,12 @@ static uint8_t *frames_plain_block(frames_coder *coder, uint8_t *at, uint8_t *ou
     return content + n;
 }
 
-/* Whether the set bits of a bitmap, `count` of n, are few and lie anywhere: gaps are then shorter than the bitmap's bytes
- * can be coded. Where they lie in rows, as in an embedding, zstd's matches in the bitmap are better. */
+/* Whether the set bits of a bitmap, `count` of n, are few and scattered: gaps are then shorter than the coded bitmap.
+ * If they lie in rows, as in an embedding, zstd's matches in the bitmap are better. */
 static int frames_scattered(size_t count, size_t n, const planes_statistics *bitmap)
 {
     const double share = (double)count / (double)n;
-    const double bits = -8.0 * (share * log2(share) + (1.0 - share) * log2(1.0 - share)); /* of a byte, at random */
+    const double bits = -8.0 * (share * log2(share) + (1.0 - share) * log2(1.0 - share)); /* of a byte of random bits */
     return count && count <= n / 16 && bitmap->bits > 0.85 * bits;
 }
 
@@ -223,7 +223,7 @@ static uint8_t *frames_block(frames_coder *coder, uint8_t *at, const uint8_t *da
     at[BLOCK_HEAD] = common;
     planes_survey(coder->kernels, inner[0], NULL, lengths[0], 1, &statistics);
     if (frames_scattered(lengths[1], n, &statistics)) {
-        uint8_t *const gaps = coder->others + n / 2; /* of n bytes, the others take the first sixteenth */
+        uint8_t *const gaps = coder->others + n / 2; /* the others take at most the first n/16 bytes */
         const size_t m = gaps_from_bitmap(coder->bitmap, n, gaps, n / 8);
         if (m <= n / 8 && coder->end - end >= 4) {
             kind = BLOCK_SPARSE;
@@ -244,8 +244,8 @@ static uint8_t *frames_block(frames_coder *coder, uint8_t *at, const uint8_t *da
     return end;
 }
 
-/* Write a frame's planes as blocks, and what is left over, at its start; return where that ends, or NULL if it does not
- * fit into as many bytes as the frame has. */
+/* Write a frame's planes as blocks, then its remaining bytes, at its start. Return where they end, or NULL if they do
+ * not fit into the frame's raw size. */
 static uint8_t *frames_planes(frames_coder *coder, const frames_frame *frame, const uint8_t *base, int itemsize,
                               const planes_statistics *found)
 {
@@ -254,7 +254,7 @@ static uint8_t *frames_planes(frames_coder *coder, const frames_frame *frame, co
     uint8_t *planes[8], *at = frame->start;
     int noise = 0;
     coder->end = frame->start + frame->raw_nbytes;
-    /* The low planes are mostly noise: those below the first that is not are split right to where they are stored. */
+    /* The low planes are mostly noise. Split those below the first that is not straight to where they are stored. */
     while (noise < itemsize && found[noise].bits >= 8.0 * coder->rules.worthwhile
            && (size_t)(noise + 1) * slot <= frame->raw_nbytes)
         noise++;
@@ -301,8 +301,8 @@ static void frames_code_one(frames_coder *coder, frames_frame *frame, const uint
     frames_store(frame);
 }
 
-/* Code the frames of a chunk to `out`, and describe them in `frames`. One that is still open has as many bytes to itself
- * as it has raw ones, so that it can be closed in place. */
+/* Code the frames of a chunk to `out` and describe them in `frames`. A frame that stays open gets as much room as it
+ * has raw bytes, so that it can be closed in place. */
 static void frames_code(frames_coder *coder, const frames_chunk *chunk, frames_frame *frames)
 {
     uint8_t *at = chunk->out;
@@ -321,8 +321,8 @@ static int frames_worthwhile(const frames_coder *coder, const frames_aside *asid
     return content->nbytes <= (size_t)(coder->rules.worthwhile * (double)aside->nbytes);
 }
 
-/* Put in what was set aside: `contents[i]`, or where that is not worth it `asides[i].data`. From the last to the first,
- * so that everything moves towards the end, once. */
+/* Insert what was set aside: `contents[i]`, or `asides[i].data` if coding did not pay. Go from the last to the first,
+ * so that everything moves towards the end, and only once. */
 static void frames_fill(const frames_coder *coder, frames_frame *frame, const frames_aside *asides,
                         const frames_bytes *contents)
 {
@@ -353,8 +353,8 @@ static void frames_fill(const frames_coder *coder, frames_frame *frame, const fr
         frame->full_nbytes = total;
 }
 
-/* Complete the frames of a chunk and bring them together. `asides` and `contents` are those of its frames in order, as
- * are `texts` what zstd makes of those that repeat themselves; returns how many of both were used. */
+/* Complete the frames of a chunk and move them together. `asides` and `contents` belong to its frames, in order, and so
+ * do `texts`, the frames that repeat themselves as coded by zstd; all three pointers advance past what was used. */
 static void frames_close(const frames_coder *coder, const frames_chunk *chunk, frames_frame *frames,
                          const frames_aside **asides, const frames_bytes **contents, const frames_bytes **texts)
 {

@@ -1,9 +1,9 @@
-/* Inner loops of _planes.pyx: elements <-> byte planes, and what a byte plane is made of.
+/* Inner loops of _planes.pyx: elements <-> byte planes, and statistics of byte planes.
  *
- * Every loop is written once, in plain C that GCC and Clang vectorise (build with -O3). On x86 the same bodies are
- * compiled again for AVX2 and AVX-512 and one of them is chosen at run time; elsewhere the compiler's baseline (NEON on
- * arm64) is all there is. The only hand-written vector code is the masking of bytes with AVX-512's compress and expand,
- * which no compiler finds by itself.
+ * Every loop is written once, in plain C that GCC and Clang vectorise (build with -O3). On x86 the same bodies are also
+ * compiled for AVX2 and AVX-512, and one variant is chosen at run time; elsewhere there is only the compiler's baseline
+ * (NEON on arm64). The only hand-written vector code masks bytes with AVX-512's compress and expand, which compilers do
+ * not find by themselves.
  *
  * Nothing here checks its arguments; _planes.pyx does.
  */
@@ -31,10 +31,10 @@
 
 #define PLANES_INLINE static inline __attribute__((always_inline))
 
-enum { PLANES_BLOCK = 4096 };                   /* bytes transformed at a time: they stay in the L1 cache */
-enum { SAMPLE_RUNS = 16, SAMPLE_LENGTH = 256 }; /* elements looked at by planes_survey */
+enum { PLANES_BLOCK = 4096 };                   /* bytes transformed at a time, which stay in the L1 cache */
+enum { SAMPLE_RUNS = 16, SAMPLE_LENGTH = 256 }; /* elements that planes_survey samples */
 enum { SAMPLE = SAMPLE_RUNS * SAMPLE_LENGTH };
-enum { GAP_SKIP = 255 }; /* a gap that goes on in the next byte */
+enum { GAP_SKIP = 255 }; /* the gap continues in the next byte */
 
 typedef struct {
     double bits;     /* entropy, bits per byte */
@@ -46,7 +46,7 @@ typedef struct {
 
 /* Bodies for elements of W bytes. Intra: rotate left by one bit, so that a float's exponent fills the top byte. Delta:
  * map both numbers to integers in the order of their float values, subtract, move the sign to the lowest bit. A block
- * is joined beside `raw` and copied there, so that it may be the base's own memory. */
+ * is joined in scratch memory and then copied to `raw`, which may therefore be the base's own memory. */
 #define PLANES_BODIES(W, U, S)                                                                                         \
     PLANES_INLINE U order_##W(U x) { return (U)(x ^ (U)((U)((S)x >> (8 * W - 1)) >> 1)); }                             \
     PLANES_INLINE void split_##W(const uint8_t *raw, const uint8_t *base, size_t n, uint8_t *const *planes)            \
@@ -136,8 +136,8 @@ PLANES_INLINE int constant_body(const uint8_t *bytes, size_t n)
     return 1;
 }
 
-/* Write one bit per byte (lowest first; set where the byte is not `common`) and those bytes; return how many they are.
- * `others` has room for n bytes: the loop stores every byte and only then decides whether to step over it. */
+/* Write a bitmap with one bit per byte (lowest first; set where the byte is not `common`) and the bytes with set bits;
+ * return their number. `others` has room for n bytes: the loop stores every byte, then decides whether to keep it. */
 PLANES_INLINE size_t mask_from(const uint8_t *bytes, size_t i, size_t n, uint8_t common, uint8_t *bitmap,
                                uint8_t *others, size_t count)
 {
@@ -182,8 +182,8 @@ PLANES_INLINE void unmask_from(const uint8_t *bitmap, const uint8_t *others, siz
     }
 }
 
-/* Write, for each set bit of a bitmap of n bits, how many clear ones come before it, in steps of GAP_SKIP; return how many
- * bytes that takes, or `room` + 1 if they are more than `room`. */
+/* For each set bit of a bitmap of n bits, write the number of clear bits before it, in steps of GAP_SKIP. Return the
+ * number of bytes written, or `room` + 1 if they do not fit into `room`. */
 static size_t gaps_from_bitmap(const uint8_t *bitmap, size_t n, uint8_t *gaps, size_t room)
 {
     size_t count = 0, next = 0;
@@ -207,7 +207,7 @@ static size_t gaps_from_bitmap(const uint8_t *bitmap, size_t n, uint8_t *gaps, s
     return count;
 }
 
-/* How many bytes the gaps are in front of. */
+/* The number of bytes that the gaps precede. */
 static size_t gaps_ends(const uint8_t *gaps, size_t m)
 {
     size_t count = 0;
@@ -216,11 +216,11 @@ static size_t gaps_ends(const uint8_t *gaps, size_t m)
     return count;
 }
 
-/* Fill n bytes with `common` but for `others` behind the gaps, as many as gaps_ends says. Return whether they fit. */
+/* Fill n bytes with `common`, except for `others` (gaps_ends of them), each after its gap. Return whether they fit. */
 static int gaps_fill(const uint8_t *gaps, size_t m, const uint8_t *others, uint8_t common, uint8_t *bytes, size_t n)
 {
     size_t at = 0, next = 0;
-    if (n) /* of no bytes there may be no address */
+    if (n) /* with no bytes, the address may be NULL */
         memset(bytes, common, n);
     for (size_t i = 0; i < m; i++) {
         at += gaps[i];
@@ -299,7 +299,7 @@ PLANES_AVX512 static size_t mask_avx512(const uint8_t *bytes, size_t n, uint8_t 
         const __m512i v = _mm512_loadu_si512(bytes + i);
         const uint64_t bits = _mm512_cmpneq_epi8_mask(v, commons);
         memcpy(bitmap + i / 8, &bits, 8);
-        /* count <= i, so the full 64 bytes fit; a store of only the compressed ones is slow on some processors */
+        /* count <= i, so all 64 bytes fit; storing only the compressed ones is slow on some processors */
         _mm512_storeu_si512(others + count, _mm512_maskz_compress_epi8(bits, v));
         count += (size_t)__builtin_popcountll(bits);
     }
@@ -345,7 +345,7 @@ static const planes_variant planes_variants[] = {
 #endif
 };
 
-/* Return how many of the variants, from the first on, this processor and its operating system can run. */
+/* Return how many of the variants, counted from the first, this processor and operating system can run. */
 static int planes_usable(void)
 {
 #if PLANES_X86
@@ -365,11 +365,11 @@ static int planes_usable(void)
 
 /* ---- statistics of a sample -------------------------------------------------------------------------------------- */
 
-/* Entropy with Miller and Madow's correction (half a nat for every further symbol, per byte seen): a sample of 4096
- * uniform bytes would otherwise look like 7.955 bits. */
+/* Entropy with the correction of Miller and Madow (half a nat per further symbol, divided by the bytes seen): without
+ * it, a sample of 4096 uniform bytes would seem to have 7.955 bits. */
 static void planes_count(const uint8_t *bytes, size_t n, planes_statistics *found)
 {
-    uint16_t counts[4][256]; /* four, so that runs of one byte do not wait for their own increments */
+    uint16_t counts[4][256]; /* four, so that a run of one byte need not wait for its own increments */
     double sum = 0.0;
     size_t i = 0, symbols = 0, most = 0, commonest = 0;
     memset(counts, 0, sizeof counts);
@@ -403,7 +403,7 @@ static void planes_count(const uint8_t *bytes, size_t n, planes_statistics *foun
     }
 }
 
-/* Statistics of each byte plane, from SAMPLE elements in SAMPLE_RUNS runs spread evenly; from all, if there are fewer. */
+/* Statistics of each byte plane, from SAMPLE elements in SAMPLE_RUNS evenly spread runs, or from all if fewer. */
 static void planes_survey(const planes_variant *variant, const uint8_t *raw, const uint8_t *base, size_t n,
                           int itemsize, planes_statistics *found)
 {

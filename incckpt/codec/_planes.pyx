@@ -1,7 +1,7 @@
-"""Codec kernels: elements to byte planes and back, masks, and what a sample of the planes looks like.
+"""Codec kernels: elements to byte planes and back, masks, and statistics of sampled planes.
 
-Bytes in, bytes and numbers out; no policy. Every function checks the sizes that it is given, runs on one thread without
-the interpreter's lock, and takes the number of the instruction set to use, an index into ``VARIANTS``.
+Bytes in, bytes and numbers out; no policy. Every function checks sizes, runs on one thread without the interpreter's
+lock, and takes the index in ``VARIANTS`` of the instruction set to use.
 """
 
 from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -128,7 +128,7 @@ cdef const planes_variant *chosen(int variant) except NULL:
 
 
 cdef class Pinned:
-    """The addresses of up to eight buffers, which cannot be resized or freed before this object is."""
+    """The addresses of up to eight buffers, which stay valid as long as this object exists."""
 
     cdef Py_buffer buffers[8]
     cdef uint8_t *addresses[8]
@@ -166,7 +166,8 @@ def split(const uint8_t[::1] raw not None, const uint8_t[::1] base, planes, int 
     base
         ``uint8[w * n]`` for a delta, or ``None``.
     planes
-        ``w`` times ``uint8[n]``: 1, 2, 4 or 8 planes, the lowest byte's first; apart from each other, `raw` and `base`.
+        1, 2, 4 or 8 planes (``w``), each ``uint8[n]``, the lowest byte's first. They must not overlap each other, `raw`
+        or `base`.
     variant
         Index into ``VARIANTS``.
 
@@ -188,7 +189,7 @@ def split(const uint8_t[::1] raw not None, const uint8_t[::1] base, planes, int 
 
 
 def join(planes, const uint8_t[::1] base, uint8_t[::1] raw not None, int variant):
-    """Write the elements whose byte planes `planes` are: the inverse of `split`. `raw` may be the memory of `base`."""
+    """Write the elements with these byte planes to `raw`, which may be `base` itself: the inverse of `split`."""
     cdef const planes_variant *kernels = chosen(variant)
     cdef Pinned pinned = Pinned(planes, PyBUF_SIMPLE)
     if <size_t> raw.shape[0] != pinned.nbytes * <size_t> pinned.count:
@@ -202,12 +203,12 @@ def join(planes, const uint8_t[::1] base, uint8_t[::1] raw not None, int variant
 
 
 def survey(const uint8_t[::1] raw not None, const uint8_t[::1] base, int itemsize, int variant):
-    """Return for every byte plane, as `split` would write it, what a sample of 16 times 256 elements says.
+    """Return statistics of each byte plane that `split` would write, from 16 samples of 256 elements.
 
     Returns
     -------
     list of (float, float, int)
-        Entropy in bits per byte; share of the commonest byte; that byte. Of no bytes: 0, 1 and 0.
+        Entropy in bits per byte, share of the commonest byte, and that byte; 0, 1 and 0 for no bytes.
     """
     cdef const planes_variant *kernels = chosen(variant)
     cdef planes_statistics found[8]
@@ -224,7 +225,7 @@ def survey(const uint8_t[::1] raw not None, const uint8_t[::1] base, int itemsiz
 
 
 cdef class Held:
-    """Buffers, which cannot be resized or freed before they are let go of or this object is."""
+    """Buffers, which stay valid as long as this object exists."""
 
     cdef Py_buffer *buffers
     cdef size_t count
@@ -236,7 +237,7 @@ cdef class Held:
             raise MemoryError
 
     cdef Py_buffer *hold(self, item, int flags) except NULL:
-        """Take one more, of at most as many as were asked for."""
+        """Hold one more buffer, at most `most` in all."""
         PyObject_GetBuffer(item, &self.buffers[self.count], flags)
         self.count += 1
         return &self.buffers[self.count - 1]
@@ -253,22 +254,22 @@ cdef class Held:
 
 
 cdef class Coder:
-    """Codes chunks as frames, many in one call, in scratch memory of its own; for one thread at a time.
+    """Codes the frames of many chunks in one call, with scratch memory of its own; for one thread at a time.
 
     Parameters
     ----------
     worthwhile
-        Part of its size to which coding has to bring a block.
+        Coded/raw size that a block must reach.
     huffman_bits
-        Entropy of a byte, in bits, below which zstd's matcher has to code a block.
+        Entropy in bits per byte below which zstd's matcher codes a block.
     masked_share
         Share of the commonest byte above which a plane is masked.
     delta_gain
-        Part of the cost without a base, below which a frame becomes a delta.
+        Delta/intra cost below which a frame becomes a delta.
     zstd_gain
-        Part of the planes' size, below which a frame becomes zstd's.
+        Zstd/planes size below which a frame is coded with zstd.
     fewest
-        Elements of a frame, below which it is stored as it is.
+        Elements below which a frame is stored raw.
     """
 
     cdef frames_coder state
@@ -301,7 +302,7 @@ cdef class Coder:
         free(self.side)
 
     cdef size_t reserve(self, size_t nbytes) except 0:
-        """Make room for what `nbytes` raw bytes may set aside; what is not used is never touched."""
+        """Make room for all that `nbytes` raw bytes may set aside; unused room is never touched."""
         cdef size_t wanted = frames_side(nbytes) + 1
         if wanted > self.side_nbytes:
             free(self.side)
@@ -313,24 +314,24 @@ cdef class Coder:
         return wanted
 
     def encode(self, chunks, fast, general, int variant):
-        """Code chunks, each to the first bytes of its `out`.
+        """Code chunks, each at the start of its `out`.
 
-        Takes and gives back the interpreter's lock once, and twice more where zstd is needed.
+        Releases the interpreter's lock once, and up to three times more if zstd is needed.
 
         Parameters
         ----------
         chunks
-            Of each: raw bytes, ``uint8[n]``; base, the same, or ``None``; bytes of an element, 1, 2, 4 or 8; out,
-            ``uint8[n]`` or more.
+            For each: the raw bytes, ``uint8[n]``; the base, ``uint8[n]`` or ``None``; bytes per element, 1, 2, 4 or 8;
+            `out`, at least ``uint8[n]``.
         fast, general
-            Called with a list of memoryviews, none empty, return what zstd's fast and its better matcher make of each.
+            Called with a list of memoryviews, none empty, they return each as coded by zstd's fast or better matcher.
         variant
             Index into ``VARIANTS``.
 
         Returns
         -------
         list of list of (int, int, int)
-            For each chunk, for each frame: its way, its coded bytes, and what they would be without a base.
+            For each chunk and each of its frames: its way, its coded size, and its estimated size without a base.
         """
         if not chunks:
             return []
@@ -367,7 +368,7 @@ cdef class Coder:
                     raise ValueError(f"{sources[i].nbytes} bytes may not fit into {buffer.len}")
                 frames += frames_count(sources[i].nbytes)
                 nbytes += sources[i].nbytes
-            # Chunks are many and small, or few: a bound for each frame of each.
+            # Bounded per frame: chunks may be many and small.
             found = <frames_frame *> malloc((frames + 1) * sizeof(frames_frame))
             asides = <frames_aside *> malloc(frames_most_asides(frames * FRAME_NBYTES) * sizeof(frames_aside))
             if found == NULL or asides == NULL:
@@ -426,7 +427,7 @@ cdef class Coder:
 
 
 cdef Held held_all(function, data):
-    """Call `function` with a list and hold the buffers that it returns, one for each; not if it is empty."""
+    """Call `function` with a list, unless it is empty, and hold the buffers that it returns, one for each item."""
     results = list(function(data)) if data else []
     if len(results) != len(data):
         raise ValueError(f"{len(results)} results for {len(data)} buffers")
@@ -461,14 +462,14 @@ def mask(
     data
         ``uint8[n]``.
     bitmap
-        ``uint8[ceil(n / 8)]``, filled: a bit for every byte, the lowest first, set where it is not `common`.
+        ``uint8[ceil(n / 8)]``; receives one bit per byte, the lowest first, set where the byte is not `common`.
     others
-        ``uint8[at least n]``: begins with those bytes afterwards; the rest is undefined.
+        At least ``uint8[n]``; receives those bytes, and is undefined behind them.
 
     Returns
     -------
     int
-        How many they are.
+        Their number.
     """
     cdef const planes_variant *kernels = chosen(variant)
     cdef size_t n = <size_t> data.shape[0]
@@ -484,7 +485,7 @@ def mask(
 
 
 def popcount(const uint8_t[::1] bitmap not None, int variant):
-    """Return how many bits are set."""
+    """Return the number of set bits."""
     cdef const planes_variant *kernels = chosen(variant)
     cdef const uint8_t *bits = address(bitmap)
     cdef size_t n = <size_t> bitmap.shape[0]
@@ -501,12 +502,12 @@ def unmask(
     uint8_t[::1] data not None,
     int variant,
 ):
-    """Fill `data`, ``uint8[n]``: the inverse of `mask`, `others` being exactly as long as bits are set.
+    """Fill `data`, ``uint8[n]``: the inverse of `mask`, with one of `others` for each set bit.
 
     Raises
     ------
     ValueError
-        If it is not, or bits are set beyond the n-th.
+        If there are more or fewer `others` than set bits, or if bits are set beyond the n-th.
     """
     cdef const planes_variant *kernels = chosen(variant)
     cdef size_t n = <size_t> data.shape[0]
@@ -521,19 +522,19 @@ def unmask(
     cdef size_t set_bits
     with nogil:
         set_bits = kernels.popcount(bits, (n + 7) // 8)
-        if set_bits == total:  # with more, the kernel would read beyond the others
+        if set_bits == total:  # with more bits, the kernel would read beyond the others
             kernels.unmask(bits, rest, total, n, common, target)
     if set_bits != total:
         raise ValueError(f"the bitmap has {set_bits} bits set, not {total}")
 
 
 def gaps(const uint8_t[::1] bitmap not None, size_t n, uint8_t[::1] out not None):
-    """Write how many clear bits come before each set one of a bitmap of `n` bits: 255 for as many that go on, then less.
+    """For each set bit of a bitmap of `n` bits, write the number of clear bits before it: bytes of 255, then the rest.
 
     Returns
     -------
     int
-        How many bytes were written to `out`; if they do not fit, one more than it has.
+        The number of bytes written to `out`; if they do not fit, one more than its size.
     """
     cdef const uint8_t *bits = address(bitmap)
     cdef uint8_t *target = <uint8_t *> address(out)
@@ -547,7 +548,7 @@ def gaps(const uint8_t[::1] bitmap not None, size_t n, uint8_t[::1] out not None
 
 
 def gap_ends(const uint8_t[::1] gaps not None):
-    """Return how many bytes `gaps`, as the function of that name writes them, are in front of."""
+    """Return the number of bytes that `gaps`, as written by the function of that name, precede."""
     cdef const uint8_t *source = address(gaps)
     cdef size_t n = <size_t> gaps.shape[0]
     cdef size_t count
@@ -559,12 +560,12 @@ def gap_ends(const uint8_t[::1] gaps not None):
 def fill_gaps(
     const uint8_t[::1] gaps not None, const uint8_t[::1] others not None, uint8_t common, uint8_t[::1] data not None
 ):
-    """Fill `data` with `common` but for `others`, each behind its gap.
+    """Fill `data` with `common`, except for `others`, each after its gap.
 
     Raises
     ------
     ValueError
-        If they are not as many as the gaps say, or do not fit.
+        If the number of `others` does not match the gaps, or they do not fit.
     """
     cdef const uint8_t *source = address(gaps)
     cdef const uint8_t *rest = address(others)
@@ -576,7 +577,7 @@ def fill_gaps(
     cdef bint fits = False
     with nogil:
         ends = gaps_ends(source, m)
-        if ends == total:  # with more, the kernel would read beyond the others
+        if ends == total:  # with more gaps, the kernel would read beyond the others
             fits = gaps_fill(source, m, rest, common, target, n)
     if ends != total:
         raise ValueError(f"the gaps are in front of {ends} bytes, not {total}")
@@ -585,19 +586,19 @@ def fill_gaps(
 
 
 def copy(const uint8_t[::1] source not None, uint8_t[::1] target not None):
-    """Copy ``uint8[n]``. A slice assignment does the same, and holds the interpreter's lock all the while.
+    """Copy ``uint8[n]`` without the interpreter's lock, which a slice assignment would hold.
 
     Raises
     ------
     ValueError
-        The lengths differ.
+        If the lengths differ.
     """
     cdef size_t n = source.shape[0]
     cdef const uint8_t *start = address(source)
     cdef uint8_t *end = <uint8_t *> address(target)
     if <size_t> target.shape[0] != n:
         raise ValueError(f"{n} bytes do not fit into {target.shape[0]}")
-    if n < SMALL:  # handing the lock over and back takes longer
+    if n < SMALL:  # releasing and taking the lock would take longer
         if n:
             memcpy(end, start, n)
     else:
@@ -606,13 +607,13 @@ def copy(const uint8_t[::1] source not None, uint8_t[::1] target not None):
 
 
 def digests(size_t sha256, chunks):
-    """Return for each of `chunks`, ``uint8[n]``, the SHA-256 digests of its frames, end to end, all in one call.
+    """Return, for each of `chunks` (``uint8[n]``), the concatenated SHA-256 digests of its frames.
 
     Parameters
     ----------
     sha256
-        Address of a function ``unsigned char *(const unsigned char *data, size_t nbytes, unsigned char *digest)``, such
-        as OpenSSL's ``SHA256``, that needs no lock.
+        Address of a function ``unsigned char *(const unsigned char *data, size_t nbytes, unsigned char *digest)`` that
+        needs no lock, such as OpenSSL's ``SHA256``.
     """
     cdef hash_function function = <hash_function> <void *> sha256
     cdef size_t many = <size_t> len(chunks), i
@@ -635,7 +636,7 @@ def digests(size_t sha256, chunks):
 
 
 cdef bint hash_frames(hash_function function, const Py_buffer *source, uint8_t *target) noexcept nogil:
-    """Write the digests of the frames of `source` to `target`; returns whether that worked."""
+    """Write the digests of the frames of `source` to `target`; return whether that succeeded."""
     cdef const uint8_t *data = <const uint8_t *> source.buf
     cdef size_t nbytes = <size_t> source.len, i
     for i in range(frames_count(nbytes)):
@@ -660,9 +661,9 @@ def huffman(const uint8_t[::1] data not None, uint8_t[::1] out not None, int var
 
 
 def unhuffman(const uint8_t[::1] coded not None, uint8_t[::1] out not None, int variant):
-    """Fill `out` with what a frame that `huffman` wrote holds, and return whether it is one, of that many bytes.
+    """Decode a frame written by `huffman` into `out`; return whether it is one, with exactly as many bytes.
 
-    Where it is none, which zstd may be able to read nonetheless, `out` is undefined.
+    If it is not, `out` is undefined, and zstd may still be able to read the frame.
     """
     cdef const planes_variant *kernels = chosen(variant)
     cdef const uint8_t *source = address(coded)

@@ -1,8 +1,7 @@
 """SHA-256 of the frames of many chunks in one call, without the interpreter's lock.
 
-:mod:`hashlib` takes and gives back the lock for every frame, and each time may put the training thread to sleep
-(docs/decisions/007). The function that it calls in the end, OpenSSL's, is called directly where it can be found; where
-it cannot, :mod:`hashlib` does the same work.
+:mod:`hashlib` releases and takes the lock for every frame, and may put the training thread to sleep each time
+(docs/decisions/007). So this module calls the same OpenSSL function directly, if it finds it, and else :mod:`hashlib`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def _find_sha256() -> int:
-    """Return the address of the ``SHA256`` of the OpenSSL that Python has loaded, or 0."""
+    """Return the address of ``SHA256`` in the OpenSSL that Python has loaded, or 0."""
     try:
         import _hashlib
 
@@ -38,12 +37,12 @@ _SHA256: Final = _find_sha256()
 
 
 def frame_digests(chunks: Sequence[memoryview]) -> list[bytes]:
-    """Return, for each chunk, the SHA-256 digests of its frames, 32 bytes each, end to end.
+    """Return, for each chunk, the concatenated SHA-256 digests of its frames, 32 bytes each.
 
     Parameters
     ----------
     chunks
-        Of each ``uint8[n]``; a chunk's last frame may be shorter.
+        ``uint8[n]`` each; a chunk's last frame may be shorter.
     """
     if _SHA256:
         return _planes.digests(_SHA256, chunks)

@@ -1,4 +1,4 @@
-"""What the environment asks of the codec, read once; the codec's page, ``docs/codec-huffman.md``, says when to."""
+"""The codec's environment variables, read once; ``docs/codec-huffman.md`` says when to set them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["CODER", "VERIFY_WRITES", "choice"]
 
 
 def choice(variable: str, values: tuple[str, ...]) -> str:
-    """Return the one of `values` that an environment variable holds; the first if it is unset or empty.
+    """Return the value of an environment variable, which must be one of `values`; the first if it is unset or empty.
 
     Raises
     ------
     OptionError
-        It holds something else.
+        If it has another value.
     """
     value = os.environ.get(variable) or values[0]
     if value not in values:
@@ -25,7 +25,7 @@ def choice(variable: str, values: tuple[str, ...]) -> str:
 
 
 CODER: Final = choice("INCCKPT_CODEC", ("huffman", "zstd"))
-"""What codes byte planes, and decodes them: the coder of our own, or libzstd."""
+"""What codes and decodes byte planes: our own Huffman coder, or libzstd."""
 
 VERIFY_WRITES: Final = choice("INCCKPT_VERIFY_WRITES", ("0", "1")) == "1"
-"""Whether every object is decoded again, by libzstd, before it is stored."""
+"""Whether libzstd decodes every object again before it is stored."""

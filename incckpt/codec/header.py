@@ -1,4 +1,4 @@
-"""The header of an object: which way each frame went, where its coded bytes are, and its digest.
+"""The header of an object: each frame's way of coding, coded bytes and digest.
 
 The layout is in ``docs/objects.md``.
 """
@@ -35,22 +35,22 @@ _NO_PADDING = bytes(3)
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What an object says of itself.
+    """The header of an object.
 
     Attributes
     ----------
     itemsize
         Bytes of an element: 1, 2, 4 or 8.
     nbytes
-        Raw bytes.
+        Length of the raw bytes.
     base
         Identity of the base, or ``None`` for a full object.
     ways
-        Way of each frame, an index into `WAYS`.
+        How each frame is coded, as an index into `WAYS`.
     offsets
-        Where each frame's coded bytes begin in the object, and behind the last, where the object ends.
+        Where each frame's coded bytes begin in the object; the last element is the object's size.
     digests
-        The frames' digests, 32 bytes each, end to end.
+        The frames' digests, 32 bytes each, concatenated.
     """
 
     itemsize: int
@@ -66,7 +66,7 @@ class Header:
         return hashlib.sha256(self.digests).digest()
 
     def frames(self, start: int, stop: int) -> range:
-        """Return the frames that raw bytes ``[start, stop)`` lie in."""
+        """Return the frames that contain raw bytes ``[start, stop)``."""
         if not 0 <= start <= stop <= self.nbytes:
             raise ValueError(f"no bytes [{start}, {stop}) in a chunk of {self.nbytes}")
         return range(start // FRAME_BYTES, -(-stop // FRAME_BYTES)) if start < stop else range(0)
@@ -76,7 +76,7 @@ class Header:
         return (frames.start * FRAME_BYTES, min(frames.stop * FRAME_BYTES, self.nbytes)) if frames else (0, 0)
 
     def coded_span(self, frames: range) -> tuple[int, int]:
-        """Return where the coded bytes of consecutive `frames` begin and end in the object: what to fetch."""
+        """Return where the coded bytes of consecutive `frames` begin and end in the object: the range to fetch."""
         return (self.offsets[frames.start], self.offsets[frames.stop]) if frames else (0, 0)
 
 
@@ -86,12 +86,12 @@ def header_nbytes(nbytes: int) -> int:
 
 
 def max_nbytes(nbytes: int) -> int:
-    """Return the most bytes that an object of `nbytes` raw bytes can have."""
+    """Return the largest size of an object of `nbytes` raw bytes."""
     return header_nbytes(nbytes) + nbytes
 
 
 def flat(data: Buffer) -> memoryview:
-    """Return the bytes of `data`, flat, without a copy."""
+    """Return a flat view of the bytes of `data`."""
     view = data.data if isinstance(data, np.ndarray) else memoryview(data)
     return view if view.format == "B" and view.ndim == 1 and view.c_contiguous else view.cast("B")
 
@@ -112,7 +112,7 @@ def write_header(
     itemsize, nbytes, base, digests
         As in `Header`.
     frames
-        Way and coded bytes of each frame.
+        Way and coded length of each frame.
     """
     _HEAD.pack_into(out, 0, MAGIC, FORMAT, itemsize, 0 if base is None else _HAS_BASE, 0, nbytes, base or _NO_BASE)
     at = _HEAD.size
@@ -123,17 +123,17 @@ def write_header(
 
 
 def read_header(data: Buffer) -> Header:
-    """Return the header that an object begins with, after checking it.
+    """Return an object's header, checked.
 
     Parameters
     ----------
     data
-        The object, or its beginning, of at least `header_nbytes` of the chunk's size.
+        The object, or at least its first ``header_nbytes(nbytes)`` bytes.
 
     Raises
     ------
     CodecError
-        If it is not the header of an object, or not as it was written.
+        If this is not a header, or a damaged one.
     """
     view = flat(data)
     if len(view) < header_nbytes(0):

@@ -1,1 +1,1 @@
-"""What the caller of a save waits for: finding what changed, and copying it."""
+"""The part of a save that its caller waits for: finding what changed, and copying it."""

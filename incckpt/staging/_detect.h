@@ -1,5 +1,5 @@
-/* What _delta.pyx does to one block of bytes: compare, add up squares, copy, read. C for GCC and Clang, with AVX2 and
- * AVX-512 compiled in beside it and chosen at run time. INCCKPT_GENERIC_ONLY leaves out all that is for one processor. */
+/* What _detect.pyx does with one block of bytes: compare, add up squares, copy, read. C for GCC and Clang, with
+ * variants for AVX2 and AVX-512 chosen at run time. INCCKPT_GENERIC_ONLY leaves out code for specific processors. */
 
 #ifndef INCCKPT_DETECT_H
 #define INCCKPT_DETECT_H
@@ -16,13 +16,13 @@
 #include <arm_neon.h>
 #endif
 
-/* Far enough ahead to cover the latency of memory. Without it the arithmetic fills the processor's window and too
- * few loads are in flight: bfloat16 ran at half the speed. */
+/* Far enough ahead to hide the latency of memory. Without prefetching, the arithmetic fills the processor's window and
+ * too few loads are in flight: bfloat16 ran at half the speed. */
 #define PREFETCH_BYTES 1024
 
 /* ---- exact comparison ---- */
 
-/* The flags are shared: set by any thread, and read without waiting by all. */
+/* The flags are shared: any thread may set one, and all read them without waiting. */
 static inline int flag_is_set(const unsigned char *flag) { return __atomic_load_n(flag, __ATOMIC_RELAXED); }
 static inline void set_flag(unsigned char *flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
 
@@ -51,11 +51,11 @@ typedef void (*SumsFunction)(const char *c, const char *b, size_t n, double *out
 #include "_sums.h"
 #endif
 
-/* The functions of one kernel by element type (in the order of _sums.h), or NULL where it cannot run. */
+/* The functions of a kernel by element type, in the order of _sums.h; NULL if it cannot run here. */
 static const SumsFunction *sums_functions(const char *kernel) {
     if (strcmp(kernel, "generic") == 0) return sums_generic;
 #ifdef INCCKPT_X86
-    /* F16C came before AVX2 in every line of processors, and Clang learned to ask for it only lately. */
+    /* F16C is older than AVX2 in every line of processors, and only recent versions of Clang can test for it. */
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (strcmp(kernel, "avx2") == 0 && avx2) return sums_avx2;
     if (strcmp(kernel, "avx512") == 0 && avx2 && __builtin_cpu_supports("avx512f") &&
@@ -67,8 +67,8 @@ static const SumsFunction *sums_functions(const char *kernel) {
 
 #define FLOAT64 0
 
-/* A square below 2^-1074 is lost. Where float64 differences are that small their sum is given as a bound that is well
- * above what can have been lost, so that such a tensor is not taken for unchanged. */
+/* A square below 2^-1074 is lost. If float64 differences are that small, return a bound well above all that can have
+ * been lost in place of their sum, so that the tensor does not count as unchanged. */
 static double bounded_below(double sum, const char *c, const char *b, size_t n) {
     const double bound = 0x1p-900;
     if (!(sum < bound) || memcmp(c, b, n) == 0) return sum;
@@ -86,8 +86,8 @@ static inline void add_squares(const SumsFunction *functions, int type, uintptr_
     if (type == FLOAT64) out[0] = bounded_below(out[0], (const char *)c, (const char *)b, n);
 }
 
-/* Programs may have told their threads to take subnormal numbers for zero (torch.set_flush_denormal), and the answer
- * must not depend on which thread was told. */
+/* A program may have set some of its threads to flush subnormal numbers to zero (torch.set_flush_denormal). The result
+ * must not depend on which. */
 static inline uint64_t use_default_float_mode(void) {
     uint64_t mode = 0;
 #if defined(__x86_64__)
@@ -111,7 +111,7 @@ static inline void restore_float_mode(uint64_t mode) {
 
 /* ---- copy ---- */
 
-/* Stores past the cache spare reading what they overwrite; below this size the copy is likely to be used from it. */
+/* Stores that bypass the cache need not read what they overwrite. Smaller copies will likely be used from the cache. */
 #define STREAM_BYTES (64 << 10)
 
 static inline void copy_block(uintptr_t from, uintptr_t to, size_t n) {
@@ -137,7 +137,7 @@ static inline void copy_block(uintptr_t from, uintptr_t to, size_t n) {
     memcpy(target, source, n);
 }
 
-/* ---- read: what the memory can do, for the benchmark ---- */
+/* ---- read: the speed of memory, for benchmarks ---- */
 
 static inline uint64_t read_block(uintptr_t a, uintptr_t b, size_t n) {
     const char *x = (const char *)a, *y = (const char *)b;

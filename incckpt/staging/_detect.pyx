@@ -1,8 +1,8 @@
 """Kernels of change detection and staging: bytes in, flags, sums or bytes out.
 
-Nothing is checked here; detect.py, which also cuts the blocks, does that. A block is ``nbytes`` bytes at ``offset`` in the
-segment ``segment``, whose addresses are ``src[segment]`` and ``base[segment]``. No kernel holds the GIL while it runs, and
-none of the answers depends on the number of threads.
+Nothing here checks its arguments; detect.py does, and cuts the blocks. Block ``i`` is ``nbytes[i]`` bytes at
+``offset[i]`` in segment ``s = segment[i]``, whose addresses are ``src[s]`` and ``base[s]``. Kernels run without the
+GIL, and no result depends on the number of threads.
 """
 
 from cython.parallel import parallel, prange
@@ -40,7 +40,7 @@ KERNELS = tuple(name for name in ("avx512", "avx2", "generic") if sums_functions
 
 
 cdef Py_ssize_t _turn(Py_ssize_t blocks, int threads) noexcept nogil:
-    """Blocks that a thread takes at a time: few enough that all threads end together."""
+    """The number of blocks that a thread takes at a time: few enough that all threads finish together."""
     return max(1, min(8, blocks // (4 * threads)))
 
 
@@ -54,7 +54,7 @@ def flag_differences(
     unsigned char[::1] flags,
     int threads,
 ):
-    """Set ``flags[group[s]]`` for every segment ``s`` that differs; a group whose flag is set is not read any more."""
+    """Set ``flags[group[s]]`` for every segment ``s`` that differs; stop reading a group once its flag is set."""
     cdef Py_ssize_t i, n = segment.shape[0], turn = _turn(n, threads)
     cdef int64_t s
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic", chunksize=turn):
@@ -110,7 +110,7 @@ def read(
     const int64_t[::1] nbytes,
     int threads,
 ):
-    """Read both sides of every block and do next to nothing with them: a measure for the other kernels."""
+    """Read both sides of every block and do almost nothing with them, as a yardstick for the other kernels."""
     cdef Py_ssize_t i, n = segment.shape[0], turn = _turn(n, threads)
     cdef int64_t s
     cdef uint64_t seen = 0

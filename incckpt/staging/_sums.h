@@ -1,12 +1,12 @@
-/* Sums of squares for one instruction set; _detect.h includes this once per set, having defined
+/* Sums of squares for one instruction set; _detect.h includes this once per set, after defining
  *
  *     NAME(x)        x with the set's name appended
- *     TARGET         the attribute by which a function may use the set
+ *     TARGET         the attribute that lets a function use the set
  *     VECTOR_BYTES   16 (any processor), 32 (AVX2, FMA, F16C) or 64 (AVX-512 F, BW, DQ)
  *
- * What it leaves is one function per element type, NAME(sums_<type>)(c, b, n, out), which adds up (c - b)^2 and b^2
- * over n bytes. Vectors are GCC's and Clang's own, so that the same lines serve every set; only what those cannot
- * say well (widening to float64, and float16) is written per set. The order of addition depends on n alone.
+ * It defines one function per element type, NAME(sums_<type>)(c, b, n, out), which adds up (c - b)^2 and b^2 over n
+ * bytes. It uses the vector extensions of GCC and Clang, so that the same lines serve every set; only what those do not
+ * express well (widening to float64, and float16) is written per set. The order of additions depends only on n.
  */
 
 #define INLINE static inline __attribute__((always_inline)) TARGET
@@ -21,12 +21,12 @@ typedef uint32_t u32 __attribute__((vector_size(VECTOR_BYTES)));
 typedef float f32 __attribute__((vector_size(VECTOR_BYTES)));
 typedef double f64 __attribute__((vector_size(VECTOR_BYTES)));
 
-/* Four independent chains each, or the latency of an addition would be the limit. */
+/* Four independent chains each, so that the latency of additions is not the limit. */
 typedef struct {
     f64 diff[4], base[4];
 } Sums;
 
-/* The lower and the upper half of a vector, widened. */
+/* The lower and upper half of a vector, widened. */
 #if VECTOR_BYTES == 64
 INLINE f64 NAME(low)(f32 v) { return (f64)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)); }
 INLINE f64 NAME(high)(f32 v) { return (f64)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1)); }
@@ -46,8 +46,8 @@ INLINE f32 NAME(half_high)(u16 v) { return (f32)vcvt_high_f32_f16((float16x8_t)v
 INLINE f64 NAME(low)(f32 v) { return (f64){v[0], v[1]}; }
 INLINE f64 NAME(high)(f32 v) { return (f64){v[2], v[3]}; }
 
-/* float16 in the upper half of each lane. Moved down by 3 bits its fields lie where float32 has them, and the
- * exponent is 112 short; a subnormal gets its value from the subtraction of the bit that it lacks. */
+/* A float16 in the upper half of each lane. Shifted down by 3 bits, its fields are where float32 has them, and its
+ * exponent is 112 too small. A subnormal gets its value by subtracting the leading bit that it lacks. */
 INLINE f32 NAME(half)(u32 v) {
     u32 magnitude = (v & 0x7fff0000u) >> 3;
     u32 exponent = magnitude & 0x0f800000u;
@@ -56,7 +56,7 @@ INLINE f32 NAME(half)(u32 v) {
     f32 small = (f32)(magnitude + 0x38800000u) - 0x1p-14f;
     return (f32)((v & 0x80000000u) | (subnormal & (u32)small) | (~subnormal & normal));
 }
-/* Even and odd elements instead of halves: a sum does not mind. */
+/* Even and odd elements instead of halves, which makes no difference to a sum. */
 INLINE f32 NAME(half_low)(u16 v) { return NAME(half)((u32)v << 16); }
 INLINE f32 NAME(half_high)(u16 v) { return NAME(half)((u32)v); }
 #endif
@@ -67,7 +67,7 @@ INLINE void NAME(add)(Sums *sums, int chain, f64 c, f64 b) {
     sums->base[chain] += b * b;
 }
 
-/* Squares of bfloat16 span 10^-80 to 10^77, so nothing is squared before it is float64. */
+/* Squares of bfloat16 range from 10^-80 to 10^77, so values are squared only as float64. */
 INLINE void NAME(add_bfloat)(Sums *sums, int chain, f32 c, f32 b) {
     f32 d = c - b;
     f64 d_low = NAME(low)(d), d_high = NAME(high)(d), b_low = NAME(low)(b), b_high = NAME(high)(b);
@@ -77,7 +77,7 @@ INLINE void NAME(add_bfloat)(Sums *sums, int chain, f32 c, f32 b) {
     sums->base[chain + 1] += b_high * b_high;
 }
 
-/* float16 and float8 lie within 2^-24 to 2^16: sums of a few squares are safe in float32. */
+/* float16 and float8 range from 2^-24 to 2^16, so sums of a few squares are safe in float32. */
 INLINE void NAME(add_half)(f32 *diff, f32 *base, u16 c, u16 b) {
     f32 b_low = NAME(half_low)(b), b_high = NAME(half_high)(b);
     f32 d_low = NAME(half_low)(c) - b_low, d_high = NAME(half_high)(c) - b_high;
@@ -92,7 +92,7 @@ INLINE void NAME(add_short)(Sums *sums, int chain, f32 diff, f32 base) {
     sums->base[chain + 1] += NAME(high)(base);
 }
 
-/* A float8_e4m3fn in the upper byte of each lane as float16, 2^-8 times its value. */
+/* A float8_e4m3fn in the upper byte of each lane, as a float16 of 2^-8 times its value. */
 INLINE u16 NAME(e4m3)(u16 v) {
     u16 magnitude = v & 0x7f00;
     return (v & 0x8000) | (magnitude >> 1) | ((u16)(magnitude == 0x7f00) & 0x7e00);
@@ -138,7 +138,7 @@ INLINE void NAME(step_float16)(Sums *sums, const char *c, const char *b) {
     NAME(add_short)(sums, 0, diff, base);
 }
 
-/* The even and the odd bytes in the upper half of each lane: a float8_e5m2 is the upper byte of a float16. */
+/* The even and odd bytes in the upper half of each lane: a float8_e5m2 is the upper byte of a float16. */
 INLINE void NAME(step_float8_e5m2)(Sums *sums, const char *c, const char *b) {
     f32 diff[2] = {{0}}, base[2] = {{0}};
     for (int k = 0; k < 4; k++) {

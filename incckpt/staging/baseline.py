@@ -1,10 +1,10 @@
-"""What happens in the caller's thread of a save: find the chunks that changed, copy them into host buffers, return.
+"""The part of a save in the caller's thread: find the chunks that changed, copy them into host buffers, return.
 
 The *base* is the content of each chunk's last full object, kept in host memory. Contents are immutable: a buffer is
-never written while anything refers to it, so saves that wait behind one another cannot see each other's data.
+never written while anything refers to it, so saves in the queue cannot see each other's data.
 
-The state's memory is read to find what changed, and read once more to copy it. Another thread may write to it all the
-while: what is stored is always the copy, and everything else about it is computed from the copy.
+The state's memory is read once to find what changed, and again to copy it. Another thread may write to it meanwhile:
+the copy is what is stored, and everything else about it is computed from the copy.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ __all__ = ["Baseline", "ChunkSegments", "Slot", "StageReport", "live_contents"]
 
 log = logging.getLogger(__name__)
 
-_DEVICE_BATCH = 256 << 20  # bytes copied from a device at once, before they are compared
+_DEVICE_BATCH = 256 << 20  # bytes copied from a device at once, then compared
 
 
 @dataclass
 class StageReport:
-    """What the caller of a save waited for.
+    """What staging found.
 
     Attributes
     ----------
     chunks, changed_chunks
-        Chunks of the state, and those that differed from the base.
+        Number of chunks in the state, and of those that differed from the base.
     nbytes, changed_bytes
         Their raw bytes.
     norms
-        With thresholds: by tensor, its relative change and the norm of what was stored before.
+        With thresholds: tensor -> its relative change, and the norm of its stored value.
     """
 
     chunks: int = 0
@@ -61,7 +61,7 @@ class StageReport:
 class Slot:
     """A chunk's place in the base.
 
-    `full` is the content of the last full object; `latest` a later content that is not (yet) one.
+    `full` is the content of the last full object, `latest` a later content that is not (yet) stored as one.
     """
 
     full: Content | None = None
@@ -92,16 +92,16 @@ class Slot:
 
 @dataclass
 class Baseline:
-    """The base of a run's writer: what each save is compared with, and what deltas are against.
+    """The base of a run's writer: what it compares each save with, and takes deltas against.
 
     Parameters
     ----------
     chunk_bytes
         Chunk size.
     keep
-        Whether contents are kept to compare with. If not, every save stages everything.
+        Whether to keep contents for comparison. If not, every save stages everything.
     delta
-        Whether what changed may be stored as a delta against its base.
+        Whether changed chunks may be stored as deltas.
     threads
         For comparing and copying.
     thresholds
@@ -126,17 +126,17 @@ class Baseline:
 
     @property
     def host_bytes(self) -> tuple[int, int]:
-        """Host memory held: bytes in use, and bytes kept for recycling."""
+        """Host memory held: bytes in use, and bytes kept for reuse."""
         pools = (self.pool, self._pinned)
         return sum(pool.used_bytes for pool in pools), sum(pool.free_bytes for pool in pools)
 
     def trim(self, keep_bytes: int) -> None:
-        """Give recycled memory beyond `keep_bytes` back."""
+        """Release memory kept for reuse beyond `keep_bytes`."""
         self.pool.trim(keep_bytes)
         self._pinned.trim(keep_bytes)
 
     def layout_for(self, sizes: list[tuple[int, int]], kinds: list[str]) -> Layout:
-        """Return the layout of ranges of these ``(bytes, element size)``; another than the last forgets the base."""
+        """Return the layout of ranges of these ``(bytes, element size)``; if it is a new one, forget the base."""
         layout, _ = self._current
         if sizes != layout.sizes or kinds != layout.kinds:
             layout = Layout.of(sizes, kinds, self.chunk_bytes)
@@ -145,33 +145,33 @@ class Baseline:
         return layout
 
     def forget(self) -> None:
-        """Let go of all contents."""
+        """Drop all contents."""
         with self._lock:
             layout, _ = self._current
             self._current = layout, _slots_of(layout)
 
     def adopt(self, layout: Layout, contents: Sequence[Content | None]) -> None:
-        """Take a restored checkpoint's contents as the base, so that the next save is incremental already.
+        """Take a restored checkpoint's contents as the base, so that the next save is already incremental.
 
         Parameters
         ----------
         layout
-            Given by `layout_for` for the checkpoint's ranges.
+            From `layout_for`, for the checkpoint's ranges.
         contents
-            One per chunk; those whose object is a delta come with the content of the full object it is against. A
-            chunk with ``None`` has no base: the next save stores it in full.
+            One per chunk; for a chunk stored as a delta, the content of the full object behind it. A chunk with
+            ``None`` has no base: the next save stores it in full.
         """
         with self._lock:
             if self.keep and layout is self._current[0]:
                 self._current = layout, [Slot(full=content) for content in contents]
 
     def stage(self, flat: FlatState, report: StageReport) -> tuple[Layout, list[Content]]:
-        """Compare the state with the base and copy what changed; when this returns the state may change.
+        """Compare the state with the base and copy what changed. After this returns, the state may change.
 
         Parameters
         ----------
         report
-            To be filled in.
+            Filled in.
 
         Returns
         -------
@@ -211,7 +211,7 @@ class Baseline:
         return layout, complete
 
     def stage_packed(self, flat: FlatState, report: StageReport) -> PackedChunks:
-        """Cut the packed values into chunks, and add those to `report`; the ones that the last save had are its own."""
+        """Cut the packed values into chunks, reusing those of the last save, and add them to `report`."""
         packed = self._packed.stage(flat.packed)
         changed, nbytes = packed.new
         report.chunks += len(packed.contents)
@@ -221,9 +221,9 @@ class Baseline:
         return packed
 
     def settle(self, layout: Layout, contents: Sequence[Content]) -> None:
-        """Note that a save's contents are stored: full objects become the base, deltas are let go of.
+        """Note that a save's contents are stored: full objects become the base, and deltas are dropped.
 
-        `layout` is that of the save; what was staged since may have another, with other chunks.
+        `layout` is that of the save; later saves may have another one, with other chunks.
         """
         with self._lock:
             current, slots = self._current
@@ -232,7 +232,7 @@ class Baseline:
                     slot.settle(content)
 
     def full(self, layout: Layout, index: int) -> Content | None:
-        """Return the content of the last full object of chunk `index`, if a delta may be against it.
+        """Return the content of the last full object of chunk `index`, if deltas against it are allowed.
 
         ``None`` also if `layout` is no longer that of the base.
         """
@@ -292,7 +292,7 @@ class Baseline:
         limits: RangeThresholds,
         report: StageReport,
     ) -> npt.NDArray[np.bool_]:
-        """Say which ranges moved too far, given the segments to compare and those that are new; ``bool[r]``."""
+        """Return which ranges moved too far, given the segments to compare and those that are new; ``bool[r]``."""
         ranges = table.seg_range[compared]
         diff, norm = detect.relative_l2(
             source[compared],
@@ -324,7 +324,7 @@ class Baseline:
         chunks: Sequence[int],
         ranges: Sequence[ByteRange],
     ) -> dict[int, Content]:
-        """Stage chunks that lie, at least in part, in device memory: copy to the host, then compare there."""
+        """Stage chunks that lie at least in part in device memory: copy them to the host, then compare them there."""
         staged: dict[int, Content] = {}
         if not chunks:
             return staged
@@ -369,7 +369,7 @@ class ChunkSegments:
     Parameters
     ----------
     source
-        ``uintp[m]``: the address of each segment; those in device memory have none.
+        ``uintp[m]``: the address of each segment; meaningless for those in device memory.
     """
 
     def __init__(self, table: ChunkTable, source: Addresses, ranges: Sequence[ByteRange]) -> None:
@@ -380,7 +380,7 @@ class ChunkSegments:
         self._on_device = np.fromiter((item.tensor is not None for item in ranges), np.bool_, len(ranges))
 
     def copy(self, index: int, out: Bytes, copy_device: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
-        """Copy chunk `index` to `out`; `copy_device` is called with target and source for each part on a device."""
+        """Copy chunk `index` to `out`, calling ``copy_device(target, source)`` for each part on a device."""
         table = self._table
         segments = np.arange(self._first[index], self._first[index + 1])
         on_device = self._on_device[table.seg_range[segments]]
@@ -397,12 +397,12 @@ class ChunkSegments:
 
 
 def live_contents(flat: FlatState, layout: Layout) -> list[Content]:
-    """Return the contents of a state that are copied from its memory only while they are held."""
+    """Return contents of a state that copy its memory only while they are held."""
     table = layout.table
     segments = ChunkSegments(table, layout.addresses(flat.ranges), flat.ranges)
     pool = HostPool()
     for device in {item.device for item in flat.ranges if item.device.type == "cuda"}:
-        torch.cuda.current_stream(device).synchronize()  # the copies are made by threads with streams of their own
+        torch.cuda.current_stream(device).synchronize()  # threads with other streams will make the copies
 
     def read(index: int) -> Bytes:
         out = pool.take(int(table.chunk_nbytes[index]))

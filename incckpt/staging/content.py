@@ -1,4 +1,4 @@
-"""The bytes of a chunk at one moment, and everything that decides whether it is stored in full or as a delta."""
+"""The bytes of a chunk at one moment, and the decision whether to store them in full or as a delta."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _NOTHING = np.empty(0, np.uint8)
 
 @dataclass
 class DeltaHistory:
-    """The deltas stored against a full object, and when it is time for another full one.
+    """The deltas stored against a full object, and when to store another full one.
 
-    A cycle of one full object and n deltas costs (F + d₁ + … + dₙ) / (n + 1) bytes a save. This falls while the next
-    delta is smaller than it, so the cycle ends when the last delta was not: when (n + 1) dₙ - (d₁ + … + dₙ), which is
-    d₁ at first and grows, has reached F.
+    A cycle of one full object of F bytes and n deltas costs (F + d₁ + … + dₙ) / (n + 1) bytes per save. This cost falls
+    as long as the next delta is smaller than it. So the cycle ends when the last delta was not: when (n + 1) dₙ -
+    (d₁ + … + dₙ), which starts at d₁ and grows, has reached F.
 
-    A chunk's `first` cycle ends on the way there, evenly spread over the chunks, so that not all of them are due at
-    once ever after. Later ones do not: deltas of dense training grow so slowly that, of the cost, 3 % more make a cycle
-    four times as long.
+    A chunk's `first` cycle ends earlier, at bounds spread evenly over the chunks, so that they do not all fall due in
+    the same saves forever. Later cycles use F itself: the deltas of dense training grow so slowly that a bound 3 % too
+    high makes a cycle four times as long (docs/decisions/005).
     """
 
     first: bool = True
@@ -47,7 +47,7 @@ class DeltaHistory:
         self.last = nbytes
 
     def is_over(self, full_nbytes: int, index: int) -> bool:
-        """Whether chunk `index`, whose full object takes `full_nbytes`, should be stored in full now."""
+        """Whether to store chunk `index`, whose full object takes `full_nbytes`, in full now."""
         bound: float = full_nbytes
         if self.first:
             bound -= index * 0.6180339887498949 % 1.0 * (full_nbytes - self.start)
@@ -55,12 +55,12 @@ class DeltaHistory:
 
 
 class Content:
-    """The bytes of one chunk at one moment, immutable, and what is known of them.
+    """The bytes of one chunk at one moment, immutable, and what is known about them.
 
     Parameters
     ----------
     raw
-        ``uint8[nbytes]``, which nothing writes to from now on.
+        ``uint8[nbytes]``; must not be written to any more.
     itemsize
         Element size for the codec.
 
@@ -71,11 +71,11 @@ class Content:
     raw
         The bytes, or ``None`` while they are not in memory.
     digest
-        Of `raw`, once `compute_digests` was called.
+        Of `raw`, after `compute_digests`.
     stored
-        Where it is stored, as far as this process knows; set by the uploader, which checks it before relying on it.
+        Where it is stored, as far as this process knows. The uploader sets it, and checks it before relying on it.
     deltas
-        The deltas against it, if it is a base.
+        The deltas against this content, if it is a base.
     """
 
     __slots__ = ("_digest", "deltas", "itemsize", "nbytes", "raw", "stored")
@@ -90,7 +90,7 @@ class Content:
 
     @classmethod
     def of_full(cls, raw: Bytes, chunk: Chunk) -> Content:
-        """Return the content of the full object that `chunk` is, or is a delta against; `raw` holds its bytes."""
+        """Return the content of a full object with bytes `raw`: that of `chunk`, or of its base if it is a delta."""
         content = cls(raw, chunk.itemsize)
         base = chunk.base
         if base is None:
@@ -106,13 +106,13 @@ class Content:
 
     @property
     def identity(self) -> str:
-        """Identity of `raw`, 64 hexadecimal digits, once there is a digest."""
+        """Identity of `raw`, 64 hexadecimal digits; needs the digest."""
         assert self._digest is not None
         return self._digest.identity.hex()
 
     @property
     def weight(self) -> int:
-        """Bytes of memory that writing it takes: room for its object."""
+        """Bytes of memory needed to write it: room for its object."""
         return self.nbytes
 
     @property
@@ -121,15 +121,15 @@ class Content:
         return self.raw is not None
 
     def hold(self) -> None:
-        """Have `raw` in memory until `release`."""
+        """Keep `raw` in memory until `release`."""
 
     def release(self) -> None:
-        """Let go of what `hold` has read."""
+        """Drop what `hold` read."""
 
     # -- full or delta?
 
     def base_of(self, content: Content, index: int) -> Chunk | None:
-        """Return where this, chunk `index`'s last full object, is stored if `content` should be a delta against it."""
+        """Return where this content, the last full one of chunk `index`, is stored, if `content` should be a delta."""
         stored = self.stored
         if self is content or not self.readable or stored is None or stored.base is not None:
             return None
@@ -137,15 +137,15 @@ class Content:
 
     @staticmethod
     def is_worthwhile(encoded: Encoded) -> bool:
-        """Whether an object coded against a base is worth keeping as it is; if not, the chunk is stored in full."""
+        """Whether an object is worth storing as it is; if not, it is a delta, and the chunk is stored in full."""
         return encoded.base is None or len(encoded.data) <= _DELTA_WORTHWHILE * encoded.full_nbytes
 
 
 class LiveContent(Content):
-    """A chunk of memory that is copied for as long as it is held, and may change at any other time.
+    """A chunk of live memory, copied while it is held; the memory may change at any time.
 
-    Everything is computed from the copy: memory that changes meanwhile makes a torn checkpoint at worst, never an
-    object that does not match its digest.
+    Everything is computed from the copy. So changing memory makes a torn checkpoint at worst, never an object that does
+    not match its digest.
 
     Parameters
     ----------
@@ -165,20 +165,20 @@ class LiveContent(Content):
 
     @property
     def weight(self) -> int:
-        """Bytes of memory that writing it takes: the copy, and room for its object."""
+        """Bytes of memory needed to write it: the copy, and room for its object."""
         return 2 * self.nbytes
 
     def hold(self) -> None:
-        """Copy the memory, which may have changed since it was held last."""
+        """Copy the memory, which may have changed since the last time."""
         self.raw, self.stored, self._digest = self._read(), None, None
 
     def release(self) -> None:
-        """Let go of the copy."""
+        """Drop the copy."""
         self.raw = None
 
 
 class TextContent(Content):
-    """A content that repeats itself as text does, not as numbers do: it is coded by zstd, and never as a delta."""
+    """A content that is more like text than like numbers: coded with zstd, and never as a delta."""
 
     __slots__ = ()
 

@@ -1,9 +1,9 @@
-"""Which bytes of a state changed, and the copy of those that did.
+"""Finds which bytes of a state changed, and copies them.
 
-The state is a flat table of *segments*, runs of bytes in host memory given by address and length as numpy arrays; an
-answer is joined over the segments of each *group* (a chunk, or a tensor). Segments are cut into blocks here, whose
-bounds depend on the lengths alone; the kernels share the blocks out to threads without the GIL, so ten thousand small
-tensors cost no Python call each and one large tensor keeps every thread busy.
+The state is a flat table of *segments*: runs of bytes in host memory, given by numpy arrays of addresses and lengths.
+Results are per *group* of segments (a chunk or a tensor). Segments are cut into blocks, in a way that depends only on
+the lengths, and the kernels spread the blocks over threads, without the GIL. So ten thousand small tensors need no
+Python call each, and one large tensor keeps every thread busy.
 
 The caller keeps the memory alive and unchanged during a call. Addresses need no alignment.
 """
@@ -50,13 +50,13 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-#: Two blocks, one of each side, lie in a core's second-level cache; taking one costs a ten-thousandth of comparing it.
+#: Two blocks, one from each side, fit into a core's L2 cache; fetching one takes a ten-thousandth of comparing it.
 BLOCK_BYTES = 256 << 10
 
-#: The kernels that `relative_l2` can use in this build on this processor, fastest first.
+#: The kernels of this build that `relative_l2` can use on this processor, fastest first.
 KERNELS: tuple[str, ...] = _detect.KERNELS
 
-#: Codes of the element types that `relative_l2` knows, by torch's names. Complex numbers are pairs of real ones.
+#: Torch's names of the element types that `relative_l2` knows, and their codes. Complex numbers are pairs of real ones.
 DTYPE_CODES: Mapping[str, int] = MappingProxyType(
     {
         "float64": 0,
@@ -75,12 +75,12 @@ _CODE_BYTES = np.array([8, 4, 2, 2, 1, 1], np.int64)
 
 @dataclass(frozen=True)
 class Blocks:
-    """Pieces of segments, at most `BLOCK_BYTES` each, in the order of the segments.
+    """Pieces of segments, of at most `BLOCK_BYTES`, in the order of the segments.
 
     Parameters
     ----------
     segment, offset, nbytes
-        ``int64[b]``: the segment that a block is cut from, its first byte there, and its length in bytes.
+        ``int64[b]``: the segment of each block, its offset there, and its length in bytes.
     """
 
     segment: Int64s
@@ -89,7 +89,7 @@ class Blocks:
 
 
 def blocks_of(nbytes: Int64s) -> Blocks:
-    """Cut segments of ``nbytes`` (``int64[m]``, bytes) into blocks; an empty segment has none."""
+    """Cut segments of lengths ``nbytes`` (``int64[m]``, bytes) into blocks; an empty segment has none."""
     count = -(-nbytes // BLOCK_BYTES)
     segment = np.repeat(np.arange(len(nbytes), dtype=np.int64), count)
     first = np.cumsum(count) - count
@@ -100,14 +100,14 @@ def blocks_of(nbytes: Int64s) -> Blocks:
 def changed_exact(
     src: Addresses, base: Addresses, nbytes: Int64s, group: Int64s, n_groups: int, *, threads: int
 ) -> npt.NDArray[np.bool_]:
-    """Say which groups differ in any bit.
+    """Return which groups differ in any bit.
 
-    A group is not read further than the first block that differs.
+    A group is read up to the first block that differs.
 
     Parameters
     ----------
     src, base
-        ``uintp[m]``: addresses of the segments and of what they are compared with.
+        ``uintp[m]``: addresses of the segments, and of the bytes to compare them with.
     nbytes
         ``int64[m]``: their lengths in bytes.
     group
@@ -125,7 +125,7 @@ def changed_exact(
     Raises
     ------
     OptionError
-        An argument is of another type, shape or range.
+        If an argument has a wrong type, shape or value.
     """
     _check_segments(nbytes, src=src, base=base)
     _check_groups(group, len(nbytes), n_groups)
@@ -148,13 +148,13 @@ def relative_l2(
     threads: int,
     kernel: str | None = None,
 ) -> tuple[Float64s, Float64s]:
-    """Add up, over each group, the squares of what changed and of the base: in one pass, for `within`.
+    """Add up, for each group, the squares of the change and of the base, in one pass; for `within`.
 
-    float64 and float32 are subtracted, squared and added in float64; bfloat16 is subtracted in float32, which is off
-    by at most 2**-24 of the difference; the squares of float16 and float8 are added in float32, eight at a time,
-    which puts a sum off by less than 1e-6 of itself. NaN and infinity come out as NaN or infinity, and so do float64
-    squares beyond the range of float64. Where differences of float64 are too small to be squared, their sum is given
-    as 2**-900, an upper bound. In all these cases the tensor counts as changed.
+    float64 and float32 are subtracted, squared and added in float64. bfloat16 is subtracted in float32, with a relative
+    error of at most 2**-24. The squares of float16 and float8 are added in float32, eight at a time, with a relative
+    error below 1e-6. NaN and infinity yield NaN or infinity, and so do squares beyond the range of float64. If
+    differences of float64 are too small to be squared, their sum is 2**-900, an upper bound. In all these cases the
+    tensor counts as changed.
 
     Parameters
     ----------
@@ -171,7 +171,7 @@ def relative_l2(
     threads
         Threads to use, at least 1.
     kernel
-        One of `KERNELS`; `default_kernel` if not given. Kernels differ in the order of their additions.
+        One of `KERNELS`, by default `default_kernel`. Kernels differ in the order of their additions.
 
     Returns
     -------
@@ -181,9 +181,9 @@ def relative_l2(
     Raises
     ------
     OptionError
-        An argument is of another type, shape or range, or a length is not one of whole elements.
+        If an argument has a wrong type, shape or value, or a length is not a whole number of elements.
     KernelError
-        The kernel is not available.
+        If the kernel is not available.
     """
     _check_segments(nbytes, src=src, base=base)
     _check_groups(group, len(nbytes), n_groups)
@@ -216,14 +216,14 @@ def relative_l2(
 
 
 def within(sum_diff: Float64s, sum_base: Float64s, threshold: float) -> npt.NDArray[np.bool_]:
-    """Say which groups are clean: ``sqrt(sum_diff) <= threshold * sqrt(sum_base)``, and both finite.
+    """Return which groups are clean: ``sqrt(sum_diff) <= threshold * sqrt(sum_base)``, and both are finite.
 
     Parameters
     ----------
     sum_diff, sum_base
         ``float64[n]`` from `relative_l2`.
     threshold
-        Largest relative L2 change that is not worth saving, at least 0.
+        The largest relative L2 change that is not worth saving, at least 0.
 
     Returns
     -------
@@ -233,22 +233,22 @@ def within(sum_diff: Float64s, sum_base: Float64s, threshold: float) -> npt.NDAr
     Raises
     ------
     OptionError
-        The threshold is negative, infinite or NaN.
+        If the threshold is negative, infinite or NaN.
     """
     if not 0 <= threshold < float("inf"):
         raise OptionError(f"threshold must be a finite number, 0 or more, not {threshold}")
     finite = np.isfinite(sum_diff) & np.isfinite(sum_base)
-    with np.errstate(invalid="ignore"):  # 0 * infinity, which is not finite
+    with np.errstate(invalid="ignore"):  # 0 * infinity: NaN, and so not finite
         return finite & (np.sqrt(sum_diff) <= threshold * np.sqrt(sum_base))
 
 
 def copy(src: Addresses, dst: Addresses, nbytes: Int64s, *, threads: int) -> None:
-    """Copy segments, past the cache where they are large.
+    """Copy segments; large ones bypass the cache.
 
     Parameters
     ----------
     src, dst
-        ``uintp[m]``: addresses to read and to write. What is written must not overlap anything else in the table.
+        ``uintp[m]``: addresses to read and to write. Written bytes must not overlap any others in the table.
     nbytes
         ``int64[m]``: lengths in bytes.
     threads
@@ -257,7 +257,7 @@ def copy(src: Addresses, dst: Addresses, nbytes: Int64s, *, threads: int) -> Non
     Raises
     ------
     OptionError
-        An argument is of another type, shape or range.
+        If an argument has a wrong type, shape or value.
     """
     _check_segments(nbytes, src=src, dst=dst)
     blocks = blocks_of(nbytes)
@@ -265,20 +265,20 @@ def copy(src: Addresses, dst: Addresses, nbytes: Int64s, *, threads: int) -> Non
 
 
 def default_kernel() -> str:
-    """Return the fastest of `KERNELS`, or the one that the environment variable ``INCCKPT_KERNEL`` names.
+    """Return the fastest of `KERNELS`, or the one named by the environment variable ``INCCKPT_KERNEL``.
 
     Raises
     ------
     KernelError
-        The kernel named is not available.
+        If the named kernel is not available.
     """
     return _checked_kernel(os.environ.get("INCCKPT_KERNEL") or KERNELS[0])
 
 
 def default_threads() -> int:
-    """Return the processors that this process may run on, or ``OMP_NUM_THREADS`` if that is less."""
+    """Return the number of processors that this process may use, or ``OMP_NUM_THREADS`` if that is less."""
     processors = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is one number per nesting level
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list has one number per nesting level
     return min(processors, int(asked)) if asked.isdecimal() and int(asked) > 0 else processors
 
 

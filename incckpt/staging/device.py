@@ -1,4 +1,4 @@
-"""Copies from device memory to the host, beside the training's own stream."""
+"""Copies from device memory to the host, on a stream of their own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ __all__ = ["DeviceCopies"]
 
 
 class DeviceCopies:
-    """Copies that wait for the work enqueued so far, and not for what training enqueues later.
+    """Copies that wait for the work enqueued so far, but not for what training enqueues later.
 
-    On CUDA each device has a side stream, so that copies overlap one another; other devices are copied from in place.
+    On CUDA each device has a side stream, so that copies overlap. Copies from other devices are synchronous.
     """
 
     def __init__(self) -> None:
@@ -18,7 +18,7 @@ class DeviceCopies:
         self._begun: set[torch.device] = set()
 
     def copy(self, host: torch.Tensor, source: torch.Tensor) -> None:
-        """Begin to copy `source` to `host`, both ``uint8[n]``; done when `synchronize` returns."""
+        """Start to copy `source` to `host`, both ``uint8[n]``; the copy is complete when `synchronize` returns."""
         device = source.device
         if device.type != "cuda":
             host.copy_(source)
@@ -33,7 +33,7 @@ class DeviceCopies:
             host.copy_(source, non_blocking=True)
 
     def synchronize(self) -> None:
-        """Wait for the copies begun."""
+        """Wait for the copies started."""
         for device in self._begun:
             self._streams[device].synchronize()
         self._begun.clear()

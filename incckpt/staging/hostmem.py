@@ -1,4 +1,4 @@
-"""Host memory for copies of a state: arrays that are recycled, and never written while anything refers to them."""
+"""Host memory for copies of a state: arrays that are reused, but never written while anything refers to them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def new_buffer(nbytes: int) -> Bytes:
 
 
 class HostPool:
-    """Recycled host memory: the first touch of fresh pages costs many times what writing to warm ones does.
+    """Reusable host memory: first writing to fresh pages takes many times as long as writing to warm ones.
 
     Parameters
     ----------
     pinned
-        Page-locked memory, for asynchronous copies from a CUDA device.
+        Whether the memory is page-locked, for asynchronous copies from a CUDA device.
     """
 
     def __init__(self, *, pinned: bool = False) -> None:
@@ -43,11 +43,11 @@ class HostPool:
         _pools.add(self)
 
     def renew_lock(self) -> None:
-        """Replace the lock: in a forked child, a thread that the child does not have may hold it."""
+        """Replace the lock, which in a forked child may be held by a thread that exists only in the parent."""
         self._lock = threading.RLock()  # an array's finalizer may run inside any of these methods
 
     def take(self, nbytes: int) -> Bytes:
-        """Return ``uint8[nbytes]``, its contents undefined; the memory is free again when its last view is gone."""
+        """Return ``uint8[nbytes]`` with undefined contents; its memory is free again once its last view is gone."""
         with self._lock:
             free = self._free.get(nbytes)
             memory = free.pop() if free else None
@@ -56,13 +56,13 @@ class HostPool:
             self.used_bytes += nbytes
         if memory is None:
             memory = self._allocate(nbytes)
-        # Built on a memoryview, not on another array: numpy would make views refer to that array directly.
+        # Built on a memoryview: if it were built on another array, numpy would make its views refer to that one.
         array = np.frombuffer(memory, np.uint8)
         weakref.finalize(array, self._give_back, memory).atexit = False
         return array
 
     def trim(self, keep_bytes: int) -> None:
-        """Give free buffers beyond `keep_bytes` back to the system."""
+        """Return free buffers beyond `keep_bytes` to the system."""
         with self._lock:
             for nbytes in sorted(self._free):
                 free = self._free[nbytes]
@@ -78,7 +78,7 @@ class HostPool:
 
     def _allocate(self, nbytes: int) -> memoryview:
         if self._pinned:
-            # The device is named, since a default device would not take `pin_memory`.
+            # Name the device: a default device might not support `pin_memory`.
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True).numpy().data
         return new_buffer(nbytes).data
 

@@ -1,9 +1,9 @@
-"""Byte ranges to chunks: deterministic, so that the same state has the same chunks at every save.
+"""Cuts byte ranges into chunks, deterministically: the same state has the same chunks at every save.
 
-A range of 1 MiB or more is cut by itself, so that what changes in one tensor never rewrites another. Smaller ranges of
-one element size lie end to end in chunks of at most 1 MiB, one frame of the codec: 10,000 tiny tensors make few
-objects, and a bias that changes rewrites no more than a frame. Those of one kind lie together: the codec takes one way
-for a frame, and what suits an optimizer's second moments does not suit its first.
+A range of 1 MiB or more has chunks of its own, so that a change in one tensor never rewrites another. Smaller ranges of
+one element size lie end to end in chunks of at most 1 MiB, one frame of the codec. So 10,000 tiny tensors make few
+objects, and a changed bias rewrites at most a frame. Ranges of one kind lie together: the codec codes each frame in one
+way, and the way that suits an optimizer's second moments does not suit its first.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class ChunkTable:
     Attributes
     ----------
     chunk_nbytes, chunk_itemsize
-        ``int64[n]``: bytes of each chunk, and the element size of all that lies in it.
+        ``int64[n]``: bytes of each chunk, and the element size of everything in it.
     seg_range, seg_range_offset
-        ``int64[m]``: the range of each segment, and where in it the segment starts (bytes).
+        ``int64[m]``: the range of each segment, and the segment's offset there in bytes.
     seg_chunk, seg_chunk_offset
-        ``int64[m]``: its chunk, and where in it the segment starts (bytes).
+        ``int64[m]``: the chunk of each segment, and the segment's offset there in bytes.
     seg_nbytes
-        ``int64[m]``: its length.
+        ``int64[m]``: the length of each segment in bytes.
     """
 
     chunk_nbytes: Int64s
@@ -66,11 +66,11 @@ class Layout:
     chunk_bytes
         The most that a chunk holds.
     sizes, kinds
-        ``(bytes, element size)`` of each range, and what it holds, as `range_kinds` says.
+        ``(bytes, element size)`` of each range, and its kind, from `range_kinds`.
     table
         The segments.
     ranges
-        The same as a manifest lists it.
+        The same, in the form of a manifest.
     """
 
     chunk_bytes: int
@@ -109,7 +109,7 @@ def check_chunk_bytes(chunk_bytes: int) -> int:
     Raises
     ------
     OptionError
-        Otherwise.
+        If it is not.
     """
     number = checked_count("chunk_bytes", chunk_bytes, FRAME_BYTES, _MOST_CHUNK_BYTES)
     if number % FRAME_BYTES:
@@ -125,7 +125,7 @@ def plan(
 ) -> ChunkTable:
     """Cut ranges into chunks.
 
-    Chunks are ordered by the range that their first byte belongs to.
+    Chunks are ordered by the ranges of their first bytes.
 
     Parameters
     ----------
@@ -133,9 +133,9 @@ def plan(
         ``(bytes, element size)`` of each range: at least one byte, a multiple of the element size, which is 1, 2, 4, 8
         or 16.
     kinds
-        What each range holds: small ranges of one kind follow each other. All are of one kind by default.
+        The kind of each range: small ranges of one kind follow each other. By default all are of one kind.
     chunk_bytes
-        The most that a chunk may hold: a positive multiple of 1 MiB.
+        The most that a chunk may hold, a positive multiple of 1 MiB.
 
     Raises
     ------
@@ -151,7 +151,7 @@ def plan(
         raise OptionError(f"range {index} has {nbytes[index]} bytes of element size {itemsize[index]}")
 
     rank = _ranks(kinds, len(table))
-    # Sort each segment by the first range of its chunk: this places chunks of small ranges among the others.
+    # Sort segments by the first range of their chunk: this places chunks of small ranges among the others.
     large = np.flatnonzero(nbytes >= FRAME_BYTES)
     counts = -(-nbytes[large] // chunk_bytes)
     large_range = np.repeat(large, counts)
@@ -183,7 +183,7 @@ def plan(
 
 
 def _ranks(kinds: Sequence[Hashable] | None, count: int) -> Int64s:
-    """Return the place of each range in the order of kinds, the first seen first, and of ranges within a kind."""
+    """Return the rank of each range, in the order of kinds as first seen, and of ranges within a kind."""
     if kinds is None:
         return np.arange(count)
     seen: dict[Hashable, int] = {}
@@ -194,8 +194,8 @@ def _ranks(kinds: Sequence[Hashable] | None, count: int) -> Int64s:
 
 
 def _heads(nbytes: Int64s) -> Int64s:
-    """Return for each small range the position of the first one in its chunk: a chunk is closed when the next one would
-    take it beyond a frame.
+    """Return for each small range the position of the first one in its chunk. A chunk ends before the range that would
+    exceed a frame.
     """
     heads = np.empty(len(nbytes), np.int64)
     ends = np.cumsum(nbytes)
@@ -208,7 +208,7 @@ def _heads(nbytes: Int64s) -> Int64s:
 
 
 def batches(indexes: Sequence[int], sizes: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Cut a list of chunks, given their bytes, into batches of at most `most` bytes, or of one chunk."""
+    """Divide chunks, of `sizes` in bytes, into batches of at most `most` bytes or of a single chunk."""
     batch: list[int] = []
     nbytes = 0
     for index, size in zip(indexes, sizes, strict=True):

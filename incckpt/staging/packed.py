@@ -1,6 +1,6 @@
-"""Packed values to chunks: what a save holds besides its tensors, immutable bytes already, so nothing is copied.
+"""Cuts packed values, the large ones that are no tensors, into chunks. They are immutable bytes, so nothing is copied.
 
-They have chunks of their own, so that a log that grows leaves the layout of the tensors, and the base, as they were.
+They have chunks of their own, so that a growing log leaves the layout of the tensors, and so the base, unchanged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PackedChunks(NamedTuple):
     contents
         One per chunk.
     new
-        How many chunks, and bytes in them, the save before did not have.
+        The number of chunks that the last save did not have, and of their bytes.
     """
 
     ranges: tuple[Range, ...] = ()
@@ -40,14 +40,14 @@ NOTHING_PACKED = PackedChunks()
 
 
 class _Part(NamedTuple):
-    """A run of bytes that is a chunk, or goes into one; `key` tells whether the save before had it."""
+    """A run of bytes that is a chunk or goes into one; `key` tells whether the last save had it."""
 
     key: Hashable
     raw: memoryview
 
 
 class PackedStage:
-    """Cuts packed values into chunks, and remembers those of the last save: what is in them is hashed once.
+    """Cuts packed values into chunks, and remembers those of the last save, so that each is hashed only once.
 
     Parameters
     ----------
@@ -64,11 +64,11 @@ class PackedStage:
         self._encoded: dict[int, tuple[str, bytes]] = {}
 
     def forget(self) -> None:
-        """Let go of the last save's values."""
+        """Forget the last save's values."""
         self._held, self._encoded = {}, {}
 
     def stage(self, values: Sequence[PackedValue]) -> PackedChunks:
-        """Cut values into chunks: of 1 MiB or more by themselves, smaller ones end to end."""
+        """Cut values into chunks: parts of 1 MiB or more by themselves, smaller ones end to end."""
         encoded = self._encoded
         if self._keep:
             self._encoded = {}
@@ -123,7 +123,7 @@ class PackedStage:
             if self._keep:
                 self._encoded[id(data)] = data, utf8
             data = utf8
-        # Large ones are recognised by address, which is not reused while their chunks are held; others are compared.
+        # Large values are recognised by their id, which is not reused while their chunks are held; others are compared.
         yield from self._cut(data, id(data) if len(data) >= FRAME_BYTES else data)
 
     def _cut(self, data: bytes, key: Hashable) -> Iterator[_Part]:

@@ -1,7 +1,7 @@
 """The lossy mode: a floating-point tensor that moved by no more than a threshold is not stored again.
 
-The distance is the relative L2 norm, ‖current − stored‖₂ / ‖stored‖₂, always to what is *stored*: drift below it
-cannot add up unseen. Integers, bools and bytes are always exact.
+The distance is the relative L2 norm, ‖current − stored‖₂ / ‖stored‖₂, always from what is *stored*, so that small
+drifts cannot add up unnoticed. Integers, bools and bytes are always exact.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["RangeThresholds", "Thresholds", "float_ranges"]
 
 @dataclass(frozen=True)
 class RangeThresholds:
-    """What applies to each byte range of a state.
+    """The threshold of each byte range of a state.
 
     Attributes
     ----------
     threshold
-        ``float64[r]``; 0 where a range has to be compared exactly.
+        ``float64[r]``; 0 if the range must be compared exactly.
     dtype_code
-        ``int64[r]``, for :func:`incckpt.staging.detect.relative_l2`; 0 where it does not matter.
+        ``int64[r]``, for :func:`incckpt.staging.detect.relative_l2`; 0 if it does not matter.
     names
         The first tensor in each range.
     """
@@ -52,13 +52,13 @@ class Thresholds:
     Parameters
     ----------
     spec
-        One threshold for every tensor, or thresholds by glob of the dotted name; the first that matches counts, and
-        what none matches is exact. 0 means exact.
+        One threshold for all tensors, or thresholds by glob of the dotted name. The first match counts; a tensor
+        without a match is exact. 0 means exact.
 
     Raises
     ------
     OptionError
-        If a threshold is not a number from 0 up to, but not including, 1.
+        If a threshold is not a number in [0, 1).
     """
 
     def __init__(self, spec: float | Mapping[str, float] = 0.0) -> None:
@@ -79,10 +79,10 @@ class Thresholds:
         return next((value for pattern, value in self._rules if fnmatch.fnmatchcase(name, pattern)), 0.0)
 
     def by_range(self, entries: Sequence[TensorEntry], nbytes: Sequence[int]) -> RangeThresholds:
-        """Return what applies to each range.
+        """Return the threshold of each range.
 
-        A range has a threshold only if it is one floating-point tensor, dense in memory, or several that coincide: of
-        tensors that merely overlap, a part could move further than the whole.
+        A range has one only if it is a single floating-point tensor, dense in memory, or several that coincide: if
+        tensors merely overlap, a part could move further than the whole.
         """
         code, names = float_ranges(entries, nbytes)
         threshold = np.full(len(nbytes), math.inf)

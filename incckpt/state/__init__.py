@@ -1,1 +1,1 @@
-"""A nested state to JSON and byte ranges, and back."""
+"""From a nested state to JSON and byte ranges, and back."""

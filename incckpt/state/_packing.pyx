@@ -1,7 +1,7 @@
-"""Plain values to bytes and back at the speed of C; ``docs/structure.md`` specifies the bytes, under "Packed values".
+"""Packs plain values as bytes, and unpacks them; ``docs/structure.md`` specifies the bytes, under "Packed values".
 
-:mod:`incckpt.state.packing` is what the rest of the package uses. Reading trusts nothing: every length is checked against
-what is left, nesting is bounded, and no name is looked up.
+The rest of the package uses :mod:`incckpt.state.packing`. Reading trusts nothing: every length is checked against the
+bytes left, nesting is bounded, and no name is looked up.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -27,24 +27,24 @@ cdef enum:
 
 
 cdef class Rules:
-    """What the two sides agree on.
+    """The types that can be packed, and how; the same for writing and reading.
 
     Parameters
     ----------
     most_depth
-        Containers inside one another.
+        The most containers inside one another.
     numpy_scalars
-        By scalar type, its ``dtype.str``.
+        The ``dtype.str`` of each numpy scalar type.
     others
         Types that `encode_other` takes.
     encode_other, decode_other
-        A value to the bytes that stand for it, and back; the second may raise anything.
+        From a value to bytes, and back; `decode_other` may raise anything.
     fields_of
-        A type to ``(name, fields)`` if it is a namedtuple's, or else ``None``.
+        From a type to ``(name, fields)``; ``None`` if it is not a namedtuple's.
     type_of
-        ``(name, fields)`` to a type.
+        From ``(name, fields)`` to a type.
     scalar_of
-        ``(dtype.str, bytes)`` to a numpy scalar.
+        From ``(dtype.str, bytes)`` to a numpy scalar; with ``None`` in place of the bytes, their number.
     """
 
     cdef int most_depth
@@ -79,7 +79,7 @@ cdef class Rules:
 
 
 cdef Py_ssize_t _weigh(Rules rules, object value, int depth, bint is_key) except -2:
-    """Return the weight of `value`: 1 for each value in it, and for each 64 of text or bytes; -1 if it cannot be packed."""
+    """Return the weight of `value`: 1 per value in it and per 64 characters or bytes; -1 if it cannot be packed."""
     cdef Py_ssize_t total = 1, one
     kind = type(value)
     if kind is str or kind is bytes:
@@ -127,16 +127,16 @@ cdef Py_ssize_t _weigh(Rules rules, object value, int depth, bint is_key) except
 
 
 def weigh(Rules rules not None, value, int depth, Py_ssize_t heavy):
-    """Return how much there is to pack in a container.
+    """Return the weight of a container.
 
     Parameters
     ----------
     value
-        A list, tuple, set, dict or deque, or of a kind derived from one.
+        A list, tuple, set, dict or deque, or an instance of a subclass.
     depth
-        Containers that it lies in.
+        Number of containers around it.
     heavy
-        What weighs as much counts as 1: it is packed by itself if its container is not.
+        An element of this weight or more counts as 1: it is packed by itself if its container is not.
 
     Returns
     -------
@@ -214,7 +214,7 @@ cdef class _Packer:
         return 0
 
     cdef int run(self, char tag, object data) except -1:
-        """Append a tag, and ``bytes`` after their number."""
+        """Append a tag, the number of bytes in `data`, and `data`."""
         self.tag(tag)
         self.count(PyBytes_GET_SIZE(data))
         return self.raw(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
@@ -237,7 +237,7 @@ cdef class _Packer:
         return self.raw(utf8, size)
 
     cdef int name(self, str value) except -1:
-        """Append a string that may come again: after the first time, its number stands for it."""
+        """Append a string that may be repeated: from the second time on, as a number."""
         cdef PyObject *found = PyDict_GetItem(self.names, value)
         if found != NULL:
             self.tag(b"r")
@@ -328,16 +328,16 @@ cdef class _Packer:
 
 
 def pack(Rules rules not None, value, int depth, Py_ssize_t block_bytes):
-    """Return the elements of a container, packed, in blocks.
+    """Return the packed elements of a container, in blocks.
 
-    A block ends with the first element that fills it, so that what is appended to a list changes the last block alone.
+    A block ends with the first element that fills it, so appending to a list changes only the last block.
 
     Parameters
     ----------
     value, depth
-        As for `weigh`, which has found that it can be packed.
+        As for `weigh`, which must have returned a weight.
     block_bytes
-        The least that a block holds, but for the last one.
+        The least that each block but the last holds.
     """
     packer = _Packer(rules, block_bytes)
     if isinstance(value, dict):
@@ -363,7 +363,7 @@ cdef class _Unpacker:
     cdef list names
 
     cdef Py_ssize_t need(self, uint64_t count) except -1:
-        """Return `count` if as many bytes are left."""
+        """Return `count` if at least as many bytes are left."""
         if count > <uint64_t>(self.end - self.at):
             raise ValueError(f"cut short at byte {self.at} of {self.end}")
         return <Py_ssize_t>count
@@ -398,7 +398,7 @@ cdef class _Unpacker:
         return PyUnicode_DecodeUTF8(<const char *>self.data + self.at - nbytes, nbytes, "surrogatepass")
 
     cdef object key(self, int depth):
-        """Return what stands in the place of a key: a hashable value, strings by their number."""
+        """Return the next value, a key; a string may be given by its number."""
         cdef Py_ssize_t before = self.at
         cdef uint64_t number
         self.need(1)
@@ -501,12 +501,12 @@ cdef class _Unpacker:
 
 
 def unpack(Rules rules not None, const uint8_t[::1] data not None, bint pairs):
-    """Return the elements that were packed: as a list, or, with `pairs`, as a dict.
+    """Return the packed elements as a list or, with `pairs`, as a dict.
 
     Raises
     ------
     Exception
-        If the bytes are not what `pack` gives: ValueError, TypeError, or what the rules' functions raise.
+        If `pack` did not write the bytes: ValueError, TypeError, or whatever the functions of `rules` raise.
     """
     unpacker = _Unpacker()
     unpacker.rules = rules

@@ -1,11 +1,11 @@
-"""Restore in place: a checkpoint into the modules, optimizers, tensors and values of a live state.
+"""Restores in place: from a checkpoint into the modules, optimizers, tensors and values of a live state.
 
-First everything is matched, and nothing touched: what does not fit is an error that names all of it. Then the bytes
-come, straight into the memory of live tensors where that is laid out as it was. Last, in the order of the target,
-objects load and values are set.
+First everything is matched and nothing changed; one error names everything that does not fit. Then the bytes arrive, in
+the memory of the live tensors if its layout is the same. Last, in the order of the target, objects load and values are
+set.
 
-Bytes are written to an object's tensors only where loading is torch's own and would copy, and do nothing else. Every
-other object gets a state dict in memory of its own, and its ``load_state_dict`` decides (docs/decisions/013).
+Bytes are written into an object's tensors only if it loads by torch's own methods, which would only copy. Every other
+object gets a state dict in new memory, and its ``load_state_dict`` decides (docs/decisions/013).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ __all__ = ["Assignment"]
 
 log = logging.getLogger(__name__)
 
-_Restore: TypeAlias = Callable[[], Any]  # restores one place of the target; returns the value that belongs there
+_Restore: TypeAlias = Callable[[], Any]  # restores one place of the target and returns its new value
 
 _TOP = "state"
 _SHOWN = 20
@@ -73,13 +73,13 @@ class _At:
     Attributes
     ----------
     path
-        As Python writes it, for messages.
+        As written in Python, for messages.
     name
-        Dotted, what patterns are matched with.
+        Its dotted name, which patterns match.
     chosen
-        Whether this place is to be restored, and not only something in it.
+        Whether all of this place is restored, not only something in it.
     settable
-        Whether what contains the place can be given another value for it.
+        Whether its container can replace the value.
     """
 
     path: str
@@ -91,8 +91,8 @@ class _At:
 class Assignment:
     """The restore of one checkpoint into one target.
 
-    Once made, it has checked that the checkpoint fits, and changed nothing. Fill each of `ranges`, in the memory that
-    `destination` gives or in new memory, `deliver` it, then `finish`::
+    The constructor checks that the checkpoint fits, and changes nothing. Fill each of `ranges`, in the memory that
+    `destination` returns or in new memory, and `deliver` it; at the end, `finish`::
 
         assignment = Assignment(tree, entries, sizes, target)
         for index in assignment.ranges:
@@ -103,7 +103,7 @@ class Assignment:
             assignment.deliver(index, buffer)
         assignment.finish()
 
-    If that breaks off in the middle, the target is undefined until another restore succeeds.
+    If this stops in the middle, the target is undefined until another restore succeeds.
 
     Parameters
     ----------
@@ -112,38 +112,38 @@ class Assignment:
     sizes
         Bytes of each range.
     target
-        Dicts, lists and tuples of live objects and plain values. What the target has, the checkpoint must have; what
-        the checkpoint has besides is left out, which is logged. In detail:
+        Dicts, lists and tuples of live objects and plain values. The checkpoint must have everything that the target
+        has; what else it has is not restored, which is logged. In detail:
 
-        - A tensor or array is written in place; shape and dtype must be the same. Its device and stride may differ.
-        - ``nn.Module``: names, shapes and dtypes must be the same. It is written in place; ``load_state_dict`` would do
-          the same, and is not called.
-        - ``Optimizer`` of ``torch.optim``: the numbers of parameters must be the same, and moments have their shapes.
-          State that exists is written in place. What ``load_state_dict`` would cast (to the dtype of the parameter)
-          is restored as it was, bit for bit.
+        - A tensor or array is written in place. Shape and dtype must be the same; device and stride may differ.
+        - ``nn.Module``: names, shapes and dtypes must be the same. It is written in place; ``load_state_dict``, which
+          would do the same, is not called.
+        - ``Optimizer`` of ``torch.optim``: the numbers of parameters must be the same, and moments must have the shapes
+          of their parameters. Existing state is written in place. Tensors that ``load_state_dict`` would cast to the
+          dtype of the parameter are restored bit for bit.
         - Any other object with ``load_state_dict`` is given a new state dict, whose tensors it may keep. So are modules
-          and optimizers if a class, a hook or a tensor of theirs takes part in loading. Nothing is checked before, and
-          what the object raises is raised. Casts are undone, as above, where an optimizer loads by torch's own method;
-          for other objects it is logged which tensors come back in another dtype.
-        - Objects load in the order of the target, but for `RngState`, which is last.
-        - A dict, list or other container that holds none of these is replaced in its contents, whatever those were; a
-          plain value is replaced where what contains it can be written to. At the top, containers are matched item by
-          item, and an empty one is refused.
+          and optimizers if their class, a hook or a tensor of theirs takes part in loading. Nothing is checked first,
+          and what the object raises is raised. Casts are undone, as above, if an optimizer loads by torch's own method;
+          for other objects a warning lists the tensors that come back in another dtype.
+        - Objects load in the order of the target, except `RngState`, which loads last.
+        - A dict, list or other container that holds none of these gets the stored contents, whatever it held before. A
+          plain value is replaced if its container is writable. At the top, containers are matched item by item, and an
+          empty dict is refused.
     allow_pickle
-        Whether pickled objects are loaded.
+        Whether to load pickled objects.
     keys, ignore
-        Globs of dotted names, as ``"model.*"``: only what `keys` match is restored, and nothing that `ignore` matches;
-        the rest of the target is left as it is. An object that loads itself is restored whole or not at all.
+        Globs of dotted names, such as ``"model.*"``: restores only what `keys` match, and nothing that `ignore`
+        matches; the rest of the target stays as it is. An object that loads itself is restored whole or not at all.
 
     Attributes
     ----------
     ranges
-        The ranges that are needed, ascending.
+        The ranges needed, ascending.
 
     Raises
     ------
     StateMismatchError
-        If the checkpoint does not fit, or the target cannot be written to; names every place.
+        If the checkpoint does not fit, or the target is not writable; names every place.
     PickleRefusedError
         If the target needs a pickled object and `allow_pickle` is not set.
     """
@@ -165,8 +165,8 @@ class Assignment:
         self._problems: list[str] = []
         self._left_out: list[str] = []
         self._needed: set[int] = set()
-        self._live: dict[int, Live] = {}  # by entry, what may be written to before anything else is restored
-        self._foreign = False  # whether an object was matched that may write to others while it loads
+        self._live: dict[int, Live] = {}  # entry -> tensor that may be written before anything else is restored
+        self._foreign = False  # whether some object may write to others while it loads
         self._last: list[_Restore] = []
         self._buffers: dict[int, Buffer] = {}
         self._delivered: set[int] = set()
@@ -188,7 +188,7 @@ class Assignment:
         self.ranges = sorted(self._members)
         destinations, contested = find_destinations(entries, sizes, self._live)
         for index in contested:
-            del self._live[index]  # restored in the order of the target, as by hand
+            del self._live[index]  # restored in the order of the target, as by hand, so that the same write comes last
         self._destinations = {
             number: memory
             for number, memory in destinations.items()
@@ -198,15 +198,15 @@ class Assignment:
     def destination(self, index: int) -> Bytes | None:
         """Return the target's own memory for a range, ``uint8[sizes[index]]``, of any alignment.
 
-        ``None`` if the target has none, has it on a device, in another layout, or for more than one range; or if an
-        object is to load a tensor of this range, which gets memory of its own.
+        ``None`` if the target has no memory on the host with the layout of the range, if that memory belongs to other
+        ranges too, or if an object will load a tensor of this range, which needs new memory.
         """
         return self._destinations.get(index)
 
     def deliver(self, index: int, buffer: Buffer) -> None:
-        """Hand over a range that has been filled; may be called from several threads for different ranges.
+        """Take a range that has been filled; several threads may call this for different ranges.
 
-        Copies it to where it belongs, if it is not there already. `buffer` is kept only if an object is to get it.
+        Copies it to its place, if it is not there already. Keeps `buffer` only if an object will get it.
         """
         builder = Builder(self._entries, {index: buffer}, map_location="cpu")
         for member in self._members[index]:
@@ -218,7 +218,7 @@ class Assignment:
         self._delivered.add(index)
 
     def finish(self) -> Any:
-        """Restore everything; return the target, or what is to stand in its place if it is immutable."""
+        """Restore everything; return the target, or its replacement if it is immutable."""
         if missing := set(self.ranges) - self._delivered:
             raise RuntimeError(f"finish() was called before ranges {sorted(missing)} were delivered")
         for live in self._live.values():
@@ -238,7 +238,7 @@ class Assignment:
             lenient=True,
         )
 
-    # -- matching: each method checks one place of the target and returns what restores it
+    # -- matching: each method checks one place of the target and returns a function that restores it
 
     def _match(self, tree: Tree, target: Any, at: _At) -> _Restore:
         if isinstance(target, (torch.Tensor, np.ndarray)):
@@ -283,7 +283,7 @@ class Assignment:
         return restore
 
     def _write(self, index: int, target: Live) -> Callable[[], None]:
-        """Note that entry `index` goes into `target`; return what writes it unless it has been written by then."""
+        """Note that entry `index` goes into `target`; return a function that writes it, unless that is done by then."""
         self._needed.add(index)
         if not self._foreign:
             self._live[index] = target
@@ -443,7 +443,7 @@ class Assignment:
     def _match_optimizer(self, tree: Tree, optimizer: torch.optim.Optimizer, at: _At) -> None:
         if problems := optimizer_problems(tree, self._entries, optimizer):
             self._problems += [f"{at.path}{problem}" for problem in problems]
-        elif not self._foreign:  # of a state that exists already, the tensors that fit are written in place
+        elif not self._foreign:  # tensors of existing state that fit are written in place
             for index, tensor in existing_tensors(tree, optimizer):
                 if not self._misfit(TensorRef(index), tensor):
                     self._live[index] = tensor

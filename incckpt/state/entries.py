@@ -1,6 +1,6 @@
-"""One record per tensor of a state: where its bytes lie in which byte range, and how to see them as that tensor again.
+"""One record per tensor of a state: where its bytes are in which byte range, and how they form the tensor.
 
-Pure: no bytes are touched here. The JSON form is described in ``docs/structure.md``.
+Touches no bytes. ``docs/structure.md`` describes the JSON form.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ TORCH_DTYPES: dict[str, tuple[int, int]] = {
     "complex64": (8, 4),
     "complex128": (16, 8),
 }
-"""By the torch dtype's name: bytes of an element, and of a component of it. Without quantised dtypes, on purpose."""
+"""Name of a torch dtype -> bytes of an element, and of a component of it. Quantised dtypes are left out on purpose."""
 
 MAX_DIMENSIONS = 64
-"""What numpy has at most; a tensor of more could not be looked at by it."""
+"""The most that numpy supports; it could not view a tensor of more."""
 
 _INT64_MAX = 2**63 - 1
 _FLAGS = ("parameter", "requires_grad", "conj", "neg", "packed")
@@ -71,7 +71,7 @@ class TensorEntry(NamedTuple):
     Attributes
     ----------
     name
-        Dotted path in the state (``"model.layers.0.weight"``); need not be unique, the index in the list of entries is.
+        Dotted path in the state (``"model.layers.0.weight"``). Need not be unique: the index in the list of entries is.
     kind
         ``"torch"`` or ``"numpy"``.
     dtype
@@ -79,9 +79,9 @@ class TensorEntry(NamedTuple):
     shape
         Elements in each dimension.
     stride
-        torch: in elements, ``>= 0``; numpy: in bytes, any sign. The unit is the one that each library uses itself.
+        torch: in elements, ``>= 0``; numpy: in bytes, any sign. Each library's own unit.
     range
-        Index of the byte range that holds the elements; -1 for a tensor without bytes.
+        Index of the byte range that contains the elements; -1 for a tensor without bytes.
     offset
         Bytes from the start of the range to the element at index ``(0, 0, ...)``.
     device
@@ -89,10 +89,10 @@ class TensorEntry(NamedTuple):
     parameter
         Whether it was a ``torch.nn.Parameter``.
     requires_grad, conj, neg
-        Of a torch tensor: the flag and the two bits. The bytes of the range are what lies below the bits.
+        Of a torch tensor: the flag and the two bits. The range holds the bytes without the bits' effect.
     packed
-        The tensor had gaps, and the range holds its elements alone, in row-major order, dimensions of stride 0 counted
-        once. `stride` is still what it was.
+        Whether the tensor had gaps, so that the range holds only its elements, in row-major order, with dimensions of
+        stride 0 counted once. `stride` is the original one.
     """
 
     name: str
@@ -126,9 +126,9 @@ class TensorEntry(NamedTuple):
 
 
 def range_kinds(entries: Sequence[TensorEntry], count: int) -> list[str]:
-    """Return what each of `count` ranges holds: the last part of its first tensor's name, and its dtype.
+    """Return the kind of each of `count` ranges: the last part of its first tensor's name, and its dtype.
 
-    Numbers of one kind look alike: all weights, all biases, all first moments of an optimizer, all second ones.
+    Numbers of one kind are similar: all weights, all biases, all first moments of an optimizer, all second ones.
     """
     kinds = [""] * count
     for entry in reversed(entries):
@@ -175,7 +175,7 @@ def unpacked_nbytes(entry: TensorEntry) -> int:
 
 
 def packed_shape(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape of what a packed range holds: dimensions of stride 0 (expanded ones) have one element."""
+    """Return the shape of a packed range's elements: dimensions of stride 0 (expanded ones) have one."""
     return tuple(size if stride else 1 for size, stride in zip(shape, strides, strict=True))
 
 
@@ -279,7 +279,7 @@ def numpy_dtype_from_text(text: str) -> np.dtype[Any]:
 
 
 def dtype_component(dtype: np.dtype[Any]) -> int:
-    """Return the bytes of what a byte-plane codec should take for one number of this dtype: 1, 2, 4, 8 or 16."""
+    """Return the size of one number of this dtype for the byte-plane codec, in bytes: 1, 2, 4, 8 or 16."""
     if dtype.kind == "c":
         size = dtype.itemsize // 2
     elif dtype.kind == "U":
@@ -295,7 +295,7 @@ def dtype_component(dtype: np.dtype[Any]) -> int:
 
 
 def entry_to_json(entry: TensorEntry) -> dict[str, Json]:
-    """Return the JSON form of `entry`; what is at its default is left out (a row-major stride, offset 0, the CPU)."""
+    """Return the JSON form of `entry`, without what is at its default (a row-major stride, offset 0, the CPU)."""
     node: dict[str, Json] = {"name": entry.name, "dtype": entry.dtype, "shape": list(entry.shape)}
     if entry.kind == "numpy":
         node["kind"] = "numpy"
@@ -316,9 +316,9 @@ def entry_to_json(entry: TensorEntry) -> dict[str, Json]:
 
 
 def entry_from_json(node: Json) -> TensorEntry:
-    """Return the entry of an :func:`entry_to_json` form, each field checked by itself.
+    """Return the entry of an :func:`entry_to_json` form, with each field checked by itself.
 
-    Whether it fits its range is for :func:`check_entries`.
+    :func:`check_entries` checks that it fits its range.
 
     Raises
     ------
@@ -357,7 +357,7 @@ def entry_from_json(node: Json) -> TensorEntry:
 
 
 def _place(pieces: Json) -> tuple[int, int]:
-    """Return range and offset of the one piece that a whole tensor is; an empty one has none."""
+    """Return the range and offset of a tensor's only piece; an empty tensor has none."""
     if not isinstance(pieces, list) or not all(isinstance(piece, dict) for piece in pieces):
         raise CorruptionError(f"pieces: not a list of objects: {shown(pieces)}")
     if not pieces:
@@ -384,7 +384,7 @@ def _dtype(kind: Json, dtype: Json) -> tuple[str, int]:
 
 
 def check_entries(entries: Sequence[TensorEntry], sizes: Sequence[int]) -> None:
-    """Check that every tensor lies inside its range and is one that the libraries can represent.
+    """Check that every tensor lies inside its range, and that torch or numpy can represent it.
 
     Parameters
     ----------
@@ -396,7 +396,7 @@ def check_entries(entries: Sequence[TensorEntry], sizes: Sequence[int]) -> None:
     Raises
     ------
     CorruptionError
-        Naming the tensor.
+        If one does not; names the tensor.
     """
     packings: dict[int, tuple[object, ...]] = {}
     for index, entry in enumerate(entries):

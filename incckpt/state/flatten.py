@@ -1,4 +1,4 @@
-"""A nested state to a JSON structure, named tensors and byte ranges of live memory."""
+"""From a nested state to a JSON structure, tensor entries and byte ranges of live memory."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class FlatState:
     tensors
         One entry per tensor or array; the structure refers to them by index.
     ranges
-        The memory that they lie in, live: what is written to the state's tensors after `flatten` is seen here.
+        The live memory that holds them: what is written to the state's tensors after `flatten` shows here.
     packed
-        Plain values that are stored beside the structure, which refers to them by index; copies, or immutable.
+        Plain values stored beside the structure, which refers to them by index; copies, or immutable.
     """
 
     structure: Json
@@ -56,14 +56,14 @@ class FlatState:
 
     @property
     def kinds(self) -> list[str]:
-        """What each range holds."""
+        """The kind of each range; see `range_kinds`."""
         return range_kinds(self.tensors, len(self.ranges))
 
     @property
     def layout(self) -> tuple[tuple[TensorEntry, ...], tuple[tuple[int, int], ...]]:
-        """Everything about the tensors but their memory; equal layouts are cut into equal chunks.
+        """Everything about the tensors except their memory; equal layouts are cut into equal chunks.
 
-        Holds no tensor alive. Comparing 10,000 tensors takes a few milliseconds.
+        Keeps no tensor alive. Comparing 10,000 tensors takes a few milliseconds.
         """
         return tuple(self.tensors), tuple(self.sizes)
 
@@ -74,23 +74,23 @@ def flatten(state: object, *, allow_pickle: bool = False) -> FlatState:
     Parameters
     ----------
     state
-        Any nesting of dicts, lists, tuples and their kinds with torch tensors, numpy arrays, plain values and objects
-        that have ``state_dict()`` and ``load_state_dict()``. ``docs/structure.md`` lists every type.
+        Any nesting of dicts, lists, tuples and the like with torch tensors, numpy arrays, plain values and objects that
+        have ``state_dict()`` and ``load_state_dict()``. ``docs/structure.md`` lists every type.
     allow_pickle
-        Whether objects of other types are pickled.
+        Whether to pickle objects of other types.
 
     Returns
     -------
     flat
         Refers to the state's memory; only tensors with gaps between their elements are copied. A list or dict that
-        occurs twice is stored twice; tensors that share memory share it after a restore.
+        occurs twice is stored twice; tensors that share memory still do after a restore.
 
     Raises
     ------
     StateError
-        If something cannot be saved; the message names its path in the state and says what to do.
+        If something cannot be saved; names its path in the state and says what to do.
     PickleRefusedError
-        If `allow_pickle` is what is missing.
+        If it can be saved only with `allow_pickle`.
     """
     walker = _Walker(allow_pickle)
     with _no_garbage_collection():
@@ -104,8 +104,8 @@ def flatten(state: object, *, allow_pickle: bool = False) -> FlatState:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Keep Python's cycle collector from running: the many small objects made here, none of them garbage, set off full
-    collections that took two thirds of the time.
+    """Turn Python's cycle collector off: flattening makes many small objects, none of them garbage, and so set off full
+    collections, which took two thirds of the time.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -117,7 +117,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 class _Refused(Exception):
-    """A reason, and where: grows a segment at each level it passes, so a walk that succeeds pays nothing for paths."""
+    """A reason and a path, which grows by a segment per level on the way up, so that a successful walk builds none."""
 
     def __init__(self, reason: str, kind: type[StateError] = StateError) -> None:
         super().__init__(reason)
@@ -130,7 +130,7 @@ class _Walker:
         self.table = TensorTable()
         self.packed: list[PackedValue] = []
         self._allow_pickle = allow_pickle
-        self._open: set[int] = set()  # containers and objects that the walk is inside of
+        self._open: set[int] = set()  # containers and objects around the current value
 
     def node(self, value: Any, name: str) -> Json:
         kind = type(value)
@@ -150,7 +150,7 @@ class _Walker:
         return plain if plain is not None or value is None else self._object(value, name)
 
     def _packed(self, value: Any, name: str) -> Json:
-        """Return the node of a value that is packed; ``None`` if it stands in the structure itself."""
+        """Return the node of a packed value; ``None`` if the value belongs in the structure itself."""
         kind = type(value)
         depth = len(self._open)
         if kind is bytes or kind is str or kind is bytearray:
@@ -255,7 +255,7 @@ class _Walker:
         return node
 
     def _object(self, value: Any, name: str) -> Json:
-        """Return the node of what no table knows: subclasses, objects with a state, anything else."""
+        """Return the node of a value whose type is in no table: a subclass, an object with a state, anything else."""
         if isinstance(value, torch.Tensor):
             raise _Refused(_tensor_subclass(value))
         if isinstance(value, torch.Generator):
@@ -320,7 +320,7 @@ def _has_plain_memory(tensor: torch.Tensor) -> bool:
     """Whether ``tensor.as_subclass(torch.Tensor)`` is a tensor that can be saved."""
     try:
         TensorTable().add_torch(tensor.as_subclass(torch.Tensor), "")
-    except (StateError, RuntimeError, TypeError):  # what the class makes of it
+    except (StateError, RuntimeError, TypeError):  # raised by the class
         return False
     return True
 

@@ -42,7 +42,7 @@ def find_destinations(
     sizes: Sequence[int],
     live: Mapping[int, Live],
 ) -> tuple[dict[int, npt.NDArray[np.uint8]], set[int]]:
-    """Return live memory that whole ranges can be read into.
+    """Return the live memory into which whole ranges can be read.
 
     Parameters
     ----------
@@ -51,14 +51,14 @@ def find_destinations(
     sizes
         Bytes of each range.
     live
-        By entry, the tensor that it is restored into.
+        Entry -> the tensor into which it is restored.
 
     Returns
     -------
     destinations
-        By range, ``uint8[sizes[range]]`` of any alignment: host memory that is laid out as the range is.
+        Range -> ``uint8[sizes[range]]`` of any alignment: host memory with the layout of the range.
     contested
-        Entries whose live memory belongs to entries of other ranges as well: which bytes stay is a matter of order.
+        Entries whose live memory also belongs to entries of other ranges, so that the order of writes matters.
     """
     spans: list[tuple[int, int, int]] = []  # range, address of the first byte and of the one after the last
     filled = [index for index in live if entries[index].range >= 0]
@@ -90,7 +90,7 @@ def find_destinations(
 
 
 def overlaps_itself(live: Live) -> bool:
-    """Whether several elements of `live` share one place in memory (expanded tensors, sliding windows)."""
+    """Whether elements of `live` share memory, as in expanded tensors and sliding windows."""
     _, strides, reach = _memory_of(live)
     for step, size in sorted((abs(step), size) for size, step in zip(live.shape, strides, strict=True) if size > 1):
         if step < reach:
@@ -100,13 +100,13 @@ def overlaps_itself(live: Live) -> bool:
 
 
 def mark_changed(live: Live) -> None:
-    """Tell autograd that `live` was written to."""
+    """Tell autograd that `live` has changed."""
     if isinstance(live, torch.Tensor) and not live.is_inference():
         torch.autograd.graph.increment_version(live)
 
 
 def copy_into(live: Live, source: Live) -> None:
-    """Copy `source`, of the same shape and dtype, bit for bit, unless it is that memory itself.
+    """Copy `source`, of the same shape and dtype, bit for bit, unless it is the same memory.
 
     If `live` overlaps itself, `source` must do so in the same way.
     """
@@ -131,7 +131,7 @@ def copy_into(live: Live, source: Live) -> None:
 
 
 def _is_laid_out_alike(entry: TensorEntry, live: Live) -> bool:
-    """Whether `live`, which spans as many bytes as the range of `entry`, has just those bytes in the same order."""
+    """Whether `live`, which spans as many bytes as the range of `entry`, has the same bytes in the same order."""
     _, strides, itemsize = _memory_of(live)
     old = byte_strides(entry)
     bits = (live.is_conj(), live.is_neg()) if isinstance(live, torch.Tensor) else (False, False)
@@ -163,7 +163,7 @@ def _memory_of(live: Live) -> tuple[int, tuple[int, ...], int]:
 
 
 class _Memory:
-    """Bytes of `owner`, which it keeps alive, as numpy sees them."""
+    """Memory of `owner` for numpy to view; keeps `owner` alive."""
 
     def __init__(self, owner: Live, address: int, nbytes: int) -> None:
         self.owner = owner

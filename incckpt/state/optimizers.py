@@ -1,4 +1,4 @@
-"""Optimizers that load as torch's do: what their state looks like, whether it fits, and loading it exactly."""
+"""Optimizers that load as torch's do: the form of their state, whether it fits, and loading it exactly."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _METHODS = {
 
 
 def loads_as_torch_optimizer(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the state of `optimizer` is made and loaded by the unchanged methods of ``torch.optim.Optimizer``."""
+    """Whether unchanged methods of ``torch.optim.Optimizer`` make and load the state of `optimizer`."""
     own = vars(optimizer)
     return loads_by(type(optimizer), own, _METHODS) and not any(own.get(hooks, True) for hooks in OPTIMIZER_HOOKS)
 
 
 def is_torch_optimizer(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `optimizer` is of a class of ``torch.optim`` itself, and loads as those do."""
+    """Whether the class of `optimizer` is in ``torch.optim`` itself, and it loads as those do."""
     return f"{type(optimizer).__module__}.".startswith("torch.optim.") and loads_as_torch_optimizer(optimizer)
 
 
@@ -42,9 +42,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, path: str) -> N
     """Load the state of an optimizer that loads as torch's do, exactly.
 
     ``Optimizer.load_state_dict`` casts floating-point state to the dtype of the parameter: the float32 moments of a
-    bfloat16 parameter would lose half their bits. What comes back in another dtype is replaced by what was stored.
-    Options that are tensors, such as ``lr``, which it leaves on the device where they were saved, go to where those
-    that they replace were.
+    bfloat16 parameter would lose half their bits. Tensors that come back in another dtype are replaced by the stored
+    ones. It also leaves options that are tensors, such as ``lr``, on the device where they were saved; they are moved
+    to the device of those that they replace.
     """
     before = [dict(group) for group in optimizer.param_groups]
     load_object(optimizer, state, path)
@@ -61,7 +61,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, path: str) -> N
 
 
 def _uncast(now: Any, stored: Any) -> Any:
-    """Return `now` with every tensor that is `stored` in another dtype replaced by the stored one."""
+    """Return `now` with each tensor whose dtype differs from the stored one's replaced by the stored one."""
     if isinstance(now, torch.Tensor):
         if isinstance(stored, torch.Tensor) and now.dtype != stored.dtype and now.shape == stored.shape:
             return stored.to(now.device)
@@ -74,9 +74,9 @@ def _uncast(now: Any, stored: Any) -> Any:
 
 
 def optimizer_problems(tree: Tree, entries: Sequence[TensorEntry], optimizer: torch.optim.Optimizer) -> list[str]:
-    """Return why the state `tree` does not fit an optimizer of ``torch.optim``; each text follows its path.
+    """Return why the state `tree` does not fit an optimizer of ``torch.optim``, in texts that follow its path.
 
-    Moments that are not of their parameter's shape are among the reasons: ``step()`` would fail later.
+    One is a moment without its parameter's shape, with which ``step()`` would fail later.
     """
     numbers = _parameter_lists(tree, "params")
     state = dict(children(tree)).get("state")
@@ -86,7 +86,7 @@ def optimizer_problems(tree: Tree, entries: Sequence[TensorEntry], optimizer: to
     if sizes != here:
         return [f" has groups of {here} parameters here, and of {sizes} in the checkpoint"]
     if isinstance(optimizer, torch.optim.LBFGS):
-        return []  # its vectors run over all parameters
+        return []  # its vectors span all parameters
     parameters = dict(zip(chain(*numbers), chain(*map(_named, optimizer.param_groups)), strict=True))
     found = []
     for number, moments in state.items:
@@ -108,10 +108,10 @@ def optimizer_problems(tree: Tree, entries: Sequence[TensorEntry], optimizer: to
 
 
 def existing_tensors(tree: Tree, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the tensors of the optimizer's state that stand where those of `tree` do, each after its entry's index."""
+    """Yield the existing tensors of the optimizer's state that `tree` has too, each with the index of its entry."""
     state = dict(children(tree))["state"]
     if list(chain(*_parameter_lists(tree, "params") or ())) != list(range(sum(map(_size, optimizer.param_groups)))):
-        return  # numbered otherwise: load_state_dict sorts it out
+        return  # other numbers: load_state_dict sorts this out
     live = dict(tensors_in(optimizer.state_dict()["state"]))
     for place, index in _tensor_refs(state):
         if place in live:
@@ -119,7 +119,7 @@ def existing_tensors(tree: Tree, optimizer: torch.optim.Optimizer) -> Iterator[t
 
 
 def reordered(tree: Tree, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Return which parameters stand elsewhere than in the checkpoint, if both name theirs: states go by position."""
+    """Return which parameters have moved since the checkpoint, if both name theirs: state goes by position."""
     before = list(chain(*(_parameter_lists(tree, "param_names") or ())))
     here = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
     if len(before) != len(here):
@@ -142,7 +142,7 @@ def _named(group: dict[str, Any]) -> list[tuple[torch.Tensor, str]]:
 
 
 def _parameter_lists(tree: Tree, key: str) -> list[list[Any]] | None:
-    """Return what each group of an optimizer's state lists as `key`, its parameters' numbers or names.
+    """Return the list `key` of each group of an optimizer's state: its parameters' numbers or names.
 
     ``None`` if `tree` is no such state, or has no such lists.
     """

@@ -1,4 +1,4 @@
-"""Plain values by the thousand, packed: what would swell the structure is stored as bytes of its own, in chunks.
+"""Packs large plain values: what would swell the structure is stored beside it, as bytes in chunks.
 
 ``docs/structure.md`` says what is packed and how; :mod:`incckpt.state._packing` does it.
 """
@@ -32,13 +32,13 @@ from incckpt.state.tree import (
 __all__ = ["BLOCK_BYTES", "HEAVY", "HEAVY_BYTES", "PackedValue", "opened", "pack", "unpack", "weighs_much"]
 
 HEAVY = 1024
-"""What weighs as much is packed. A value weighs 1; text and bytes, 1 more for every 64 characters or bytes."""
+"""The weight from which a value is packed. Each value weighs 1; text and bytes, 1 more per 64 characters or bytes."""
 
 HEAVY_BYTES = (HEAVY - 1) << 6
-"""Of text or bytes alone."""
+"""The same for a single text or ``bytes``: its length."""
 
 BLOCK_BYTES = 1 << 20
-"""What is packed is cut after the first element that fills as much; what is appended changes the last block only."""
+"""A block of packed elements ends with the first that fills this much; appending changes only the last block."""
 
 _NUMPY_SCALARS = {
     np.dtype(kind).type: np.dtype(kind).str
@@ -53,14 +53,14 @@ _OTHERS = (PLAIN_TYPES - _NATIVE).union(
 
 
 class PackedValue(NamedTuple):
-    """A plain value that is stored beside the structure.
+    """A plain value stored beside the structure.
 
     Attributes
     ----------
     name
         Its dotted name.
     blocks
-        Its bytes, immutable; or the ``bytes`` or ``str`` that they are the bytes of.
+        Its bytes, immutable; or the ``bytes`` or ``str`` itself.
     """
 
     name: str
@@ -68,12 +68,12 @@ class PackedValue(NamedTuple):
 
 
 def weighs_much(value: Any, depth: int) -> bool:
-    """Whether a container, of any kind, is to be packed: it is plain throughout, and weighs much.
+    """Whether a container of any kind should be packed: it contains only plain values, and weighs `HEAVY` or more.
 
     Parameters
     ----------
     depth
-        Containers that it lies in.
+        Number of containers around it.
     """
     return _packing.weigh(_RULES, value, depth, HEAVY) >= HEAVY
 
@@ -84,12 +84,12 @@ def pack(value: Any, depth: int) -> list[bytes]:
 
 
 def unpack(data: Any, *, pairs: bool) -> Any:
-    """Return the list, or with `pairs` the dict, that was packed.
+    """Return the packed elements as a list or, with `pairs`, as a dict.
 
     Raises
     ------
     CorruptionError, FormatError
-        If `data` is not what `pack` gives.
+        If `pack` did not write `data`.
     """
     try:
         return _packing.unpack(_RULES, data, pairs)
@@ -102,17 +102,17 @@ def unpack(data: Any, *, pairs: bool) -> Any:
 
 
 def opened(tree: Tree, data: Mapping[int, Any]) -> Tree:
-    """Return `tree` with what was packed in the place of the references to it.
+    """Return `tree` with its references to packed values replaced by the values.
 
     Parameters
     ----------
     data
-        Bytes by packed range; what is not given stays a reference.
+        Packed range -> its bytes; a range that is missing stays a reference.
 
     Raises
     ------
     CorruptionError, FormatError
-        Naming the place.
+        If the bytes are malformed; names the place.
     """
     if not data:
         return tree

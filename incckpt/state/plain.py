@@ -1,4 +1,4 @@
-"""Plain values <-> JSON: every value comes back as it was, of the very type it was, and reading runs nothing."""
+"""Plain values <-> JSON: every value comes back unchanged and with its exact type, and reading runs no code."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ __all__ = [
 ]
 
 MAX_DEPTH = 64
-"""Containers inside one another. Each takes three levels of JSON and four Python frames to read, far from any limit."""
+"""The most nested containers. Reading one takes three levels of JSON and four Python frames, far from any limit."""
 
-_SAFE_INT = 2**53 - 1  # what every JSON reader keeps exactly
+_SAFE_INT = 2**53 - 1  # every JSON reader keeps integers up to this exactly
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ def _encode_str(value: str) -> Json:
     if not value.isascii():
         try:
             value.encode()
-        except UnicodeEncodeError:  # a lone surrogate, as in a file name that is no UTF-8
+        except UnicodeEncodeError:  # a lone surrogate, as in a file name that is not UTF-8
             return {"str": _base64(value.encode("utf-8", "surrogatepass"))}
     return value
 
@@ -92,7 +92,7 @@ _ENCODERS: dict[type, Callable[[Any], Json]] = {
 
 
 PLAIN_TYPES = frozenset(_ENCODERS)
-"""What `encode_plain` takes besides numpy's scalars and dtypes."""
+"""The types that `encode_plain` takes, besides numpy's scalars and dtypes."""
 
 
 def encode_plain(value: object) -> Json | None:
@@ -101,18 +101,18 @@ def encode_plain(value: object) -> Json | None:
     Returns
     -------
     node
-        ``None`` for ``None``, and for what is not plain as well (`value` tells them apart).
+        ``None`` for ``None``, and also if `value` is not plain.
 
     Raises
     ------
     StateError
-        If `value` is of a plain kind but holds something that is not.
+        If `value` has a plain type but holds something that is not plain.
     """
     encoder = _ENCODERS.get(type(value))
     if encoder is not None:
         return encoder(value)
     if isinstance(value, np.generic) and type(value) is value.dtype.type:
-        if type(value) is np.str_:  # as an array element it would lose trailing NULs, and so it does by str(value)
+        if type(value) is np.str_:  # array elements and str(value) lose trailing NULs
             return {"numpy.str": _encode_str(str.__str__(value))}
         if type(value) is np.bytes_:
             return {"numpy.bytes": _base64(bytes(value))}
@@ -147,7 +147,7 @@ def encode_key(value: object, depth: int = 0) -> Json:
 
 
 def shown(value: object) -> str:
-    """Return ``repr(value)``, or the type where that fails: Python refuses to write integers of over 4,300 digits."""
+    """Return ``repr(value)``, or the type if that fails: Python refuses to write integers of over 4,300 digits."""
     try:
         return repr(value)
     except Exception:  # noqa: BLE001 -- an object's own __repr__ may raise anything, and a message must not fail over it
@@ -162,7 +162,7 @@ def type_name(value: object) -> str:
 
 
 class Malformed(Exception):
-    """A reason, and where: grows a segment at each level it passes, so that reading pays nothing for paths."""
+    """A reason and a path, which grows by a segment per level on the way up, so that a successful read builds none."""
 
     def __init__(self, reason: str, kind: type[CorruptionError | FormatError] = CorruptionError) -> None:
         super().__init__(reason)
@@ -171,7 +171,7 @@ class Malformed(Exception):
 
 
 def excerpt(node: Json) -> str:
-    """Return the beginning of `node`, one level deep: ``repr`` would recurse as far as the document does."""
+    """Return the beginning of `node`, one level deep; ``repr`` would recurse as deep as the document."""
     if isinstance(node, dict):
         text = "{" + ", ".join(f"{key!r}: ..." for key in list(node)[:4]) + "}"
     elif isinstance(node, list):

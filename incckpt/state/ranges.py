@@ -1,7 +1,7 @@
-"""The tensors of a state by the memory that they occupy: one entry each, and the byte ranges that hold them together.
+"""Groups the tensors of a state by their memory: one entry per tensor, and the byte ranges that hold them.
 
-Tensors whose memory overlaps, torch and numpy alike, share a range, so ties and views survive. What has no plain memory
-(meta, sparse, sharded, ...) is refused.
+Tensors whose memory overlaps, torch or numpy, share a range, so ties and views survive. Tensors without plain memory
+(meta, sparse, sharded, ...) are refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from incckpt.state.entries import (
 __all__ = ["CARRIERS", "ByteRange", "TensorTable", "overlap_groups", "raw_array", "raw_view"]
 
 CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-"""By element size, a dtype whose copies move bits and nothing else, and which every torch can copy."""
+"""Element size -> a dtype whose copies only move bits, and which every version of torch can copy."""
 
 _DTYPES = {getattr(torch, name): (name, *sizes) for name, sizes in TORCH_DTYPES.items() if hasattr(torch, name)}
 _CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(slots=True)
 class ByteRange:
-    """The smallest run of bytes of one memory that covers tensors which overlap.
+    """The smallest run of bytes that covers a group of overlapping tensors.
 
     Attributes
     ----------
@@ -47,13 +47,13 @@ class ByteRange:
     device
         Where the memory is.
     address
-        Of the first byte, if `device` is the CPU; else 0.
+        Address of the first byte if `device` is the CPU, else 0.
     owner
         Keeps the memory alive.
     tensor
-        On another device: the range as a flat ``uint8[nbytes]`` tensor, to copy from; else ``None``.
+        On other devices, the range as a flat ``uint8[nbytes]`` tensor to copy from; else ``None``.
     names
-        Of the entries in it.
+        Names of the entries in it.
     """
 
     nbytes: int
@@ -66,7 +66,7 @@ class ByteRange:
 
 
 class _Record(NamedTuple):
-    """A tensor with its memory. Addresses are absolute on the CPU; see :meth:`TensorTable._origin` for devices."""
+    """A tensor and its memory. Addresses are absolute on the CPU; for devices see :meth:`TensorTable._origin`."""
 
     name: str
     kind: Literal["torch", "numpy"]
@@ -86,13 +86,13 @@ class _Record(NamedTuple):
 
 
 def raw_view(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the memory below `tensor` in its geometry, as integers: no conjugate or negative bit, no autograd."""
+    """Return a view of the memory of `tensor` as integers, without conjugate or negative bit, and without autograd."""
     view = torch.empty(0, dtype=CARRIERS[tensor.element_size()], device=tensor.device)
     return view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def raw_array(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return the memory below `array` in its geometry, as integers or bare bytes: copies take padding along."""
+    """Return a view of the memory of `array` as integers or bare bytes; copies of it include padding."""
     size = array.itemsize
     return array.view(f"u{size}" if size in (1, 2, 4, 8) else f"V{size}")
 
@@ -100,8 +100,8 @@ def raw_array(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 class TensorTable:
     """Collects the tensors of one state; :meth:`finish` groups them into ranges.
 
-    The memory of every tensor is kept alive until then and by the ranges after: a freed temporary's address would be
-    given to another tensor, and the two would seem to be aliases.
+    The table, and then the ranges, keep the memory of every tensor alive. Otherwise another tensor could get the
+    address of a freed temporary, and the two would look like aliases.
     """
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class TensorTable:
         Raises
         ------
         StateError
-            If it has no plain memory; the message says what to do instead.
+            If it has no plain memory; says what to do instead.
         """
         dtype = _DTYPES.get(tensor.dtype)
         if dtype is None or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
@@ -177,7 +177,7 @@ class TensorTable:
         first = array.__array_interface__["data"][0]
         low, high, gaps = first, first + array.nbytes, False
         if itemsize == 0:
-            stride = (0,) * array.ndim  # of no meaning, and numpy would want memory that reaches as far
+            stride = (0,) * array.ndim  # meaningless, but numpy would require memory for them
         if high != low and not array.flags.c_contiguous:
             down, up = byte_extent(shape, stride, itemsize)
             low, high = first + down, first + up
@@ -191,7 +191,7 @@ class TensorTable:
         return len(self._records) - 1
 
     def finish(self) -> tuple[list[TensorEntry], list[ByteRange]]:
-        """Return the entries, in the order they were added, and the ranges, by the first entry that lies in each."""
+        """Return the entries, in the order they were added, and the ranges, in the order of their first entries."""
         records = self._records
         range_of, groups = _group(records)
         ranges: list[ByteRange] = []
@@ -220,9 +220,9 @@ class TensorTable:
         return entries, ranges
 
     def _origin(self, device: torch.device, storage: torch.UntypedStorage) -> int:
-        """Return where a storage on a device begins, in addresses made up so that storages never overlap.
+        """Return an invented address for a storage on a device, such that storages never overlap.
 
-        What ``data_ptr()`` gives there need not be an address (on MPS it is not).
+        There ``data_ptr()`` need not be an address (on MPS it is not).
         """
         key = (device, storage.data_ptr())
         origin = self._origins.get(key)
@@ -232,7 +232,7 @@ class TensorTable:
         return origin
 
     def _range(self, members: Sequence[_Record]) -> tuple[ByteRange, int]:
-        """Return the range of overlapping `members`, and the address that its first byte has; -1 if it is packed."""
+        """Return the range of overlapping `members`, and the address of its first byte, or -1 if it is packed."""
         record = members[0]
         names = [member.name for member in members]
         if record.gaps and all(_same_geometry(member, record) for member in members):
@@ -258,16 +258,16 @@ class TensorTable:
 def overlap_groups(
     low: npt.NDArray[np.uint64], high: npt.NDArray[np.uint64], space: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """Return for each interval the number of its group: those that overlap, directly or through others, are in one.
+    """Return for each interval the number of its group: intervals that overlap, directly or through others, share one.
 
-    Intervals that merely touch do not overlap. Groups are numbered by their first member.
+    Intervals that merely touch do not overlap. Groups are numbered in the order of their first members.
 
     Parameters
     ----------
     low, high
-        ``[low, high)``, none of them empty.
+        The intervals ``[low, high)``, none of them empty.
     space
-        Intervals overlap in the same space only.
+        Only intervals in the same space overlap.
     """
     order = np.lexsort((low, space))
     begins = np.ones(len(low), np.bool_)
@@ -304,7 +304,7 @@ def _group(records: Sequence[_Record]) -> tuple[list[int], list[list[int]]]:
 
 
 def _has_gaps(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
-    """Whether bytes lie between the elements, and no two elements overlap but by a stride of 0."""
+    """Whether there are bytes between the elements, and elements overlap only by strides of 0."""
     reach = dense = itemsize
     for step, size in sorted((abs(step), size) for size, step in zip(shape, strides, strict=True) if step and size > 1):
         if step < reach:
@@ -325,7 +325,7 @@ def _same_geometry(a: _Record, b: _Record) -> bool:
 
 
 def _itemsize(members: Sequence[_Record], nbytes: int) -> int:
-    """Return the component size that most of the members' bytes have, reduced to one that divides `nbytes`."""
+    """Return the component size of most of the members' bytes, reduced until it divides `nbytes`."""
     if len(members) == 1:
         size = members[0].component
     else:
@@ -339,10 +339,10 @@ def _itemsize(members: Sequence[_Record], nbytes: int) -> int:
 
 
 def _misalignment(members: Sequence[_Record], low: int) -> int:
-    """Return how far before `low` a range must start for torch tensors to lie at multiples of their element size.
+    """Return how far before `low` a range must start to place torch tensors at multiples of their element sizes.
 
-    A view of bytes may start anywhere in its storage; one of wider elements beside it may not be cut off from the
-    storage's alignment, or no storage that begins where the range does could hold it.
+    A view of bytes may start anywhere in its storage. A view of wider elements that overlaps it must keep the storage's
+    alignment, or a storage that begins with the range could not hold it.
     """
     views = [member for member in members if member.kind == "torch"]
     if all((view.first - low) % view.itemsize == 0 for view in views):
@@ -351,11 +351,11 @@ def _misalignment(members: Sequence[_Record], low: int) -> int:
     for shift in range(1, min(room, 15) + 1):
         if all((view.first - low + shift) % view.itemsize == 0 for view in views):
             return shift
-    return 0  # numpy memory that torch views at odd places: restored as storages of their own over the same bytes
+    return 0  # numpy memory that torch views at odd places: restored as separate storages over the same bytes
 
 
 def _pack(record: _Record, itemsize: int, names: list[str]) -> ByteRange:
-    """Copy the elements alone, row-major, each once."""
+    """Copy only the elements, in row-major order, each once."""
     shape = packed_shape(record.shape, _byte_strides(record))
     if record.kind == "numpy":
         array = np.lib.stride_tricks.as_strided(raw_array(record.owner), shape, record.stride).copy(order="C")

@@ -23,11 +23,11 @@ _PHILOX_WORDS = 4
 class RngState:
     """The state of the global generators of Python, numpy and torch, on the CPU and on every CUDA device.
 
-    Put one into the state, and it saves and restores them along with the rest; it holds nothing itself. A restore sets
-    them last, after everything that might draw numbers while it is restored.
+    Put one into the state to save and restore the generators with the rest; it holds nothing itself. A restore sets
+    them last, after everything that might draw numbers while it loads.
 
-    CUDA generators are saved once CUDA is in use (looking at them would start it). Restored with another number of
-    devices, those that both have are set, and the difference is logged.
+    CUDA generators are saved only if CUDA is in use, since looking at them would start it. If the number of devices
+    differs at restore, the generators that both have are set, and the difference is logged.
 
     Examples
     --------
@@ -51,8 +51,8 @@ class RngState:
         Raises
         ------
         StateMismatchError
-            If that was not what `state_dict` returned, or this Python or numpy has other generators. Some generators
-            may have been set by then.
+            If `state` is nothing that `state_dict` returned, or this Python or numpy has other generators. Some
+            generators may already be set.
         """
         try:
             python, cuda = state["python"], [tensor.cpu() for tensor in state["cuda"]]
@@ -75,7 +75,7 @@ class RngState:
 
 
 def _check_numpy(state: Any) -> None:
-    """Refuse positions outside of the generator's tables: numpy reads wherever they point."""
+    """Refuse positions outside the generator's tables, since numpy would read wherever they point."""
     tables = []
     if state["bit_generator"] == "MT19937":
         tables.append((state["state"]["key"], state["state"]["pos"], _MT19937_WORDS))

@@ -18,15 +18,15 @@ __all__ = ["UNSELECTED", "Patterns", "Selection", "select"]
 Patterns: TypeAlias = str | Sequence[str] | None
 
 UNSELECTED = Plain(None)
-"""Stands in a selected sequence for each element that is not selected; compare by identity."""
+"""Placeholder for the unselected elements of a selected sequence; compare by identity."""
 
 
 def select(tree: Tree, patterns: str | Sequence[str]) -> Tree:
     """Return the part of `tree` whose dotted names match a glob.
 
-    A pattern is a glob (:func:`fnmatch.fnmatchcase`; ``*`` matches dots too) or the name itself, brackets and all. One
-    that matches a container selects all of it. Of a dict the rest is dropped; in a list or tuple it becomes ``None``,
-    so that positions hold.
+    A pattern is a glob (:func:`fnmatch.fnmatchcase`; ``*`` also matches dots) or the literal name, brackets and all. If
+    it matches a container, it selects all of it. In a dict the rest is dropped; in a list or tuple it becomes ``None``,
+    to keep positions.
 
     Raises
     ------
@@ -37,12 +37,12 @@ def select(tree: Tree, patterns: str | Sequence[str]) -> Tree:
 
 
 class Selection:
-    """What `keys` match, or everything, without what `ignore` matches.
+    """Everything, or what `keys` match, without what `ignore` matches.
 
     Parameters
     ----------
     keys, ignore
-        Globs, as for :func:`select`. `ignore` goes first, and may match nothing.
+        Globs, as for :func:`select`. `ignore` has priority, and may match nothing.
     """
 
     def __init__(self, keys: Patterns = None, ignore: Patterns = None) -> None:
@@ -52,7 +52,7 @@ class Selection:
         self._partial: dict[int, Tree] = {}
 
     def chooses(self, name: str) -> bool:
-        """Whether `keys` match `name`, and so select all that is below it."""
+        """Whether `keys` match `name`, and so select everything below it."""
         if self._keys is None:
             return True
         hits = [pattern for pattern, match in self._keys if match(name)]
@@ -60,15 +60,15 @@ class Selection:
         return bool(hits)
 
     def ignores(self, name: str) -> bool:
-        """Whether `ignore` matches `name`, and so leaves out all that is below it."""
+        """Whether `ignore` matches `name`, and so excludes everything below it."""
         return any(match(name) for _, match in self._ignore)
 
     def is_partial(self, tree: Tree) -> bool:
-        """Whether `tree`, a part of what `part_of` returned, lacks some of what it had."""
+        """Whether `tree`, a part of what `part_of` returned, lacks something that the whole tree has."""
         return id(tree) in self._partial
 
     def part_of(self, tree: Tree) -> Tree:
-        """Return what is selected of `tree`; sequences keep their length, see `UNSELECTED`.
+        """Return the selected part of `tree`; sequences keep their length, see `UNSELECTED`.
 
         Raises
         ------
@@ -93,7 +93,7 @@ class Selection:
         return part
 
     def _prune(self, tree: Tree, name: str, *, chosen: bool) -> Tree | None:
-        """Return the selected part, or ``None``. Walks what is selected as well: later patterns may match inside it."""
+        """Return the selected part, or ``None``. Also walks selected parts: other patterns may match there."""
         if self.ignores(name):
             return None
         chosen = self.chooses(name) or chosen
@@ -116,7 +116,7 @@ class Selection:
 
 
 def _compiled(patterns: Sequence[str]) -> tuple[tuple[str, Callable[[str], object]], ...]:
-    # As the name itself, too: the name of `{"a[0]": ...}` is a glob that does not match itself.
+    # Also literally: the name in `{"a[0]": ...}` is a glob that does not match itself.
     return tuple((one, re.compile(rf"{re.escape(one)}\Z|{fnmatch.translate(one)}").match) for one in patterns)
 
 

@@ -1,4 +1,4 @@
-"""Objects that load themselves: which of them load just as torch does, and how their own loaders are called."""
+"""Objects that load themselves: which of them load exactly as torch does, and how to call their loaders."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Place: TypeAlias = tuple[Any, ...]
-"""Keys and positions that lead from a container to something in it."""
+"""Keys and positions on the way from a container to something in it."""
 
 
 def is_stateful(value: object) -> bool:
-    """Whether `value` is an object that saves and restores itself by ``state_dict()`` and ``load_state_dict()``."""
+    """Whether `value` is an object that saves and restores itself, with ``state_dict()`` and ``load_state_dict()``."""
     return (
         callable(getattr(value, "state_dict", None))
         and callable(getattr(value, "load_state_dict", None))
@@ -43,7 +43,7 @@ def is_stateful(value: object) -> bool:
 
 
 def tensors_in(value: object, place: Place = ()) -> Iterator[tuple[Place, torch.Tensor]]:
-    """Yield every torch tensor in nested dicts, lists and tuples, with the place where it is."""
+    """Yield every torch tensor in nested dicts, lists and tuples, with its place."""
     if isinstance(value, torch.Tensor):
         yield place, value
     elif len(place) < MAX_DEPTH:
@@ -57,8 +57,8 @@ def tensors_in(value: object, place: Place = ()) -> Iterator[tuple[Place, torch.
 
 
 # --- torch's own loading ----------------------------------------------------------------------------------------------
-# What takes part in it, as it was when this module was imported: whatever replaces it, in a class or an instance, is
-# somebody else's.
+# The methods that take part in it, as of the import of this module: whatever replaces them, in a class or an instance,
+# is not torch's.
 
 _MODULE_METHODS = {
     name: getattr(torch.nn.Module, name)
@@ -84,18 +84,18 @@ OPTIMIZER_HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
-# These only add or refuse names of older checkpoints; where all names are there they do what torch's own does.
+# These only add or refuse names of older checkpoints; if no name is missing, they do what torch's own does.
 _HARMLESS = (_NormBase._load_from_state_dict, _InstanceNorm._load_from_state_dict)
 
 
 def torch_module_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-    """Return the tensors of a module's state by name if loading would copy into them and do nothing else.
+    """Return the tensors of a module's state by name, if loading would only copy into them.
 
     Returns
     -------
     tensors
-        ``None`` if anything in the tree of modules takes part in loading: an override, a hook, extra state, a tensor
-        of a class of its own. Then only ``load_state_dict`` can tell what becomes of a checkpoint.
+        ``None`` if anything in the tree of modules takes part in loading: an override, a hook, extra state, or a tensor
+        of another class. Then only ``load_state_dict`` knows how to load a checkpoint.
     """
     if not all(_is_untouched(part) for _, part in _parts(module, "")):
         return None
@@ -112,7 +112,7 @@ def state_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def _parts(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield every module with the prefix of its names, as ``load_state_dict`` walks them: a shared one repeatedly."""
+    """Yield every module with its prefix, in the order of ``load_state_dict``: a shared one several times."""
     yield prefix, module
     for name, child in module._modules.items():
         if child is not None:
@@ -129,7 +129,7 @@ def _is_untouched(module: torch.nn.Module) -> bool:
 
 
 def loads_by(kind: type, own: Mapping[str, Any], methods: Mapping[str, Any]) -> bool:
-    """Whether `methods` are those of class `kind`, and no attribute of the instance hides one."""
+    """Whether class `kind` has these `methods`, and no attribute of the instance (`own`) hides one."""
     return all(
         (method := getattr(kind, name)) is known or (name == "_load_from_state_dict" and method in _HARMLESS)
         for name, known in methods.items()
@@ -137,7 +137,7 @@ def loads_by(kind: type, own: Mapping[str, Any], methods: Mapping[str, Any]) -> 
 
 
 def loads_only_itself(target: object) -> bool:
-    """Whether the loader of `target` is known to write to nothing but what `target` itself consists of."""
+    """Whether the loader of `target` is known to write only to `target` itself."""
     parts = target.modules() if isinstance(target, torch.nn.Module) else [target]
     return all(
         _is_of_ours(part) and not any(getattr(part, hooks, None) for hooks in MODULE_HOOKS + OPTIMIZER_HOOKS)
@@ -146,7 +146,7 @@ def loads_only_itself(target: object) -> bool:
 
 
 def _is_of_ours(target: object) -> bool:
-    """Whether everything that loads `target` is code of torch or of this package."""
+    """Whether only code of torch or of this package loads `target`."""
     loading = ("load_state_dict", "_load_from_state_dict", "set_extra_state", "__setstate__")
     owners = [next((kind for kind in type(target).__mro__ if name in vars(kind)), None) for name in loading]
     return all(
@@ -158,7 +158,7 @@ def _is_of_ours(target: object) -> bool:
 
 
 def load_object(target: Any, state: Any, path: str) -> None:
-    """Call ``target.load_state_dict(state)``; what it raises says where that was."""
+    """Call ``target.load_state_dict(state)``; add `path` to what it raises."""
     try:
         verdict = target.load_state_dict(state)
     except Exception as error:
@@ -176,14 +176,14 @@ def load_object(target: Any, state: Any, path: str) -> None:
 
 
 def load_and_compare(target: Any, state: Any, path: str) -> None:
-    """Let `target` load `state`, and log which tensors it then gives back in another dtype."""
+    """Let `target` load `state`, and log which tensors its ``state_dict()`` then has in another dtype."""
     dtypes = {place: tensor.dtype for place, tensor in tensors_in(state)}
     load_object(target, state, path)
     if not any(dtype.is_floating_point or dtype.is_complex for dtype in dtypes.values()):
         return
     try:
         loaded = list(tensors_in(target.state_dict()))
-    except Exception as error:  # noqa: BLE001 -- the object has loaded, and its word counts; this was to help
+    except Exception as error:  # noqa: BLE001 -- the object has loaded; this check only helps
         log.warning("%s was restored, but its state_dict() raises %r: it cannot be saved now", path, error)
         return
     changed = [
@@ -206,12 +206,12 @@ _WRAPPERS = {
 
 
 def renaming(stored: Sequence[str], here: Sequence[str]) -> str:
-    """Return what one wrapper around a model, or one prefix, does to make names differ; empty if it is not that.
+    """Return a hint if a wrapper around the model, or a prefix, explains why names differ; otherwise an empty string.
 
     Parameters
     ----------
     stored, here
-        The names of a module's tensors in the checkpoint, and in the target.
+        Names of a module's tensors in the checkpoint, and in the target.
     """
     for segment, wrapper in _WRAPPERS.items():
         if {_without(name, segment) for name in stored} == {_without(name, segment) for name in here}:

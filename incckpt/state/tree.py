@@ -1,7 +1,7 @@
-"""The JSON document of a state's structure, read: plain values, containers by kind, tensors by index.
+"""Reads the JSON document of a state's structure: plain values, containers by kind, tensors by index.
 
-Reading it imports nothing, executes nothing and recurses to a bounded depth, whatever the document says. The grammar is
-described in ``docs/structure.md``.
+Whatever the document says, reading it imports nothing, executes nothing and recurses to a bounded depth.
+``docs/structure.md`` describes the grammar.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ DEFAULT_FACTORIES: dict[str, Callable[[], Any] | None] = {
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """A value that is complete in itself, decoded."""
+    """A decoded value."""
 
     value: Any
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A torch tensor or numpy array: an index into the list of entries."""
+    """A torch tensor or numpy array, by its index in the list of entries."""
 
     index: int
 
@@ -89,7 +89,7 @@ class GeneratorRef:
 
 @dataclass(frozen=True, slots=True)
 class Pickled:
-    """A pickle, not loaded. `type` is the name of what was pickled, for messages."""
+    """A pickle, not loaded. `type` is the name of the pickled type, for messages."""
 
     data: bytes
     type: str
@@ -97,7 +97,7 @@ class Pickled:
 
 @dataclass(frozen=True, slots=True)
 class PackedRef:
-    """A plain value whose bytes lie in the packed range `index`. `extra` as for its kind of node; a pickle's type."""
+    """A plain value in the packed range `index`. `extra`: as for the node of its kind, or a pickle's type."""
 
     index: int
     kind: str
@@ -105,12 +105,12 @@ class PackedRef:
 
 
 class PlainItems(Sequence[Any]):
-    """The items of a `MappingNode` or `SequenceNode` whose value is here already: nodes are made as they are asked for.
+    """The items of a `MappingNode` or `SequenceNode` whose value is already decoded; makes nodes on demand.
 
     Attributes
     ----------
     value
-        A list or tuple; or, for a mapping, a dict.
+        A list or tuple or, for a mapping, a dict.
     """
 
     def __init__(self, value: Any) -> None:
@@ -183,12 +183,12 @@ def named_tuple_type(name: str, fields: tuple[str, ...]) -> type[tuple[Any, ...]
     Parameters
     ----------
     fields
-        Names that ``collections.namedtuple`` takes, or gives with ``rename=True`` (``_0``, ``_1``, ...).
+        Names that ``collections.namedtuple`` accepts, or makes with ``rename=True`` (``_0``, ``_1``, ...).
 
     Raises
     ------
     ValueError
-        If there is no such type.
+        If Python can make no such type.
     """
     reason = ""
     try:
@@ -209,7 +209,7 @@ def parse(structure: Json, tensors: int, packed: int = 0) -> Tree:
     Parameters
     ----------
     structure
-        As ``json.loads`` gives it.
+        As returned by ``json.loads``.
     tensors
         Length of the list of entries that it refers to.
     packed
@@ -218,7 +218,7 @@ def parse(structure: Json, tensors: int, packed: int = 0) -> Tree:
     Raises
     ------
     CorruptionError
-        If it is malformed anywhere; the message says where.
+        If it is malformed; says where.
     FormatError
         If it needs a newer version of incckpt, torch or numpy, or another platform.
     """
@@ -256,7 +256,7 @@ class _Parser:
         if form is None:
             raise Malformed(f"unknown kind of node: {excerpt(node)}; update incckpt", FormatError)
         self._depth += 1
-        if self._depth > MAX_DEPTH + 1:  # a leaf, a set say, may lie in the deepest container
+        if self._depth > MAX_DEPTH + 1:  # the deepest container may contain a leaf, such as a set
             raise Malformed("nested too deeply")
         tree = form(self, node)
         self._depth -= 1
@@ -277,7 +277,7 @@ class _Parser:
             raise Malformed(f"not a key: {excerpt(node)}")
         try:
             hash(tree.value)
-        except (TypeError, ValueError) as error:  # the second, of a timedelta64 without a unit
+        except (TypeError, ValueError) as error:  # ValueError: a timedelta64 without a unit
             raise Malformed(f"not a key: {excerpt(node)} ({error})") from error
         return tree.value  # type: ignore[no-any-return]
 
@@ -412,14 +412,14 @@ FORMS: dict[frozenset[str], Callable[[_Parser, Json], Tree]] = {
         *((("packed", "kind", extra), _Parser.packed) for extra in ("maxlen", "factory", "type")),
     )
 }
-"""By the exact set of members that a node has."""
+"""The exact set of a node's members -> how to parse it."""
 
 
 # --- trees ------------------------------------------------------------------------------------------------------------
 
 
 def children(tree: Tree) -> Iterator[tuple[Hashable, Tree]]:
-    """Yield ``(key, child)`` of a container: keys, positions, or the fields of a namedtuple. Nothing for a leaf."""
+    """Yield ``(key, child)`` of a container, by key, position or namedtuple field; nothing for a leaf."""
     if isinstance(tree, MappingNode):
         yield from tree.items
     elif isinstance(tree, SequenceNode):
@@ -428,7 +428,7 @@ def children(tree: Tree) -> Iterator[tuple[Hashable, Tree]]:
 
 
 def leaves(tree: Tree) -> Iterator[Plain | TensorRef | GeneratorRef | Pickled | PackedRef]:
-    """Yield every leaf of `tree`, those of an OrderedDict's ``_metadata`` included; what was unpacked as one."""
+    """Yield every leaf of `tree`, including those of an OrderedDict's ``_metadata``; an unpacked container is one."""
     if not isinstance(tree, (MappingNode, SequenceNode)):
         yield tree
     elif isinstance(tree.items, PlainItems):
@@ -441,7 +441,7 @@ def leaves(tree: Tree) -> Iterator[Plain | TensorRef | GeneratorRef | Pickled | 
 
 
 def packed_refs(tree: Tree, name: str = "") -> Iterator[tuple[str, PackedRef]]:
-    """Yield the reference to each packed value and its dotted name; in an OrderedDict's ``_metadata``, the dict's."""
+    """Yield each packed value's dotted name and reference; within an OrderedDict's ``_metadata``, the dict's name."""
     if isinstance(tree, PackedRef):
         yield name, tree
     elif isinstance(tree, (MappingNode, SequenceNode)) and not isinstance(tree.items, PlainItems):
@@ -458,7 +458,7 @@ def references(tree: Tree) -> list[int]:
 
 
 def describe(tree: Tree) -> str:
-    """Return what `tree` is, for messages."""
+    """Return a description of `tree`, for messages."""
     match tree:
         case TensorRef():
             return "a tensor"

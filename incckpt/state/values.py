@@ -1,4 +1,4 @@
-"""Plain values and containers of a target: what stands for itself, and what is replaced by what was stored."""
+"""Plain values and containers of a target: which of them a restore replaces or refills, and which it must match."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _VALUES = (
 
 
 def is_value(target: object) -> bool:
-    """Whether another value may stand in the place of `target`, as nothing else can be meant by restoring it."""
+    """Whether `target` is a value, which a restore can only replace."""
     return isinstance(target, _VALUES)
 
 
 def takes_contents(target: Any, tree: Tree) -> bool:
-    """Whether `target` itself can be given the value of `tree`; see `replace_contents`."""
+    """Whether `target` can take the contents of `tree`; see `replace_contents`."""
     match tree:
         case MappingNode():
             return isinstance(target, dict)
@@ -39,7 +39,7 @@ def takes_contents(target: Any, tree: Tree) -> bool:
 
 
 def replace_contents(target: Any, value: Any) -> Any:
-    """Give the container `target` the contents of `value` if they are of one kind; return what belongs in its place."""
+    """Give `target` the contents of `value` if both are containers of one kind; return `target`, or else `value`."""
     if isinstance(target, dict) and isinstance(value, dict):
         target.clear()
         for key, item in value.items():
@@ -58,7 +58,7 @@ def replace_contents(target: Any, value: Any) -> Any:
 
 
 def needs_matching(value: object, seen: set[int]) -> bool:
-    """Whether `value` is, or contains, something that is restored in place, or cannot simply be replaced."""
+    """Whether `value` is or contains something that is restored in place or cannot be replaced."""
     if isinstance(value, (torch.Tensor, np.ndarray, torch.Generator)) or is_stateful(value):
         return True
     if not isinstance(value, (dict, list, tuple, deque)):

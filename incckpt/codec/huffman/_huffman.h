@@ -1,8 +1,8 @@
-/* Bytes to a zstd frame (RFC 8878) of nothing but Huffman-coded literals.
+/* Codes bytes as a zstd frame (RFC 8878) that contains only Huffman-coded literals.
  *
- * Byte planes of floating-point numbers hold no matches worth having, only a skewed distribution. zstd itself cannot be
- * told to look for none: it finds short ones by chance, which take twice the time and save nothing. What is written here,
- * any zstd decoder reads.
+ * Byte planes of floating-point numbers have a skewed distribution, but no useful matches. zstd itself cannot be told
+ * not to look for any: it finds short ones by chance, which take twice the time and save nothing. Any zstd decoder
+ * reads the frames written here.
  *
  * Huffman codes: section 4.2 of the RFC; their table: 4.2.1; its coding by FSE: 4.1 and 4.2.1.2; literals: 3.1.1.3.1.
  */
@@ -16,8 +16,8 @@
 #define HUFFMAN_INLINE static inline __attribute__((always_inline))
 
 enum {
-    HUFFMAN_BLOCK = 1 << 16, /* bytes with a table of their own; a count of one of two symbols fits 16 bits */
-    HUFFMAN_FEWEST = 64,     /* bytes that a table can pay for */
+    HUFFMAN_BLOCK = 1 << 16, /* bytes with a table of their own; with two symbols or more, counts fit 16 bits */
+    HUFFMAN_FEWEST = 64,     /* bytes that repay a table */
     HUFFMAN_LIMIT = 11,      /* bits of the longest code that the format allows */
     HUFFMAN_LOG = 6,         /* accuracy of the table's FSE code, the most that the format allows */
     HUFFMAN_STATES = 1 << HUFFMAN_LOG,
@@ -42,7 +42,7 @@ static void huffman_put(huffman_bits *stream, unsigned value, unsigned count)
 
 /* ---- the code: lengths from counts, codes from lengths ----------------------------------------------------------- */
 
-/* Sort symbols of nonzero count (below 2^16) by count; return how many. Two passes of radix sort. */
+/* Sort the symbols with nonzero counts (below 2^16) by count, in two passes of radix sort; return their number. */
 static unsigned huffman_sort(const uint32_t *counts, uint8_t *symbols)
 {
     uint8_t other[256];
@@ -67,8 +67,8 @@ static unsigned huffman_sort(const uint32_t *counts, uint8_t *symbols)
     return m;
 }
 
-/* Depths of the leaves of the Huffman tree for m >= 2 ascending weights, in their place: Moffat and Katajainen,
- * "In-place calculation of minimum-redundancy codes", 1995. */
+/* Replace m >= 2 ascending weights by the depths of their leaves in the Huffman tree: Moffat and Katajainen, "In-place
+ * calculation of minimum-redundancy codes", 1995. */
 static void huffman_depths(uint32_t *weights, int m)
 {
     int root = 0, leaf = 2, next;
@@ -106,17 +106,17 @@ static void huffman_depths(uint32_t *weights, int m)
     }
 }
 
-/* Shorten codes to HUFFMAN_LIMIT, others growing for it. `lengths` descends, as their symbols' counts ascend. Return
+/* Shorten codes to HUFFMAN_LIMIT, which lengthens others. `lengths` descends, as the symbols' counts ascend. Return
  * whether the result is a complete code. */
 static int huffman_limit(uint32_t *lengths, int m)
 {
-    int excess = -(1 << HUFFMAN_LIMIT); /* of the codes' shares, in units of the longest code's */
+    int excess = -(1 << HUFFMAN_LIMIT); /* of the Kraft sum over 1, in units of 2^-HUFFMAN_LIMIT */
     for (int i = 0; i < m; i++) {
         if (lengths[i] > HUFFMAN_LIMIT)
             lengths[i] = HUFFMAN_LIMIT;
         excess += 1 << (HUFFMAN_LIMIT - lengths[i]);
     }
-    /* Lengthen the rarest symbols that can be; what that was too much goes to the commonest that it is enough for. */
+    /* Lengthen the codes of the rarest symbols. What this leaves over shortens the commonest codes that it allows. */
     for (int i = 0; excess > 0 && i < m;) {
         if (lengths[i] == HUFFMAN_LIMIT)
             i++;
@@ -136,9 +136,9 @@ static int huffman_limit(uint32_t *lengths, int m)
     return excess == 0;
 }
 
-/* ---- the table, as it is stored ---------------------------------------------------------------------------------- */
+/* ---- the table, as stored ---------------------------------------------------------------------------------------- */
 
-/* Code n weights of at most `most` by FSE, two states taking turns. Return the bytes written, 0 if there is no room. */
+/* Code n weights of at most `most` with FSE and two alternating states. Return the bytes written, or 0 without room. */
 static size_t huffman_fse(const uint8_t *weights, int n, int most, uint8_t *out, size_t room)
 {
     unsigned counts[HUFFMAN_LIMIT + 1] = {0}, shares[HUFFMAN_LIMIT + 1], starts[HUFFMAN_LIMIT + 1];
@@ -148,7 +148,7 @@ static size_t huffman_fse(const uint8_t *weights, int n, int most, uint8_t *out,
     int largest = 0;
     for (int i = 0; i < n; i++)
         counts[weights[i]]++;
-    /* Of the states every weight gets one, so that there is no gap to describe, and its part of the others. */
+    /* Every weight gets one state, so that there are no gaps to describe, and its share of the others. */
     for (int w = 0; w <= most; w++) {
         shares[w] = 1 + counts[w] * (unsigned)(HUFFMAN_STATES - most - 1) / (unsigned)n;
         rest -= shares[w];
@@ -187,8 +187,8 @@ static size_t huffman_fse(const uint8_t *weights, int n, int most, uint8_t *out,
     for (unsigned i = 0; i < HUFFMAN_STATES; i++)
         states[starts[spread[i]] + filled[spread[i]]++] = (uint8_t)i;
 
-    /* From the last weight to the first. A weight's first state takes the most bits to leave: a decoder that finds none
-     * knows that it is done. */
+    /* From the last weight to the first. Leaving a weight's first state takes the most bits, so a decoder that finds
+     * none left knows that it is done. */
     unsigned state[2];
     for (int i = n - 1; i >= 0; i--) {
         const unsigned w = weights[i];
@@ -210,7 +210,7 @@ static size_t huffman_fse(const uint8_t *weights, int n, int most, uint8_t *out,
     return stream.count ? 0 : (size_t)(stream.at - out);
 }
 
-/* Describe a code whose last symbol is `last` in at most HUFFMAN_DESCRIPTION bytes; return how many, or 0. */
+/* Describe a code with the last symbol `last` in at most HUFFMAN_DESCRIPTION bytes; return their number, or 0. */
 static size_t huffman_describe(const uint8_t *weights, int last, int most, uint8_t *out)
 {
     const size_t size = last > 1 ? huffman_fse(weights, last, most, out + 1, HUFFMAN_DESCRIPTION - 1) : 0;
@@ -228,15 +228,15 @@ static size_t huffman_describe(const uint8_t *weights, int last, int most, uint8
 
 /* ---- blocks ------------------------------------------------------------------------------------------------------ */
 
-/* One of a block's four streams. The codes not yet written are the highest `count` bits, the latest in front. */
+/* One of a block's four streams. The codes not yet written are the highest `count` bits, the latest on top. */
 typedef struct {
     uint64_t bits;
     unsigned count;
-    const uint8_t *first, *next; /* bytes, coded from the last to the first */
-    uint8_t *at, *end;           /* where their codes fit exactly */
+    const uint8_t *first, *next; /* bytes to code, from the last to the first */
+    uint8_t *at, *end;           /* room for exactly their codes */
 } huffman_stream;
 
-/* An entry of the table has a code in its highest bits and its length in its lowest 6. */
+/* An entry of the table has a code in its highest bits and the code's length in its lowest 6. */
 HUFFMAN_INLINE void huffman_add(huffman_stream *stream, uint64_t entry, uint64_t mask)
 {
     stream->bits = (stream->bits >> (entry & 63)) | (entry & mask);
@@ -246,7 +246,7 @@ HUFFMAN_INLINE void huffman_add(huffman_stream *stream, uint64_t entry, uint64_t
 HUFFMAN_INLINE void huffman_five(huffman_stream *stream, const uint64_t *table)
 {
     stream->next -= 5;
-    /* The lengths come along, which does no harm below 60 bits of codes; here up to 7 are left over and 55 added. */
+    /* The lengths get in below the codes. That is harmless up to 60 bits of codes; before the last there are 7 + 44. */
     huffman_add(stream, table[stream->next[4]], UINT64_MAX);
     huffman_add(stream, table[stream->next[3]], UINT64_MAX);
     huffman_add(stream, table[stream->next[2]], UINT64_MAX);
@@ -265,10 +265,10 @@ HUFFMAN_INLINE void huffman_rest(huffman_stream *stream, const uint64_t *table)
         for (; stream->count >= 8; stream->count -= 8)
             *stream->at++ = (uint8_t)(stream->bits >> (64 - stream->count));
     }
-    *stream->at = (uint8_t)((stream->bits >> 1 | UINT64_C(1) << 63) >> (63 - stream->count)); /* the mark of the end */
+    *stream->at = (uint8_t)((stream->bits >> 1 | UINT64_C(1) << 63) >> (63 - stream->count)); /* the end mark */
 }
 
-/* How many times five bytes can be coded without a look at the ends: five codes are 7 bytes at most, 8 are written. */
+/* How many times five bytes can be coded without bounds checks: five codes take at most 7 bytes, and 8 are written. */
 HUFFMAN_INLINE size_t huffman_fives(const huffman_stream *stream)
 {
     const size_t left = (size_t)(stream->next - stream->first) / 5, room = (size_t)(stream->end - stream->at);
@@ -302,7 +302,7 @@ HUFFMAN_INLINE void huffman_streams_body(huffman_stream *streams, const uint64_t
 static void huffman_streams(huffman_stream *streams, const uint64_t *table) { huffman_streams_body(streams, table); }
 
 #if defined(__x86_64__)
-/* With shifts by a register that leave the flags alone. */
+/* BMI2 has shifts by a register that leave the flags alone. */
 __attribute__((target("bmi2"))) static void huffman_streams_bmi2(huffman_stream *streams, const uint64_t *table)
 {
     huffman_streams_body(streams, table);
@@ -311,8 +311,8 @@ __attribute__((target("bmi2"))) static void huffman_streams_bmi2(huffman_stream 
 
 typedef void (*huffman_coder)(huffman_stream *, const uint64_t *);
 
-/* Write a block of compressed literals, without its head, of at least two different bytes; return its size, or 0 if
- * that is not less than n. */
+/* Write a block of compressed literals, without its head, for bytes with at least two distinct values. Return its size,
+ * or 0 if that is not less than n. */
 static size_t huffman_block(huffman_coder coder, const uint8_t *bytes, size_t n, uint8_t *out)
 {
     uint32_t counts[4][256], total[256], lengths[256];
@@ -386,7 +386,7 @@ static size_t huffman_block(huffman_coder coder, const uint8_t *bytes, size_t n,
     return 5 + size + 1;
 }
 
-/* Write 0 < n < 2^31 bytes as a zstd frame; return its size, or 0 if that were more than `room`. */
+/* Write 0 < n < 2^31 bytes as a zstd frame; return its size, or 0 if it exceeds `room`. */
 static size_t huffman_frame(huffman_coder coder, const uint8_t *bytes, size_t n, uint8_t *out, size_t room)
 {
     enum { RAW, REPEATED, COMPRESSED };

@@ -1,10 +1,10 @@
-/* What _huffman.h writes, back to bytes: two blocks at a time, eight streams side by side.
+/* Decodes what _huffman.h writes: two blocks at a time, in eight parallel streams.
  *
- * A code's length is known only when it has been looked up, so one stream keeps a processor waiting most of the time.
- * zstd decodes the four streams of a block together, this the eight of two blocks. Only frames as _huffman.h writes them
- * are read; of anything else, damaged or not, it says so, and the caller asks zstd.
+ * A code's length is known only after its lookup, so with one stream the processor mostly waits. zstd decodes the four
+ * streams of a block together; this decodes the eight of two blocks. It reads only frames as _huffman.h writes them and
+ * refuses all others, damaged or not, which the caller then passes to zstd.
  *
- * Coded bytes are not trusted: nothing outside of them is read, and of the output what was asked for is written.
+ * Coded bytes are not trusted: nothing outside of them is read, and nothing beyond the requested output is written.
  * References are to RFC 8878, as in _huffman.h.
  */
 #ifndef INCCKPT_UNHUFFMAN_H
@@ -12,11 +12,11 @@
 
 #include "_huffman.h"
 
-enum { UNHUFFMAN_SIZE = 1 << HUFFMAN_LIMIT, UNHUFFMAN_FIVE = 7 /* bytes that five codes take at most */ };
-enum { UNHUFFMAN_STRIDE = HUFFMAN_BLOCK / 4 /* between the streams of a block that is full */ };
+enum { UNHUFFMAN_SIZE = 1 << HUFFMAN_LIMIT, UNHUFFMAN_FIVE = 7 /* the most bytes that five codes take */ };
+enum { UNHUFFMAN_STRIDE = HUFFMAN_BLOCK / 4 /* between the streams of a full block */ };
 
-/* By as many bits as the longest code has, the next ones first: two loads instead of one from pairs, but no shift to take
- * a pair apart, and shifts are what a processor can do the fewest of. */
+/* Indexed by the next bits, as many as the longest code has. Two arrays need two loads instead of one from pairs, but
+ * no shift to take a pair apart, and shifts are what a processor can do the fewest of. */
 typedef struct {
     uint8_t lengths[UNHUFFMAN_SIZE];     /* of the code that these bits begin with */
     uint8_t symbols[UNHUFFMAN_SIZE + 8]; /* filled eight at a time */
@@ -25,7 +25,7 @@ typedef struct {
 
 typedef struct {
     const uint8_t *first; /* of its bytes; they are read from the last to the first */
-    size_t bits;          /* left, below the mark of the end */
+    size_t bits;          /* left, below the end mark */
     uint8_t *out, *end;
 } unhuffman_stream;
 
@@ -38,7 +38,7 @@ static uint64_t unhuffman_load(const uint8_t *at)
 
 static unsigned unhuffman_highest(unsigned x) { return 31 - (unsigned)__builtin_clz(x); }
 
-/* Return the `count` (at most 16) bits below bit `end` of `bytes`, followed by zeros where they begin before bit 0. */
+/* Return the `count` (at most 16) bits below bit `end` of `bytes`, padded with zeros below bit 0. */
 static unsigned unhuffman_peek(const uint8_t *bytes, size_t end, unsigned count)
 {
     const size_t low = end > count ? end - count : 0;
@@ -51,7 +51,7 @@ static unsigned unhuffman_peek(const uint8_t *bytes, size_t end, unsigned count)
 
 /* ---- the table --------------------------------------------------------------------------------------------------- */
 
-/* Read FSE-coded weights (4.1, 4.2.1.2), all of `n` bytes; return how many there are, at most 255, or 0. */
+/* Read FSE-coded weights (4.1, 4.2.1.2) from exactly `n` bytes; return their number, at most 255, or 0. */
 static int unhuffman_fse(const uint8_t *bytes, size_t n, uint8_t *weights)
 {
     struct {
@@ -65,7 +65,7 @@ static int unhuffman_fse(const uint8_t *bytes, size_t n, uint8_t *weights)
     if (log > HUFFMAN_LOG)
         return 0;
     for (remaining = (1 << log) + 1; remaining > 1;) {
-        /* A number up to `remaining`: the smaller ones take one bit less. */
+        /* A number up to `remaining`, of which the smaller ones take one bit less. */
         const unsigned width = unhuffman_highest((unsigned)remaining) + 1;
         const int spare = (1 << width) - 1 - remaining;
         unsigned value = 0;
@@ -85,7 +85,7 @@ static int unhuffman_fse(const uint8_t *bytes, size_t n, uint8_t *weights)
         count--; /* -1: less than one */
         counts[symbols++] = count;
         remaining -= count < 0 ? 1 : count;
-        while (count == 0) { /* how many more zeros */
+        while (count == 0) { /* followed by the number of further zeros */
             if (at + 2 > bits)
                 return 0;
             const int zeros = (bytes[at / 8] >> (at % 8) | (at % 8 == 7 && at / 8 + 1 < n ? bytes[at / 8 + 1] << 1 : 0)) & 3;
@@ -124,7 +124,7 @@ static int unhuffman_fse(const uint8_t *bytes, size_t n, uint8_t *weights)
         states[i].next = (uint8_t)((state << states[i].bits) - (unsigned)size);
     }
 
-    /* Two states take turns; the end is where one would need bits that are not there. */
+    /* Two states alternate; the end is where one needs more bits than are left. */
     size_t left = 8 * (n - first) - 8 + unhuffman_highest(bytes[n - 1]);
     unsigned state[2];
     int count = 0;
@@ -173,7 +173,7 @@ static size_t unhuffman_describe(const uint8_t *bytes, size_t n, unhuffman_table
             return 0;
         total += (1u << weights[s]) >> 1;
     }
-    /* The last weight is what is missing to a power of two. */
+    /* The last weight completes the total to a power of two. */
     if (total == 0 || (longest = unhuffman_highest(total) + 1) > HUFFMAN_LIMIT)
         return 0;
     const unsigned missing = (1u << longest) - total;
@@ -182,7 +182,7 @@ static size_t unhuffman_describe(const uint8_t *bytes, size_t n, unhuffman_table
     weights[count] = (uint8_t)(unhuffman_highest(missing) + 1);
     table->longest = longest;
     for (int s = 0; s <= count; s++)
-        starts[weights[s] + 1]++; /* of one weight, behind those of less */
+        starts[weights[s] + 1]++; /* of one weight, after those of smaller ones */
     if (!starts[2]) /* the longest codes come in pairs; without any, zstd refuses the table */
         return 0;
     for (unsigned w = 1; w <= longest; w++) {
@@ -193,7 +193,7 @@ static size_t unhuffman_describe(const uint8_t *bytes, size_t n, unhuffman_table
     }
     for (int s = 0; s <= count; s++)
         sorted[starts[weights[s]]++] = (uint8_t)s;
-    /* In ascending order, so that what is filled beyond a symbol's span is put right by the next. */
+    /* In ascending order, so that each symbol overwrites what the one before filled beyond its span. */
     uint8_t *at = table->symbols;
     for (int i = (int)starts[0]; i <= count; i++) {
         const uint64_t eight = sorted[i] * UINT64_C(0x0101010101010101);
@@ -207,7 +207,7 @@ static size_t unhuffman_describe(const uint8_t *bytes, size_t n, unhuffman_table
 
 /* ---- blocks ------------------------------------------------------------------------------------------------------ */
 
-/* Set up the streams of a block of literals (3.1.1.3.1.1) that decodes to n bytes; returns whether it is one. */
+/* Set up the streams of a block of literals (3.1.1.3.1.1) that decodes to n bytes; return whether it is one. */
 static int unhuffman_open(const uint8_t *bytes, size_t nbytes, size_t n, uint8_t *out, unhuffman_table *table,
                           unhuffman_stream *streams)
 {
@@ -218,7 +218,7 @@ static int unhuffman_open(const uint8_t *bytes, size_t nbytes, size_t n, uint8_t
                           | (uint64_t)bytes[3] << 24 | (uint64_t)bytes[4] << 32;
     const size_t regenerated = head >> 4 & 0x3ffff, size = head >> 22 & 0x3ffff;
     if (regenerated != n || n < HUFFMAN_FEWEST || 5 + size + 1 != nbytes || bytes[nbytes - 1] != 0)
-        return 0; /* the last is the number of sequences */
+        return 0; /* the last byte is the number of sequences */
     const size_t described = unhuffman_describe(bytes + at, size, table);
     if (!described || size - described < 6 + 4)
         return 0;
@@ -243,7 +243,7 @@ static int unhuffman_open(const uint8_t *bytes, size_t nbytes, size_t n, uint8_t
     return 1;
 }
 
-/* Decode what is left of a stream, with a look at its ends for each symbol; returns whether it ends as it should. */
+/* Decode the rest of a stream, with bounds checks for each symbol; return whether it ends as it should. */
 static int unhuffman_rest(unhuffman_stream *stream, const unhuffman_table *table)
 {
     while (stream->out < stream->end) {
@@ -256,13 +256,13 @@ static int unhuffman_rest(unhuffman_stream *stream, const unhuffman_table *table
     return stream->bits == 0;
 }
 
-/* Decode the most of `count` streams, 4 or 8, four to a table: what can be decoded without a look at their ends.
+/* Decode as much of `count` streams, 4 or 8, four to a table, as is possible without bounds checks.
  *
- * With a stride that is known to the compiler, one register serves all of `out`, and the rest is free for the words. */
+ * With a stride that the compiler knows, one register serves all of `out`, and leaves the others to the words. */
 HUFFMAN_INLINE void unhuffman_fives(unhuffman_stream *streams, const unhuffman_table *tables, const int count,
                                     const size_t stride)
 {
-    uint64_t words[8]; /* the highest bits are next; the lowest that is set marks how many are used up */
+    uint64_t words[8]; /* the highest bits are next; the position of the lowest set bit tells how many are used */
     const uint8_t *at[8];
     uint8_t *out[8];
     unsigned shifts[2];
@@ -320,7 +320,7 @@ static int unhuffman_regular(const unhuffman_stream *streams)
     return 1;
 }
 
-/* Decode the streams of one block or of two; returns whether they end as they should. */
+/* Decode the streams of one block or two; return whether they end as they should. */
 HUFFMAN_INLINE int unhuffman_blocks_body(unhuffman_stream *streams, const unhuffman_table *tables, int blocks)
 {
     if (blocks == 2 && unhuffman_regular(streams))
@@ -341,7 +341,7 @@ static int unhuffman_blocks(unhuffman_stream *streams, const unhuffman_table *ta
 }
 
 #if defined(__x86_64__)
-/* With shifts by a register that leave the flags alone. */
+/* BMI2 has shifts by a register that leave the flags alone. */
 __attribute__((target("bmi,bmi2"))) static int unhuffman_blocks_bmi2(unhuffman_stream *streams,
                                                                      const unhuffman_table *tables, int blocks)
 {
@@ -351,7 +351,7 @@ __attribute__((target("bmi,bmi2"))) static int unhuffman_blocks_bmi2(unhuffman_s
 
 typedef int (*unhuffman_decoder)(unhuffman_stream *, const unhuffman_table *, int);
 
-/* Decode a zstd frame to exactly n bytes; returns whether it is one as huffman_frame writes them. */
+/* Decode a zstd frame to exactly n bytes; return whether it is one as huffman_frame writes them. */
 static int unhuffman_frame(unhuffman_decoder decoder, const uint8_t *bytes, size_t nbytes, uint8_t *out, size_t n)
 {
     enum { RAW, REPEATED, COMPRESSED };
@@ -386,7 +386,7 @@ static int unhuffman_frame(unhuffman_decoder decoder, const uint8_t *bytes, size
             memset(out + done, bytes[at], m);
             break;
         case COMPRESSED:
-            if (size > m) /* longer than its content, which the format does not allow */
+            if (size > m) /* the format allows no block longer than its content */
                 return 0;
             if (!unhuffman_open(bytes + at, size, m, out + done, &tables[opened], streams + 4 * opened))
                 return 0;
