@@ -55,8 +55,8 @@ class GenericBackend(Backend):
         self._instance: tuple[int, Any, str] | None = None
         self._open()
         logger.warning(
-            "%s: this file system's guarantees are unknown: only one process may write or collect here, and a kill during a "
-            "put may leave part of the value",
+            "%s: this file system's guarantees are unknown: only one process may write or collect here, and a "
+            "kill during a put may leave part of the value",
             self.url,
         )
 
