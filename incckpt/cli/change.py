@@ -25,7 +25,7 @@ def confirm(output: Output, question: str, yes: bool) -> None:
     if yes:
         return
     if output.json or not sys.stdin.isatty():
-        raise click.UsageError("there is nobody to ask; give --yes to do it")
+        raise click.UsageError("cannot ask for confirmation here; pass --yes")
     click.confirm(question, abort=True, err=True)
 
 

@@ -193,7 +193,7 @@ class Collector:
                     "a proxy or a cache in between?"
                 )
             self._drop(key)
-        # Of tombstones the listing only tells the size; a damaged ref is none.
+        # A listing reveals tombstones only by their size, and a damaged ref may have it too.
         unknown = sorted((live - self._needs.keys()) | (buried - self._buried))
         for key, known in zip(unknown, self._store.each(self._read_needs, unknown), strict=True):
             if known is not None:

@@ -46,7 +46,7 @@ def retrying(inner: Backend, clock: Clock | None = None, limit: float = 1_000.0)
 
 @pytest.mark.slow
 class TestConformanceUnderFaults(BackendConformance):
-    """Every third operation fails before its work, and every fifth after it: nobody notices."""
+    """Every third operation fails before its work, and every fifth after it: the caller does not notice."""
 
     @pytest.fixture
     def backend(self) -> Backend:

@@ -1,4 +1,4 @@
-"""States of random generators that nobody has made."""
+"""States of random generators that no generator ever had."""
 
 from __future__ import annotations
 

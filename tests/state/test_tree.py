@@ -123,7 +123,7 @@ def test_a_changed_document_is_refused_or_stays_inside_its_bytes(data: st.DataOb
     builder = Builder(entries, dict(enumerate(buffers)), map_location="cpu")
     for index, entry in enumerate(entries):
         if entry.packed and any(abs(step) > 1 << 30 for step in entry.stride):
-            continue  # can be had, by those who have the memory
+            continue  # valid, given enough memory
         try:
             low, high = span(builder.tensor(index))
         except FormatError:

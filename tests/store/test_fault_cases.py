@@ -58,7 +58,7 @@ def check_read(backend: Backend, step: int, run: str = "default") -> None:
 
 
 def check_clean(backend: Backend) -> None:
-    """Check that after a sweep nothing is left that nobody needs, and nothing is missing."""
+    """Check that a sweep leaves nothing unneeded, and that nothing is missing."""
     Collector(Store(backend)).sweep()
     assert orphans(backend) == set()
 
@@ -156,7 +156,7 @@ def test_a_collector_stopped_in_mid_sweep_across_a_later_collection_and_a_save(t
     backend = LocalBackend(tmp_path)
     with pytest.raises(BackendError):
         save(FaultyBackend(backend, [Fault("create", "refs/*", times=None)]), 1)
-    backend.delete([entry.key for entry in backend.list("pins/")])  # nobody knows of what it has put
+    backend.delete([entry.key for entry in backend.list("pins/")])  # no pin or list tells of what it has put
     garbage = object_keys(backend)
     assert garbage
     with stopped("sweep", tmp_path, "-", 0, "delete", "objects/*") as collector:

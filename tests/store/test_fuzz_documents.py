@@ -213,7 +213,7 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def of_the_name(contents: dict[str, bytes], key: str, chance: random.Random) -> None:
-    """Put a document under a name that a later version, another tool or nobody would give it."""
+    """Put a document under a name that a later version, another tool or no program would give it."""
     folder, _, name = key.rpartition("/")
     data = contents.pop(key) if chance.random() < 0.5 else contents[key]
     at = chance.randrange(len(name))

@@ -171,7 +171,7 @@ def test_nothing_is_deleted_while_a_save_is_in_flight(backend: MemoryBackend) ->
 def test_a_plan_that_is_carried_out_late_spares_what_is_needed_by_then(backend: MemoryBackend) -> None:
     with pytest.raises(BackendError):
         save(FaultyBackend(backend, [Fault("create", "refs/*", times=None)]), 1)
-    backend.delete([entry.key for entry in backend.list("pins/")])  # nobody knows of what it has put
+    backend.delete([entry.key for entry in backend.list("pins/")])  # no pin or list tells of what it has put
     collector = Collector(Store(backend))
     plan = collector.plan()
     save(backend, 1, run="other")  # finds the same content, and uses it
