@@ -13,6 +13,7 @@ from incckpt.errors import IncckptError
 if TYPE_CHECKING:
     from incckpt.api import load, save
     from incckpt.collection import collect
+    from incckpt.copying import Copied, CopyResult, copy
     from incckpt.inspection.description import Description, describe
     from incckpt.inspection.listing import list_checkpoints, list_runs
     from incckpt.inspection.usage import Usage, usage
@@ -34,6 +35,8 @@ __all__ = [
     "Checkpoint",
     "CheckpointManager",
     "CollectionPlan",
+    "Copied",
+    "CopyResult",
     "Description",
     "IncckptError",
     "Inventory",
@@ -50,6 +53,7 @@ __all__ = [
     "VerifyResult",
     "__version__",
     "collect",
+    "copy",
     "describe",
     "errors",
     "inventory",
@@ -68,6 +72,7 @@ __all__ = [
 _HOMES = {
     "api": ("load", "save"),
     "collection": ("collect",),
+    "copying": ("Copied", "CopyResult", "copy"),
     "inspection.description": ("Description", "describe"),
     "inspection.listing": ("list_checkpoints", "list_runs"),
     "inspection.usage": ("Usage", "usage"),

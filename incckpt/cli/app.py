@@ -22,6 +22,7 @@ _VERBS = {
     "du": ("space", "Which bytes each run and checkpoint needs, shared and own."),
     "blobs": ("space", "The objects of a store, a run or a checkpoint."),
     "verify": ("check", "Whether checkpoints restore."),
+    "copy": ("change", "Copy checkpoints to another store or run: what is missing there."),
     "rm": ("change", "Delete checkpoints."),
     "gc": ("space", "Delete what no checkpoint needs; a plan unless --no-dry-run."),
     "report": ("report", "A page about a run for a browser."),

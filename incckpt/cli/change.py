@@ -1,4 +1,4 @@
-"""Verbs that change a store: `rm`."""
+"""Verbs that change a store: `rm` and `copy`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 import incckpt
 from incckpt.backends.base import redact
 from incckpt.cli.options import STORE, best_options, storage_option, verb
-from incckpt.cli.output import Output, plural
+from incckpt.cli.output import Output, as_json, plural, size
 from incckpt.errors import CheckpointNotFoundError, OptionError
 
 
@@ -89,3 +89,73 @@ def rm_command(
             output.line(f"deleted step {one['step']} of run {one['run']}")
 
     output.result({"deleted": deleted}, show)
+
+
+@verb("copy")
+@click.argument("source", metavar="SOURCE")
+@click.argument("destination", metavar="DESTINATION")
+@click.option(
+    "--if-exists",
+    type=click.Choice(["error", "skip", "replace"]),
+    default="error",
+    help="What to do about a step that DESTINATION has with other contents.",
+)
+@click.option("--no-verify", is_flag=True, help="Do not decode and hash what is copied.")
+@best_options
+@storage_option()
+@storage_option("--to-option", "For DESTINATION, in place of --option; may be repeated.", short=None)
+def copy_command(
+    output: Output,
+    source: str,
+    destination: str,
+    if_exists: Any,
+    no_verify: bool,
+    metric: str | None,
+    mode: Any,
+    option: dict[str, Any] | None,
+    to_option: dict[str, Any] | None,
+) -> None:
+    """Copy checkpoints to another store or run: what is missing there.
+
+    SOURCE is a checkpoint, a run, or a store, of which every run is copied. A copy
+    that was broken off goes on where it stopped. The copy is a save: it takes the
+    run of DESTINATION over from whoever writes it.
+    """
+    with output.progress("copying") as progress:
+        done = incckpt.copy(
+            source,
+            destination,
+            metric=metric,
+            mode=mode,
+            if_exists=if_exists,
+            verify=not no_verify,
+            progress=progress,
+            source_options=option,
+            destination_options=to_option or option,
+        )
+    lines: list[str] = []
+    for one in done.copied:
+        where = f"step {one.checkpoint.step} of run {one.checkpoint.run}"
+        lines.append(f"copied {where}: {plural(one.objects, 'object')}, {size(one.nbytes)}")
+    for what, names in (("was there already", done.skipped), ("was pruned meanwhile", done.pruned)):
+        by_run: dict[str, list[int]] = {}
+        for run, step in names:
+            by_run.setdefault(run, []).append(step)
+        lines += [f"{what}: {_steps(steps)} of run {run}" for run, steps in by_run.items()]
+    if done.passed:
+        steps = ", ".join(f"{run}@{step}" for run, step in done.passed)
+        output.warn(f"{steps} cannot be added any more: the destination is beyond. Copy to another run, as '#archive'")
+    if not done.copied:
+        lines.append("nothing was copied")
+
+    def show() -> None:
+        for line in lines:
+            output.line(line)
+
+    output.result(as_json(done) | {"nbytes": done.nbytes}, show)
+
+
+def _steps(steps: Sequence[int]) -> str:
+    """Return steps for people, not all where there are many."""
+    shown = steps if len(steps) <= 8 else [*steps[:4], "…", *steps[-4:]]
+    return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, shown))}"

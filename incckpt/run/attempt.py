@@ -19,6 +19,7 @@ from incckpt.run.discards import Discards
 from incckpt.run.pipeline import Pipeline
 from incckpt.run.report import SaveReport
 from incckpt.run.snapshot import Snapshot
+from incckpt.run.transfer import Transfer
 from incckpt.run.writer import Writer
 from incckpt.staging.baseline import Baseline
 from incckpt.store.gc import Collector
@@ -256,7 +257,7 @@ class Attempt:
             "there, or save to another run"
         )
 
-    def write(self, snapshot: Snapshot, report: SaveReport, if_exists: IfExists = "error") -> Ref:
+    def write(self, snapshot: Snapshot | Transfer, report: SaveReport, if_exists: IfExists = "error") -> Ref:
         """Write and commit a checkpoint, then prune and collect.
 
         Parameters
@@ -296,7 +297,7 @@ class Attempt:
             self._tidy(ref.step)
         return ref
 
-    def _after_the_replaced(self, snapshot: Snapshot) -> Snapshot:
+    def _after_the_replaced(self, snapshot: Snapshot | Transfer) -> Snapshot | Transfer:
         """Return the snapshot with a later time than the checkpoint it replaces; readers rely on that order."""
         times = [ref.time for ref in self._history.values() if ref is not None and ref.step == snapshot.step]
         return replace(snapshot, time=max([snapshot.time, *(math.nextafter(time, math.inf) for time in times)]))

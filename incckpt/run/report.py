@@ -68,6 +68,12 @@ class SaveReport(StageReport):
                 total = self.by_way.get(way, WayBytes(0, 0))
                 self.by_way[way] = WayBytes(total.raw + one.raw, total.stored + one.stored)
 
+    def put_copy(self, nbytes: int) -> None:
+        """Count an object that was put as it is in another store."""
+        with self._lock:
+            self.put_objects += 1
+            self.put_bytes += nbytes
+
     def to_json(self) -> dict[str, Json]:
         """Return the report as JSON-able values."""
         document: dict[str, Json] = {

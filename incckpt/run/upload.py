@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from incckpt.backends.base import REMOTE_REQUESTS
@@ -21,7 +21,7 @@ from incckpt.store.manifest import Chunk, Stored
 from incckpt.store.objects import ObjectKey, chunk_keys
 from incckpt.store.store import Store
 
-__all__ = ["Known", "Uploader"]
+__all__ = ["Known", "Uploader", "full_of"]
 
 _LOCAL_BATCH = 64 << 20  # bytes hashed, coded, put, without the interpreter's lock changing hands (docs/decisions/007)
 _REMOTE_BATCH = 16 << 20  # the same without the putting, which should begin soon
@@ -275,3 +275,57 @@ class Uploader:
             for index in range(len(objects)):
                 note(index)
         report.spent("put", time.perf_counter() - started)
+
+    # -- objects of another store, as they are
+
+    def find(self, chunk: Chunk, known: Known, *, whole: bool = False) -> Chunk | None:
+        """Return where the content of another store's chunk is stored here, if that may be relied on.
+
+        Parameters
+        ----------
+        whole
+            Whether it has to be a full object.
+        """
+        found = self._index.find(self._store.id, chunk.identity)
+        if found is not None and not (whole and found.base) and self._usable(found, known):
+            return replace(found, itemsize=chunk.itemsize)
+        # Where a killed put may leave a part behind, a listing does not prove that an object is whole.
+        if not self._store.backend.exclusive:
+            return None
+        for candidate in self._listed(chunk, known, whole):
+            if self._usable(candidate, known):
+                self._index.add(self._store.id, [candidate])
+                return candidate
+        return None
+
+    def _listed(self, chunk: Chunk, known: Known, whole: bool) -> Iterator[Chunk]:
+        for key, size in self._store.objects.find(chunk.identity):
+            yield replace(chunk, nonce=key.nonce, size=size, base=None)
+        if chunk.base is None or whole:
+            return
+        deltas = list(self._store.objects.find_deltas(chunk.identity, chunk.base.identity))
+        base = self.find(full_of(chunk, chunk.base), known, whole=True) if deltas else None
+        for key, size in deltas if base is not None else ():
+            assert key.base is not None
+            assert base is not None
+            stored = Stored(base.identity, base.nonce, base.size, len(key.base))
+            yield replace(chunk, nonce=key.nonce, size=size, base=stored)
+
+    def put_copies(self, copies: Sequence[tuple[Chunk, bytes]], report: SaveReport) -> None:
+        """Put objects of another store, each given with the chunk that it will be here."""
+        started = time.perf_counter()
+        objects = [(chunk_keys(chunk)[0], data) for chunk, data in copies]
+        self.tried += [str(key) for key, _ in objects]
+        if self._store.backend.remote:
+            self.pipeline.together(lambda item: self._store.objects.put(*item), objects)
+        else:
+            self._store.objects.put_many(objects)
+        for chunk, data in copies:
+            self._index.add(self._store.id, [chunk])
+            report.put_copy(len(data))
+        report.spent("put", time.perf_counter() - started)
+
+
+def full_of(chunk: Chunk, base: Stored) -> Chunk:
+    """Return the chunk that the full object is which `chunk` is a delta against."""
+    return Chunk(base.identity, chunk.nbytes, chunk.itemsize, base.nonce, base.size)

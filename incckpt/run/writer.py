@@ -19,6 +19,7 @@ from incckpt.run.pipeline import Pipeline
 from incckpt.run.report import SaveReport
 from incckpt.run.scrub import Scrubber
 from incckpt.run.snapshot import Snapshot
+from incckpt.run.transfer import Transfer
 from incckpt.run.upload import Known, Uploader
 from incckpt.staging.baseline import Baseline
 from incckpt.staging.movement import MovementMeter
@@ -140,7 +141,7 @@ class Writer:
         """Release threads and memory, until the next save."""
         self._uploader.close()
 
-    def write(self, snapshot: Snapshot, report: SaveReport) -> tuple[Ref, Manifest]:
+    def write(self, snapshot: Snapshot | Transfer, report: SaveReport) -> tuple[Ref, Manifest]:
         """Write a checkpoint and commit it.
 
         Returns
@@ -159,8 +160,9 @@ class Writer:
         BackendError
             If the store failed; the next save uploads what is missing.
         """
-        self._read_back.check(snapshot)
-        snapshot = self._measured(snapshot, report)
+        if isinstance(snapshot, Snapshot):
+            self._read_back.check(snapshot)
+            snapshot = self._measured(snapshot, report)
         for _ in range(_ABORTED_TRIES):
             name = RefName.new(self._attempt, snapshot.step)
             written = self._write_as(name, snapshot, report)
@@ -171,7 +173,9 @@ class Writer:
             log.warning("the save of step %d was aborted as stale; saving again", snapshot.step)
         raise SupersededError(f"run {self._run.name!r}: the save of step {snapshot.step} was aborted again and again")
 
-    def _write_as(self, name: RefName, snapshot: Snapshot, report: SaveReport) -> tuple[Ref, Manifest] | None:
+    def _write_as(
+        self, name: RefName, snapshot: Snapshot | Transfer, report: SaveReport
+    ) -> tuple[Ref, Manifest] | None:
         started = time.perf_counter()
         report.restart()
         self._uploader.tried = []
@@ -183,7 +187,10 @@ class Writer:
             with _Heartbeat(self._run, name, self._heartbeat_seconds):
                 known = self._look_around(name)
                 storing = time.perf_counter()
-                chunks = self._uploader.store(snapshot, name.nonce, known, report)
+                if isinstance(snapshot, Snapshot):
+                    chunks = self._uploader.store(snapshot, name.nonce, known, report)
+                else:
+                    chunks = snapshot.store(self._uploader, name.nonce, known, report)
                 stored = time.perf_counter() - storing
                 report.spent("store", stored)
                 manifest = self._manifest(name, snapshot, chunks, report)
@@ -207,7 +214,7 @@ class Writer:
         self._rely_on(name, manifest)
         self._uploader.look_up = False
         self._movement.settle()
-        if self._baseline is not None:
+        if self._baseline is not None and isinstance(snapshot, Snapshot):
             self._baseline.settle(snapshot.layout, snapshot.contents)
         return ref, manifest
 
@@ -318,7 +325,11 @@ class Writer:
         report.norms = found
         return replace(snapshot, norms=found)
 
-    def _manifest(self, name: RefName, snapshot: Snapshot, chunks: Sequence[Chunk], report: SaveReport) -> Manifest:
+    def _manifest(
+        self, name: RefName, snapshot: Snapshot | Transfer, chunks: Sequence[Chunk], report: SaveReport
+    ) -> Manifest:
+        if isinstance(snapshot, Transfer):
+            return snapshot.manifest_as(self._run.name, name, chunks)
         return Manifest(
             run=self._run.name,
             attempt=name.attempt,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from incckpt.backends.base import Backend, ReadableBuffer
 from incckpt.errors import CorruptionError, KeyNotFoundError, MissingObjectError
-from incckpt.store.manifest import Chunk, Manifest
+from incckpt.store.manifest import DELTA_DIGITS, Chunk, Manifest
 from incckpt.store.rereading import reread
 
 __all__ = ["DELTAS", "OBJECTS", "ObjectKey", "Objects", "chunk_keys", "is_object", "manifest_keys", "manifest_sizes"]
@@ -173,6 +173,13 @@ class Objects:
         for entry in self.backend.list(f"{OBJECTS}{identity[:2]}/{identity[2:]}."):
             key = ObjectKey.parse(entry.key)
             if not self.backend.remote or self.exists(key, entry.size):
+                yield key, entry.size
+
+    def find_deltas(self, identity: str, base: str) -> Iterator[tuple[ObjectKey, int]]:
+        """Yield key and size in bytes of every delta of that content against content `base` there is (one listing)."""
+        for entry in self.backend.list(f"{DELTAS}{identity[:2]}/{identity[2:]}.{base[:DELTA_DIGITS]}"):
+            key = ObjectKey.parse(entry.key)
+            if key.base is not None and base.startswith(key.base):
                 yield key, entry.size
 
 

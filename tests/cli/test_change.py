@@ -61,3 +61,26 @@ def test_rm_all_of_a_run_with_a_damaged_checkpoint(command: Command, store: str)
     assert done.json == {"deleted": [{"run": "default", "step": 1}, {"run": "default", "step": 3}]}
     assert steps(store) == []
     assert incckpt.load(f"{store}#other")["step"] == 3
+
+
+def test_copy_what_is_missing(command: Command, store: str, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    done = command("copy", f"{store}#@1", target)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("copied step 1 of run default: 3 objects, ")
+    done = command("copy", store, target)
+    assert done.out.count("copied step") == 3
+    assert "was there already: step 1 of run default" in done.out
+    assert all(len(line) <= 80 for line in done.out.splitlines())
+    done = command("copy", store, target, "--json")
+    assert (done.json["copied"], done.json["nbytes"], len(done.json["skipped"])) == ([], 0, 4)
+    assert incckpt.load(target, step=3)["step"] == 3
+
+
+def test_copy_refuses_other_contents(command: Command, store: str, tmp_path: Path) -> None:
+    incckpt.save({"x": 1}, tmp_path / "target", step=2)
+    done = command("copy", f"{store}#@2", tmp_path / "target")
+    assert (done.code, "other contents at step 2" in done.err) == (2, True)
+    done = command("copy", f"{store}#default", tmp_path / "target", "--if-exists", "skip")
+    assert (done.code, "default@1 cannot be added" in done.err) == (0, True)
+    assert command("copy", "none", tmp_path / "target").code == 3
