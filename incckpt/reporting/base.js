@@ -17,10 +17,13 @@ const h = (tag, attributes, ...children) => fill(document.createElement(tag), at
 const s = (tag, attributes, ...children) =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
+// A name that a line may break after its dots.
+const breakable = (name) => name.split(/(?<=\.)/).flatMap((part, index) => (index ? [h("wbr"), part] : [part]));
+
 // --- numbers
 
 const count = (value) => value.toLocaleString("en-US");
-const plural = (value, noun) => `${count(value)} ${noun}${value === 1 ? "" : "s"}`;
+const plural = (value, noun, many = `${noun}s`) => `${count(value)} ${value === 1 ? noun : many}`;
 
 function number(value) {
   if (!Number.isFinite(value)) return value > 0 ? "∞" : value < 0 ? "−∞" : "NaN";

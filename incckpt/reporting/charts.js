@@ -19,6 +19,18 @@ function byteTicks(high) {
   return ticks(0, high, 4);
 }
 
+// Which of the columns, which stand side by side, get a label: those at round steps, at least `apart` columns from each other.
+function labelled(steps, apart) {
+  if (apart <= 1) return steps.map((_, index) => index);
+  const first = steps[0], last = steps[steps.length - 1], found = [];
+  let column = 0;
+  for (const value of wholeTicks(first, last, Math.max(1, steps.length / apart))) {
+    while (column < steps.length - 1 && steps[column] < value) column += 1;
+    if (!found.length || column - found[found.length - 1] >= apart) found.push(column);
+  }
+  return found.length ? found : [steps.length - 1];
+}
+
 const shortStep = (value) => (value >= 1e6 ? `${number(value / 1e6)}M` : value >= 1e5 ? `${number(value / 1e3)}k` : count(value));
 
 // A chart over steps. `series` have x (steps), y (NaN for gaps), and how they are drawn; `stack` draws bars instead.
@@ -70,8 +82,7 @@ function chart({ title, note, summary, height = 190, unit, log = false, zero = f
       );
     });
     if (even) {
-      const n = stack.x.length, room = Math.max(1, Math.floor((slot * n) / 90)), every = Math.max(1, Math.ceil(n / room));
-      for (let index = every > 1 ? every - 1 : 0; index < n; index += every)
+      for (const index of labelled(stack.x, 72 / slot))
         svg.append(s("text", { x: x(0, index), y: height - 6, "text-anchor": "middle" }, shortStep(stack.x[index])));
     } else {
       for (const value of lastX > firstX ? wholeTicks(firstX, lastX, Math.max(2, span / 90)) : [firstX])
@@ -106,7 +117,7 @@ function chart({ title, note, summary, height = 190, unit, log = false, zero = f
         pen = drawn;
       }
       svg.append(s("path", { d: path, fill: "none", stroke: one.color, "stroke-width": one.thin ? 1.3 : 1.9, "stroke-linejoin": "round", "stroke-linecap": "round", "stroke-dasharray": one.dashed ? "4 4" : null }));
-      if (one.x.length <= 60 || one.dots) {
+      if (one.x.length === 1 || (one.x.length <= 60 && !one.dashed)) {
         const dots = points.filter(([, value]) => Number.isFinite(value) && !(log && value <= 0));
         const radius = one.x.length > 30 ? 1.8 : 2.6;
         svg.append(...dots.map(([px, value]) => s("circle", { cx: px.toFixed(1), cy: y(value).toFixed(1), r: one.thin ? 1.8 : radius, fill: one.color })));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,10 +10,7 @@ from dataclasses import dataclass, field
 from incckpt.state.entries import entry_from_json
 from incckpt.store.manifest import Manifest, Range
 
-__all__ = ["VALUES", "Component", "components_of"]
-
-VALUES = ""
-"""Name of the component that plain values make up."""
+__all__ = ["Component", "components_of"]
 
 _MOST_PARTS = 24
 
@@ -24,7 +22,7 @@ class Component:
     Attributes
     ----------
     name
-        What their names begin with.
+        What their names begin with; ``None`` for the plain values.
     tensors
         How many there are; those that share memory count once.
     nbytes, stored
@@ -37,7 +35,7 @@ class Component:
         How many are put together in the last of `parts`.
     """
 
-    name: str
+    name: str | None
     tensors: int = 0
     nbytes: int = 0
     stored: float = 0.0
@@ -55,29 +53,37 @@ class Component:
 
 def components_of(manifest: Manifest) -> list[Component]:
     """Return the components of a checkpoint, the largest first."""
-    tops: dict[str, Component] = {}
-    parts: dict[str, dict[str, Component]] = {}
+    named: dict[str, list[tuple[list[str], Range, str]]] = {}
     counted: set[int] = set()
     for item in manifest.tensors:
         entry = entry_from_json(item)
-        if entry.range < 0 or entry.range in counted:
-            continue
-        counted.add(entry.range)
-        found = manifest.ranges[entry.range]
-        top, _, rest = entry.name.partition(".")
-        part = rest.partition(".")[0]
-        of_top = tops.setdefault(top, Component(top))
-        of_part = parts.setdefault(top, {}).setdefault(part, Component(part))
-        for component in (of_top, of_part):
-            component.add(found.nbytes, _stored(manifest, found), entry.dtype)
-    for name, component in tops.items():
-        component.parts, component.others = _largest(list(parts[name].values()))
+        if entry.range >= 0 and entry.range not in counted:
+            counted.add(entry.range)
+            top, *rest = entry.name.split(".")
+            named.setdefault(top, []).append((rest, manifest.ranges[entry.range], entry.dtype))
+    components: list[Component] = []
+    for top, tensors in named.items():
+        whole = Component(top)
+        parts: dict[str, Component] = {}
+        shared = _shared(min(rest for rest, _, _ in tensors), max(rest for rest, _, _ in tensors))
+        for rest, found, dtype in tensors:
+            name = ".".join(rest[: shared + 1])
+            for component in (whole, parts.setdefault(name, Component(name))):
+                component.add(found.nbytes, _stored(manifest, found), dtype)
+        whole.parts, whole.others = _largest(list(parts.values()))
+        components.append(whole)
     if manifest.packed:
-        values = Component(VALUES)
+        values = Component(None)
         for found in manifest.packed:
-            values.add(found.nbytes, _stored(manifest, found), "values")
-        tops[VALUES] = values
-    return sorted(tops.values(), key=lambda component: -component.nbytes)
+            values.nbytes += found.nbytes
+            values.stored += _stored(manifest, found)
+        components.append(values)
+    return sorted(components, key=lambda component: -component.nbytes)
+
+
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """Return how many parts two names share at their beginning; of the first and the last in order, all between do."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _stored(manifest: Manifest, found: Range) -> float:
@@ -93,7 +99,7 @@ def _largest(parts: list[Component]) -> tuple[list[Component], int]:
     parts.sort(key=lambda component: -component.nbytes)
     if len(parts) <= _MOST_PARTS:
         return parts, 0
-    rest = Component("")
+    rest = Component(None)
     for component in parts[_MOST_PARTS - 1 :]:
         rest.tensors += component.tensors
         rest.nbytes += component.nbytes

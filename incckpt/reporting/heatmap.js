@@ -113,7 +113,7 @@ function heatMap() {
     for (let level = tops; level.length;) {
       const next = [];
       for (const node of level)
-        if (node.children.length && size + node.children.length <= most) {
+        if (node.children.length && size + node.children.length <= (size === 1 ? 4 * most : most)) {
           node.open = true;
           size += node.children.length;
           next.push(...node.children);
@@ -160,7 +160,7 @@ function heatMap() {
     return `…${text.slice(text.length - low)}`;
   }
 
-  const labelOf = (node) => (wanted ? node.path : node.label);
+  const labelOf = (node) => (wanted ? node.path : node.label) || "(no name)";
   const indentOf = (node) => (wanted ? 10 : 10 + node.depth * 14 + 14);
 
   function layout() {
@@ -254,8 +254,7 @@ function heatMap() {
     context.textAlign = "left";
     context.fillText("step", 10, HEAD / 2);
     context.textAlign = "center";
-    const every = Math.max(1, Math.ceil(72 / cell));
-    for (let column = every > 1 ? every - 1 : 0; column < columns; column += every) {
+    for (const column of labelled(data.columns.step, 72 / cell)) {
       const x = edge(column) + cell / 2, words = shortStep(data.columns.step[column]);
       if (x > label + 8 && x + context.measureText(words).width / 2 < width) context.fillText(words, x, HEAD / 2);
     }
@@ -292,7 +291,7 @@ function heatMap() {
   function describe({ row, column }) {
     const node = shown[row], many = node.rows.length;
     const name = many > 1 ? `${node.path} (${count(many)} tensors)` : node.path;
-    if (column === null) return [name, ...(node.children.length && !wanted ? [node.open ? "Click to close" : "Click to open"] : [])];
+    if (column === null) return [name, ...(node.children.length && !wanted ? [node.open ? "click to close" : "click to open"] : [])];
     let cell = lineOf(node)[column];
     let step = `step ${count(data.columns.step[column])}`;
     if (place.cell < 1) {  // several columns share a pixel: tell of the highest
@@ -380,7 +379,7 @@ function heatMap() {
   const tools = h("div", { class: "tools" },
     search,
     grouped ? [h("button", { type: "button", onclick: openAll(true) }, "Open all"), h("button", { type: "button", onclick: openAll(false) }, "Close all")] : [],
-    found, h("span", { class: "space" }), h("span", { class: "note" }, "Columns"), zoomOut, zoomIn,
+    found, h("span", { class: "space" }), h("span", { class: "zoom" }, "Columns", zoomOut, zoomIn),
   );
 
   // --- what the colours mean

@@ -9,6 +9,7 @@ function section(title, note, ...body) {
   main.append(h("section", { "aria-labelledby": id }, h("h2", { id }, title), note ? h("p", { class: "note" }, note) : null, body));
 }
 
+const wide = (...table) => h("div", { class: "wide" }, table);
 const empty = (text) => h("p", { class: "empty" }, text);
 const parsed = (values) => values.map((value) => (value === null ? NaN : { nan: NaN, inf: Infinity, "-inf": -Infinity }[value] ?? value));
 const waits = ["wait", "flatten", "stage"].map((phase) => columns.blocked[phase]);
@@ -18,7 +19,7 @@ const meanFull = data.checkpoints ? data.totals.full / data.checkpoints : 0;
 
 function problems() {
   if (!data.problems.length) return;
-  const more = data.hidden_problems ? h("li", {}, `and ${plural(data.hidden_problems, "more")}`) : null;
+  const more = data.hidden_problems ? h("li", {}, `and ${count(data.hidden_problems)} more`) : null;
   main.append(h("div", { class: "notice", role: "note" }, "Not all of this run could be read:", h("ul", {}, data.problems.map((text) => h("li", {}, text)), more)));
 }
 
@@ -47,7 +48,9 @@ function metrics() {
       .filter((branch) => branch.y.some(Number.isFinite));
     const low = finite.reduce((a, b) => Math.min(a, b), Infinity), high = finite.reduce((a, b) => Math.max(a, b), -Infinity);
     const others = branches.flatMap((branch) => branch.y).filter(Number.isFinite);
-    const log = finite.length > 2 && low > 0 && high / low > 1000 && others.every((value) => value > 0);
+    // Not for a few outliers, nor for a learning rate that ends at zero.
+    const sorted = [...finite].sort((a, b) => a - b), middle = (part) => sorted[Math.floor(part * (sorted.length - 1))];
+    const log = finite.length > 2 && low > 0 && middle(0.95) / middle(0.05) > 1000 && others.every((value) => value > 0);
     const last = finite.length ? finite[finite.length - 1] : NaN;
     const text = finite.length ? `last ${number(last)} · lowest ${number(low)} · highest ${number(high)}${log ? " · logarithmic" : ""}` : "no finite value";
     return chart({
@@ -58,7 +61,7 @@ function metrics() {
     });
   });
   const body = figures.length
-    ? [h("div", { class: "body grid" }, figures), data.hidden_metrics ? empty(`${plural(data.hidden_metrics, "metric")} more are not shown.`) : null]
+    ? [h("div", { class: "body grid" }, figures), data.hidden_metrics ? empty(`${count(data.hidden_metrics)} more are not shown.`) : null]
     : empty("No metrics were saved. Give them to save: manager.save(step, state, metrics={\"loss\": loss}).");
   section("Metrics", figures.length ? note + several : "", body);
 }
@@ -113,10 +116,10 @@ function changes() {
   if (!heat.rows.length) { section("What changed", "", empty("The state has no tensor of more than one element.")); return; }
   if (data.checkpoints < 2) { section("What changed", "", empty("There is one checkpoint: nothing to compare it with yet.")); return; }
   const entry = ([name, relative, usual], withUsual) =>
-    h("li", {}, h("span", {}, name), h("span", {}, number(relative), withUsual && usual ? `, ${number(Number((relative / usual).toPrecision(2)))} × its usual` : ""));
+    h("li", {}, h("span", {}, breakable(name)), h("span", {}, number(Number(relative.toPrecision(2))), withUsual && usual ? ` = ${number(Number((relative / usual).toPrecision(2)))} × usual` : ""));
   const group = (title, text, items) => h("div", {}, h("h3", {}, title), items.length ? h("ol", {}, items) : h("p", { class: "note" }, text));
-  const frozen = heat.frozen.slice(0, 12).map((name) => h("li", {}, h("span", {}, name), h("span", {}, "")));
-  if (heat.frozen_count > 12) frozen.push(h("li", {}, h("span", {}, `and ${plural(heat.frozen_count - 12, "more")}`), h("span", {})));
+  const frozen = heat.frozen.slice(0, 12).map((name) => h("li", {}, h("span", {}, breakable(name)), h("span", {}, "")));
+  if (heat.frozen_count > 12) frozen.push(h("li", {}, h("span", {}, `and ${count(heat.frozen_count - 12)} more`), h("span", {})));
   section("What changed", note, heatMap(), h("div", { class: "lists" },
     group("Just jumped", "Nothing moved more than four times as far as it usually does.", heat.jumped.map((mover) => entry(mover, true))),
     group(`Moved most at step ${count(steps[steps.length - 1])}`, "No change was measured at the last checkpoint.", heat.learning.map((mover) => entry(mover, false))),
@@ -139,7 +142,7 @@ function lineage() {
   const drop = Math.min(34, 300 / Math.max(1, lanes.length));
   const height = 62 + lanes.length * drop + 22;
   const text = branches.length
-    ? `${plural(data.attempts.length, "attempt")} made the checkpoints of this run; ${plural(branches.length, "branch").replace("branchs", "branches")} abandoned.`
+    ? `${plural(data.attempts.length, "attempt")} made the checkpoints of this run; ${plural(branches.length, "branch", "branches")} abandoned.`
     : `${plural(data.attempts.length, "attempt")} made the checkpoints of this run; none was abandoned.`;
   const svg = s("svg", { role: "img", "aria-label": `Lineage. ${text}`, height });
   function draw() {
@@ -157,7 +160,7 @@ function lineage() {
       const path = branch.parent === null ? `M${start} ${level}H${end}` : `M${from} ${y}C${from} ${level} ${from} ${level} ${from + bend} ${level}H${Math.max(end, from + bend)}`;
       const words = `attempt ${branch.attempt}: ${plural(branch.count, "checkpoint")} abandoned, step${branch.count > 1 ? `s ${count(branch.step[0])} to ${count(branch.step[branch.step.length - 1])}` : ` ${count(branch.step[0])}`}`;
       const lane = s("g", {}, s("path", { d: path, fill: "none", stroke: "var(--faint)", "stroke-width": 2, "stroke-dasharray": "5 4" }),
-        branch.step.length <= 80 ? branch.step.map((step) => s("circle", { cx: x(step), cy: level, r: 3, fill: "var(--card)", stroke: "var(--faint)", "stroke-width": 1.6 })) : [],
+        (end - start) / branch.step.length >= 9 || branch.step.length === 1 ? branch.step.map((step) => s("circle", { cx: x(step), cy: level, r: 3, fill: "var(--card)", stroke: "var(--faint)", "stroke-width": 1.6 })) : [],
         s("path", { d: path, fill: "none", stroke: "transparent", "stroke-width": 16 }));
       lane.addEventListener("pointermove", (event) => showTip([words, `size of its saves: ${size(branch.written)}`, branch.parent === null ? "from the beginning" : `from step ${count(branch.parent)}`], event.clientX, event.clientY));
       lane.addEventListener("pointerleave", hideTip);
@@ -177,13 +180,13 @@ function lineage() {
       line.addEventListener("pointerleave", hideTip);
       svg.append(line);
     });
-    if (steps.length <= 120)
+    if ((x(steps[steps.length - 1]) - x(first)) / steps.length >= 9 || steps.length === 1)
       svg.append(s("g", { "pointer-events": "none" }, steps.map((step) => s("circle", { cx: x(step), cy: y, r: 3.6, fill: "var(--card)", stroke: "var(--text)", "stroke-width": 1.6 }))));
   }
   repaint.push(draw);
   const rows = branches.map((branch) => h("tr", {}, h("th", { class: "name", scope: "row" }, `attempt ${branch.attempt}`), h("td", {}, count(branch.count)), h("td", {}, `${count(branch.step[0])} to ${count(branch.step[branch.step.length - 1])}`), h("td", {}, branch.parent === null ? "the beginning" : `step ${count(branch.parent)}`), h("td", {}, size(branch.written))));
   const table = branches.length ? h("table", {}, h("caption", { class: "away" }, "Abandoned checkpoints"), h("thead", {}, h("tr", {}, h("th", { class: "name", scope: "col" }, "Abandoned"), ["Checkpoints", "Steps", "Went on from", "Written"].map((name) => h("th", { scope: "col" }, name)))), h("tbody", {}, rows)) : null;
-  section("Lineage", text, h("div", { class: "body" }, svg, table), data.hidden_branches ? empty(`${count(data.hidden_branches)} more are not shown.`) : null);
+  section("Lineage", text, h("div", { class: "body" }, svg, table ? wide(table) : null), data.hidden_branches ? empty(`${count(data.hidden_branches)} more are not shown.`) : null);
 }
 
 function sizes() {
@@ -191,13 +194,13 @@ function sizes() {
   const total = sum(data.components.map((component) => component.bytes)) || 1;
   const share = (value, ink) => h("td", { class: "share" }, s("svg", { "aria-hidden": "true", height: 12, viewBox: "0 0 100 12", preserveAspectRatio: "none" }, s("rect", { width: 100, height: 12, fill: "var(--grid)" }), s("rect", { width: (100 * value) / total, height: 12, fill: ink })));
   const cells = (component, ink) => [
-    h("td", {}, component.tensors && component.dtypes[0] !== "values" ? count(component.tensors) : ""), h("td", { class: "text" }, component.dtypes[0] === "values" ? "" : component.dtypes.join(", ")),
+    h("td", {}, component.tensors ? count(component.tensors) : ""), h("td", { class: "text" }, component.dtypes.join(", ")),
     h("td", {}, size(component.bytes)), share(component.bytes, ink), h("td", {}, percent(component.bytes / total)), h("td", {}, size(component.stored))];
   const body = h("tbody", {});
   for (const component of data.components) {
     const parts = component.parts.length > 1 ? component.parts : [];
-    const rows = parts.map((part, index) => h("tr", { class: "part", hidden: true }, h("th", { class: "name", scope: "row" }, component.others && index === parts.length - 1 ? `${count(component.others)} more` : part.name), cells(part, "var(--faint)")));
-    const name = component.name || "plain values";
+    const rows = parts.map((part) => h("tr", { class: "part", hidden: true }, h("th", { class: "name", scope: "row" }, part.name === null ? `${count(component.others)} more` : breakable(part.name || "(itself)")), cells(part, "var(--faint)")));
+    const name = component.name === null ? "plain values" : component.name || "(no name)";
     const button = parts.length ? h("button", { type: "button", class: "toggle", "aria-expanded": "false", "aria-label": `Parts of ${name}` }, "▸") : h("span", { class: "indent" });
     if (parts.length) button.addEventListener("click", () => {
       const open = button.getAttribute("aria-expanded") !== "true";
@@ -205,10 +208,10 @@ function sizes() {
       button.textContent = open ? "▾" : "▸";
       for (const row of rows) row.hidden = !open;
     });
-    body.append(h("tr", {}, h("th", { class: "name", scope: "row" }, button, name), cells(component, "var(--one)")), ...rows);
+    body.append(h("tr", {}, h("th", { class: "name", scope: "row" }, h("div", { class: "named" }, button, h("span", {}, breakable(name)))), cells(component, "var(--one)")), ...rows);
   }
   section("Sizes", `What the checkpoint of step ${count(steps[steps.length - 1])} consists of. Stored: the objects that it needs, those shared with other checkpoints included.`,
-    h("div", { class: "body" }, h("table", {}, h("thead", {}, h("tr", {}, h("th", { class: "name", scope: "col" }, "Component"), h("th", { scope: "col" }, "Tensors"), h("th", { scope: "col", class: "text" }, "Types"), h("th", { scope: "col" }, "Size"), h("th", { scope: "col", colspan: 2 }, "Part of the state"), h("th", { scope: "col" }, "Stored"))), body)));
+    h("div", { class: "body" }, wide(h("table", {}, h("thead", {}, h("tr", {}, h("th", { class: "name", scope: "col" }, "Component"), h("th", { scope: "col" }, "Tensors"), h("th", { scope: "col", class: "text" }, "Types"), h("th", { scope: "col" }, "Size"), h("th", { scope: "col", colspan: 2 }, "Part of the state"), h("th", { scope: "col" }, "Stored"))), body))));
 }
 
 function table() {

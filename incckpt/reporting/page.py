@@ -155,7 +155,7 @@ def _branch(branch: Branch, metrics: Sequence[str]) -> dict[str, Json]:
 
 def _component(component: Component) -> dict[str, Json]:
     found: dict[str, Any] = {
-        "name": _cut(component.name),
+        "name": None if component.name is None else _cut(component.name),
         "tensors": component.tensors,
         "bytes": component.nbytes,
         "stored": round(component.stored),

@@ -78,7 +78,7 @@ def large_history(tensors: int, steps: int, *, layers: int = 50) -> History:
     builder = HeatMapBuilder(steps)
     history = History("s3://bucket/experiments/7b", "sft")
     for index in range(steps):
-        rate = 0.5 + 0.5 * float(np.cos(np.pi * index / steps))
+        rate = 0.55 + 0.45 * float(np.cos(np.pi * index / steps))
         moved = ~((layer < layers // 5) & (index > steps // 3)) & (layer != 7)
         content = np.where(moved, content + 1, content)
         relative = speed * rate * 10 ** random.normal(0, 0.08, tensors)
@@ -105,7 +105,10 @@ def large_history(tensors: int, steps: int, *, layers: int = 50) -> History:
         if lost:
             history.branches.append(Branch(attempt, 50 * start, lost))
     parts = [Component(f"layers.{number}", tensors // layers, 280_000_000, 1.9e8) for number in range(24)]
-    model, values = Component("model", tensors, 14_000_000_000, 9.6e9, parts=parts), Component("", 1, 5 * 10**8, 1.2e8)
-    model.dtypes["bfloat16"], values.dtypes["values"] = model.nbytes, values.nbytes
+    model, values = (
+        Component("model", tensors, 14_000_000_000, 9.6e9, parts=parts),
+        Component(None, 0, 5 * 10**8, 1.2e8),
+    )
+    model.dtypes["bfloat16"] = model.nbytes
     history.components = [model, values]
     return history

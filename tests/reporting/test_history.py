@@ -111,7 +111,10 @@ def test_components_are_the_state(trained: Path) -> None:
     by_name = {component.name: component for component in history.components}
     assert by_name["model"].tensors == 6
     assert by_name["model"].nbytes == 4 * (8 * 16 + 16 + 16 * 16 + 16 + 16 + 1)
-    assert "" in by_name, "the long list is packed"
+    assert by_name[None].nbytes > 0, "the long list is packed"
+    assert {part.name for part in by_name["model"].parts} == {"0", "2", "4"}
+    assert sum(part.nbytes for part in by_name["model"].parts) == by_name["model"].nbytes
+    assert {part.name for part in by_name["optimizer"].parts} == {f"state.{index}" for index in range(4)}
 
 
 class _Counting(MemoryBackend):
