@@ -253,6 +253,14 @@ def _to_hugging_face(options: _Options, contents: Contents, source: CheckpointBy
     return done
 
 
+def _to_dcp(options: _Options, contents: Contents, source: CheckpointBytes, outputs: Outputs) -> Exported:
+    from incckpt.interchange.distributed import write_dcp  # which takes half a second to import
+
+    with outputs.whole_folder(options.target) as folder:
+        write_dcp(folder, contents, source, allow_pickle=options.allow_pickle)
+    return _exported(contents, tensors=len(references(contents.tree)))
+
+
 def _tensors(options: _Options, contents: Contents) -> tuple[list[NamedTensor], tuple[str, ...]]:
     """Return the tensors by name, and the names of what is none.
 
@@ -303,4 +311,5 @@ _WRITERS: Final[dict[Format, Callable[[_Options, Contents, CheckpointBytes, Outp
     "pt": _to_torch,
     "safetensors": _to_safetensors,
     "huggingface": _to_hugging_face,
+    "dcp": _to_dcp,
 }

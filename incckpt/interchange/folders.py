@@ -61,7 +61,7 @@ def read_folder(path: Path, *, allow_pickle: bool) -> Foreign:
             files.append(path / name)
     read = {file.name for file in files} | {weights.name}
     left_out = sorted(child.name for child in path.iterdir() if child.name not in read)
-    return Foreign(state, tuple(files), tuple(left_out), _metrics(state.get("trainer_state")))
+    return Foreign(state, tuple(files), None, tuple(left_out), _metrics(state.get("trainer_state")))
 
 
 def _weights(path: Path, files: list[Path], allow_pickle: bool) -> dict[str, Any]:

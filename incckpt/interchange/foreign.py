@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from incckpt.interchange.mapped import Mappings
+
 __all__ = ["Foreign"]
 
 
@@ -20,6 +22,8 @@ class Foreign:
         Its state; the memory of its tensors is that of mapped files, where it can be.
     files
         The files.
+    mappings
+        Where the memory is, if not in these.
     left_out
         Names of files of the folder that were not read.
     metrics
@@ -28,5 +32,6 @@ class Foreign:
 
     state: Any
     files: tuple[Path, ...]
+    mappings: Mappings | None = None
     left_out: tuple[str, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)

@@ -183,7 +183,7 @@ class _Importer:
         layout = self._baseline.layout_for(flat.sizes, flat.kinds)
         total = sum(nbytes for nbytes, _ in flat.sizes)
         count = counter(self._progress, source.path.name, total, index, self._count)
-        contents = file_contents(flat, layout, Mappings(foreign.files), count)
+        contents = file_contents(flat, layout, foreign.mappings or Mappings(foreign.files), count)
         packed = self._baseline.stage_packed(flat, report)
         numbers = foreign.metrics if metrics is None else metrics
         snapshot = Snapshot.of(
@@ -206,8 +206,15 @@ def _read_folder(path: Path, allow_pickle: bool) -> Foreign:
     return read_folder(path, allow_pickle=allow_pickle)
 
 
+def _read_dcp(path: Path, allow_pickle: bool) -> Foreign:
+    from incckpt.interchange.distributed import read_dcp  # which takes half a second to import
+
+    return read_dcp(path, allow_pickle=allow_pickle)
+
+
 _READERS: Final[dict[Kind, Callable[[Path, bool], Foreign]]] = {
     "torch": _read_torch,
     "safetensors": _read_safetensors,
     "folder": _read_folder,
+    "dcp": _read_dcp,
 }

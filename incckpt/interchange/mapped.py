@@ -39,10 +39,10 @@ class Mappings:
     Parameters
     ----------
     paths
-        The files, mapped by now.
+        The files, or their descriptors, mapped by now.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Iterable[Path | int]) -> None:
         self._spans: list[tuple[int, int]] = []
         if sys.platform != "linux" or _DONTNEED is None:
             return

@@ -60,6 +60,22 @@ class Outputs:
             file.flush()
             os.fsync(file.fileno())
 
+    @contextmanager
+    def whole_folder(self, path: Path) -> Iterator[Path]:
+        """Give a folder to write to, which is not there yet; on success it waits for `publish`.
+
+        Raises
+        ------
+        OptionError
+            If a file or a folder with something in it is there already; a folder is never replaced.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise OptionError(f"{path} exists; give another target, or remove it")
+        self.folder(path.parent)
+        self._paths.append(path)
+        shutil.rmtree(_partial(path), ignore_errors=True)
+        yield _partial(path)
+
     def copy(self, source: Path, path: Path) -> None:
         """Add a copy of a file."""
         with open(source, "rb") as original, self.open(path) as file:
@@ -80,14 +96,17 @@ class Outputs:
         nbytes = 0
         for path in self._paths:
             os.replace(_partial(path), path)
-            nbytes += path.stat().st_size
+            nbytes += sum(one.stat().st_size for one in (path.iterdir() if path.is_dir() else [path]))
         self._paths, self._made = [], []
         return nbytes
 
     def discard(self) -> None:
         """Remove what was written and not published."""
         for path in self._paths:
-            _partial(path).unlink(missing_ok=True)
+            if _partial(path).is_dir():
+                shutil.rmtree(_partial(path))
+            else:
+                _partial(path).unlink(missing_ok=True)
         for folder in self._made:
             try:
                 folder.rmdir()

@@ -12,11 +12,12 @@ import struct
 import sys
 import zipfile
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from incckpt.errors import CorruptionError, PickleRefusedError, StateError
@@ -26,9 +27,17 @@ from incckpt.run.contents import Contents
 from incckpt.run.reader import Bytes
 from incckpt.staging.hostmem import new_buffer
 from incckpt.state.build import Builder
+from incckpt.state.entries import TensorEntry
 from incckpt.state.tree import GeneratorRef, TensorRef, Tree, children, describe, join_name, leaves
 
-__all__ = ["read_torch_file", "takes_weights_only", "write_torch_file"]
+__all__ = [
+    "array_globals",
+    "read_torch_file",
+    "refusal",
+    "takes_weights_only",
+    "untouched_state",
+    "write_torch_file",
+]
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +73,7 @@ def write_torch_file(
         If a value cannot be pickled; names it.
     """
     tree = contents.tree
-    filled = _needed_now(contents)
-    buffers = {
-        index: source.read(index) if index in filled else new_buffer(contents.manifest.ranges[index].nbytes)
-        for index in source.in_order(contents.wanted)
-    }
-    builder = Builder(contents.entries, buffers, map_location="cpu", allow_pickle=allow_pickle)
+    builder, untouched = _over_untouched_memory(contents, source, allow_pickle)
     pickled = io.BytesIO()
     pickler = _Pickler(pickled, _PROTOCOL)
     value = builder.value(tree)
@@ -79,9 +83,8 @@ def write_torch_file(
         raise StateError(
             f"{_culprit(tree, builder) or 'the state'} cannot be written to a torch file: {error}"
         ) from error
-    untouched = _Untouched({index: buffer for index, buffer in buffers.items() if index not in filled})
     places = [(storage, *untouched.find(storage.address)) for storage in pickler.storages.values()]
-    rank = {index: place for place, index in enumerate(source.in_order(buffers))}
+    rank = {index: place for place, index in enumerate(source.in_order(contents.wanted))}
     places.sort(key=lambda one: rank.get(one[1], -1))  # as the bytes lie in the checkpoint
     with outputs.open(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         name = path.stem
@@ -93,6 +96,15 @@ def write_torch_file(
             )
             _write_record(archive, f"{name}/data/{storage.key}", parts, storage.nbytes)
         _write_record(archive, f"{name}/version", [np.frombuffer(b"3\n", np.uint8)])
+
+
+def untouched_state(contents: Contents, source: CheckpointBytes, *, allow_pickle: bool) -> tuple[Any, dict[int, int]]:
+    """Return a state over memory that nobody has touched, and the entry of each of its tensors by their identity.
+
+    What is not of a tensor's bytes alone is filled: arrays, the states of generators.
+    """
+    builder, _ = _over_untouched_memory(contents, source, allow_pickle)
+    return builder.value(contents.tree), builder.made
 
 
 def takes_weights_only(path: Path) -> bool:
@@ -145,6 +157,39 @@ class _Pickler(pickle.Pickler):
         storage = _Storage(str(len(self.storages)), untyped.data_ptr(), nbytes)
         storage = self.storages.setdefault((storage.address, kind), storage)
         return ("storage", kind, storage.key, "cpu", count)
+
+
+class _Recorder(Builder):
+    """Builds a state, and notes which tensor is of which entry.
+
+    Attributes
+    ----------
+    made
+        Indexes of entries, by the identity of the tensor.
+    """
+
+    def __init__(self, entries: Sequence[TensorEntry], buffers: Mapping[int, Bytes], allow_pickle: bool) -> None:
+        super().__init__(entries, buffers, map_location="cpu", allow_pickle=allow_pickle)
+        self.made: dict[int, int] = {}
+
+    def tensor(self, index: int) -> torch.Tensor | npt.NDArray[Any]:
+        """Return the tensor or array of entry `index`."""
+        value = super().tensor(index)
+        self.made[id(value)] = index
+        return value
+
+
+def _over_untouched_memory(
+    contents: Contents, source: CheckpointBytes, allow_pickle: bool
+) -> tuple[_Recorder, _Untouched]:
+    """Return what builds a state over memory that takes none, and where that is."""
+    filled = _needed_now(contents)
+    buffers = {
+        index: source.read(index) if index in filled else new_buffer(contents.manifest.ranges[index].nbytes)
+        for index in source.in_order(contents.wanted)
+    }
+    untouched = _Untouched({index: buffer for index, buffer in buffers.items() if index not in filled})
+    return _Recorder(contents.entries, buffers, allow_pickle), untouched
 
 
 class _Untouched:
@@ -220,23 +265,28 @@ def read_torch_file(path: Path, *, allow_pickle: bool) -> Any:
     if not mapped:
         log.warning("%s is of torch's format before 1.6, which cannot be mapped: it is read into memory whole", path)
     try:
-        with torch.serialization.safe_globals(_array_globals()):
+        with torch.serialization.safe_globals(array_globals()):
             return torch.load(path, map_location="cpu", mmap=mapped, weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
         if allow_pickle:
             raise CorruptionError(f"{path} is no file of torch.save, or it is damaged: {error}") from error
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"{path} holds {named[1]}" if named else f"{path} is damaged, or holds an object ({error!s:.200})"
-        raise PickleRefusedError(
-            f"{reason}: no tensor, array or plain value. To unpickle it can run any code; if you trust whoever wrote "
-            "it, pass allow_pickle=True"
-        ) from error
+        raise refusal(str(path), error) from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, ImportError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorruptionError(f"{path} is no file of torch.save, or it is damaged: {first}") from error
 
 
-def _array_globals() -> list[Any]:
+def refusal(what: str, error: pickle.UnpicklingError) -> PickleRefusedError:
+    """Return the error for a pickle that ``weights_only=True`` refused."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    reason = f"{what} holds {named[1]}" if named else f"{what} is damaged, or holds an object ({error!s:.200})"
+    return PickleRefusedError(
+        f"{reason}: no tensor, array or plain value. To unpickle it can run any code; if you trust whoever wrote it, "
+        "pass allow_pickle=True"
+    )
+
+
+def array_globals() -> list[Any]:
     """Return what the pickle of a numpy array or scalar names; none of it does more than make one."""
     core: Any = importlib.import_module(next(name for name in _CORES if importlib.util.find_spec(name)))
     functions = [core._reconstruct, core.scalar]
