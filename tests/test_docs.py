@@ -34,6 +34,15 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} - set(contents) == set()
 
 
+@pytest.mark.parametrize("page", ["interchange"])
+def test_examples_on_pages(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    done = doctest.testfile(str(ROOT / "docs" / f"{page}.md"), module_relative=False, optionflags=options)
+    assert done.attempted > 0
+    assert done.failed == 0
+
+
 def has_examples(name: str) -> bool:
     """Whether a module's source, if it is Python, holds doctests."""
     origin = importlib.import_module(name).__file__
