@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 PEERS := .venv-peers
 CEPH_PORT ?= 8055
 
-.PHONY: help demo test quick test-ceph docs sanitize fuzz-coder soak peers chaos lint types bench wheel clean
+.PHONY: help demo test quick test-ceph docs sanitize fuzz-coder soak interrupt peers chaos lint types bench wheel clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -64,6 +64,9 @@ fuzz-coder: ## Random input to the Huffman coder, against libzstd, for SECONDS (
 
 soak: $(VENV)/built ## Processes killed at random on one store, for ten minutes and 2,000 kills
 	$(BIN)/python -m tests.soak
+
+interrupt: $(VENV)/built ## Every call interrupted at every instant, on a local disk and on S3 (an hour)
+	INCCKPT_INTERRUPTION=1 $(BIN)/python -m pytest tests/run/test_interruption.py -s
 
 peers: $(PEERS)/installed $(VENV)/built ## Other people's optimizers, modules, metrics and weight files, restored as by hand
 	TORCHAO_FORCE_SKIP_LOADING_SO_FILES=1 $(PEERS)/bin/python -m tests.peers

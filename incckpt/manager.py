@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
@@ -14,13 +13,12 @@ from incckpt.backends.base import Backend
 from incckpt.errors import IncckptError, OptionError, ReadOnlyError
 from incckpt.options import checked_flag
 from incckpt.retention import Mode, Policy, policy_of
-from incckpt.run.attempt import Attempt, IfExists, check_if_exists, refuse_other_ranks
-from incckpt.run.calls import OneAtATime
+from incckpt.run.attempt import IfExists, check_if_exists, refuse_other_ranks
+from incckpt.run.calls import OneAtATime, one_at_a_time
 from incckpt.run.checkpoint import Checkpoint, checked_metrics
 from incckpt.run.choose import Which, not_found
-from incckpt.run.pending import OnBacklog, PendingSaves
+from incckpt.run.pending import OnBacklog, PendingSaves, resolved
 from incckpt.run.position import Position
-from incckpt.run.queue import resolved
 from incckpt.run.report import SaveReport
 from incckpt.run.restore import MapLocation, load_state, restore_into
 from incckpt.run.snapshot import Snapshot, stage
@@ -32,6 +30,7 @@ from incckpt.state.selection import Patterns
 from incckpt.store.location import locate
 from incckpt.store.refs import checked_step
 from incckpt.store.store import Store
+from incckpt.threads import Future
 
 __all__ = ["CheckpointManager"]
 
@@ -158,6 +157,7 @@ class CheckpointManager:
 
     # -- restoring
 
+    @one_at_a_time
     def restore(
         self,
         app: Any,
@@ -198,23 +198,23 @@ class CheckpointManager:
         StateMismatchError
             If the checkpoint does not fit `app`, or `app` cannot be written to: nothing was touched.
         """
-        with self._calls.call():
-            self.wait()
-            found = self._position.read(
-                step,
-                lambda reader, manifest: restore_into(
-                    reader,
-                    manifest,
-                    app,
-                    base=self._base,
-                    keys=keys,
-                    ignore=ignore,
-                    allow_pickle=self._allow_pickle,
-                    progress=progress,
-                ),
-            )
-            return None if found is None else found[0].step
+        self.wait()
+        found = self._position.read(
+            step,
+            lambda reader, manifest: restore_into(
+                reader,
+                manifest,
+                app,
+                base=self._base,
+                keys=keys,
+                ignore=ignore,
+                allow_pickle=self._allow_pickle,
+                progress=progress,
+            ),
+        )
+        return None if found is None else found[0].step
 
+    @one_at_a_time
     def load(
         self,
         step: Which | None = None,
@@ -254,27 +254,27 @@ class CheckpointManager:
         ...     [checkpoint.step for checkpoint in manager.checkpoints()]
         [1, 2]
         """
-        with self._calls.call():
-            self.wait()
-            found = self._position.read(
-                step,
-                lambda reader, manifest: load_state(
-                    reader,
-                    manifest,
-                    keys=keys,
-                    map_location=map_location,
-                    allow_pickle=self._allow_pickle,
-                    progress=progress,
-                ),
-            )
-            if found is None:
-                self._store.check()
-                raise not_found(self._view.run)
-            self._base.forget()
-            return found[1]
+        self.wait()
+        found = self._position.read(
+            step,
+            lambda reader, manifest: load_state(
+                reader,
+                manifest,
+                keys=keys,
+                map_location=map_location,
+                allow_pickle=self._allow_pickle,
+                progress=progress,
+            ),
+        )
+        if found is None:
+            self._store.check()
+            raise not_found(self._view.run)
+        self._base.forget()
+        return found[1]
 
     # -- saving
 
+    @one_at_a_time
     def save(
         self,
         step: SupportsIndex,
@@ -320,30 +320,27 @@ class CheckpointManager:
         check_if_exists(if_exists)
         if self.read_only:
             raise ReadOnlyError("this manager is read-only; saving needs one without read_only=True")
-        with self._calls.call():
-            self._saves.raise_failure(self._store.backend.url)
-            step = checked_step(step)
-            numbers = checked_metrics(metrics)
-            attempt = self._position.attempt
-            if if_exists == "skip":
-                if (pending := self._saves.future(step)) is not None:
-                    return pending
-                if (ref := attempt.existing(step)) is not None:
-                    return resolved(Checkpoint.of(attempt.run, ref))
-            attempt.check_step(step, if_exists, self._saves.steps)
-            report = SaveReport(step=step)
-            if (skipped := self._saves.make_room(report)) is not None:
-                return skipped
-            make_snapshot = stage(step, app, numbers, report, base=self._base, allow_pickle=self._allow_pickle)
-            return self._saves.put(partial(self._write, attempt, make_snapshot, report, if_exists), report)
+        self._saves.raise_failure(self._store.backend.url)
+        step = checked_step(step)
+        numbers = checked_metrics(metrics)
+        if if_exists == "skip":
+            if (pending := self._saves.future(step)) is not None:
+                return pending
+            if (ref := self._position.existing(step)) is not None:
+                return resolved(Checkpoint.of(self._view.run.name, ref))
+        self._position.check_step(step, if_exists, self._saves.steps)
+        report = SaveReport(step=step)
+        if (skipped := self._saves.make_room(report)) is not None:
+            return skipped
+        make_snapshot = stage(step, app, numbers, report, base=self._base, allow_pickle=self._allow_pickle)
+        return self._saves.put(partial(self._write, make_snapshot, report, if_exists), report)
 
-    def _write(
-        self, attempt: Attempt, make_snapshot: Callable[[], Snapshot], report: SaveReport, if_exists: IfExists
-    ) -> Checkpoint:
-        ref = attempt.write(make_snapshot(), report, if_exists)
+    def _write(self, make_snapshot: Callable[[], Snapshot], report: SaveReport, if_exists: IfExists) -> Checkpoint:
+        ref = self._position.write(make_snapshot(), report, if_exists)
         self._base.trim(report.changed_bytes)
-        return Checkpoint.of(attempt.run, ref)
+        return Checkpoint.of(self._view.run.name, ref)
 
+    @one_at_a_time
     def delete(self, step: SupportsIndex) -> bool:
         """Delete the checkpoints of `step`, abandoned and unreadable ones included, and what only they need.
 
@@ -361,10 +358,8 @@ class CheckpointManager:
         """
         if self.read_only:
             raise ReadOnlyError("this manager is read-only; deleting needs one without read_only=True")
-        with self._calls.call():
-            self.wait()
-            with self._store.backend.freeing():
-                return self._position.attempt.delete(checked_step(step))
+        self.wait()
+        return self._position.delete(checked_step(step))
 
     def wait(self) -> None:
         """Wait until no save is pending; failures show at the next `save` or `close`."""
@@ -420,13 +415,16 @@ class CheckpointManager:
         """
         if self._calls.closed or self._calls.forked:  # what there is to let go of is the parent's
             return
-        with self._calls.call():
-            self._saves.stop()
-            self._position.close()
-            self._view.close()
-            self._store.close()
-            self._calls.closed = True
+        self._close()
         self._saves.raise_failure(self._store.backend.url)
+
+    @one_at_a_time
+    def _close(self) -> None:
+        self._saves.stop()
+        self._position.close()
+        self._view.close()
+        self._store.close()
+        self._calls.closed = True
 
     def __enter__(self) -> Self:
         return self

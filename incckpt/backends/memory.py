@@ -15,12 +15,12 @@ from incckpt.errors import BackendError, KeyExistsError, KeyNotFoundError
 
 __all__ = ["MemoryBackend"]
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
 def _renew_lock() -> None:
     global _lock
-    _lock = threading.Lock()  # a thread of the parent may have held it at the fork
+    _lock = threading.RLock()  # a thread of the parent may have held it at the fork
 
 
 os.register_at_fork(after_in_child=_renew_lock)

@@ -15,6 +15,7 @@ import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, MutableMapping
+from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import aiohttp
@@ -32,6 +33,7 @@ from incckpt.errors import (
     UnreachableError,
     UnsupportedOperationError,
 )
+from incckpt.threads import shielded
 
 __all__ = [
     "CredentialsExpired",
@@ -192,6 +194,9 @@ class RemoteBackend(Backend, Generic[C]):
         BackendError
             Naming `key`; see `_error`.
         """
+        return shielded(partial(self._connectedly_here, verb, key, work))
+
+    def _connectedly_here(self, verb: str, key: str, work: Callable[[_Connection[C]], T]) -> T:
         renewed = False
         while True:
             connection = self._connected()
@@ -259,7 +264,7 @@ class RemoteBackend(Backend, Generic[C]):
     def close(self) -> None:
         connection = self._connection
         if connection is not None:
-            self._retire(connection)
+            shielded(partial(self._retire, connection))
 
     # -- errors -------------------------------------------------------------------------------------------------------
 

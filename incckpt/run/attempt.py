@@ -425,6 +425,10 @@ class Attempt:
                 self._discards.delete_spent()
         return bool(names)
 
+    def interrupt(self) -> None:
+        """End a save under way in another thread early, with `KeyboardInterrupt`, unless it is nearly over."""
+        self._writer.interrupt()
+
     def close(self) -> None:
         """Stop the threads."""
         self._writer.close()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from incckpt.errors import ManagerClosedError, SaveError
 
-__all__ = ["OneAtATime"]
+__all__ = ["OneAtATime", "one_at_a_time"]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class OneAtATime:
@@ -29,8 +33,7 @@ class OneAtATime:
     def __init__(self, in_background: Callable[[], bool]) -> None:
         self.closed = False
         self._in_background = in_background
-        self._lock = threading.Lock()
-        self._inside: int | None = None  # the thread that made the call
+        self._lock = threading.RLock()  # entered once; it knows which thread is inside
         self._pid = os.getpid()
 
     @property
@@ -38,9 +41,8 @@ class OneAtATime:
         """Whether this process is a fork of the one that owns the manager."""
         return os.getpid() != self._pid
 
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """Keep other calls out during a block.
+    def make(self, call: Callable[[], _T]) -> _T:
+        """Make a call, and return what it returns.
 
         Raises
         ------
@@ -51,29 +53,45 @@ class OneAtATime:
         """
         if self.forked:
             raise ManagerClosedError("this manager belongs to the process that this one was forked from; make one here")
-        if self._inside == threading.get_ident():
+        if self._lock._is_owned():  # type: ignore[attr-defined]  # what `threading.Condition` asks a lock
             raise SaveError(
                 "called in the middle of another call to this manager, by a signal handler or a state_dict(): let the "
                 "handler set a flag, and save in the training loop"
             )
+        if self._in_background():
+            return self._make_without_waiting(call)
         # Use `with`: Ctrl-C between `acquire` and `try` would leave the lock held for good.
-        with _without_waiting(self._lock) if self._in_background() else self._lock:
-            try:
-                self._inside = threading.get_ident()
-                if self.closed:
-                    raise ManagerClosedError("this manager is closed")
-                yield
-            finally:
-                self._inside = None
+        with self._lock:
+            return self._make(call)
+
+    def _make(self, call: Callable[[], _T]) -> _T:
+        if self.closed:
+            raise ManagerClosedError("this manager is closed")
+        return call()
+
+    def _make_without_waiting(self, call: Callable[[], _T]) -> _T:
+        if not self._lock.acquire(blocking=False):
+            raise SaveError(
+                "called by a callback of a save's future while another call waits for that save: call in another thread"
+            )
+        try:
+            return self._make(call)
+        finally:
+            self._lock.release()
 
 
-@contextmanager
-def _without_waiting(lock: threading.Lock) -> Iterator[None]:
-    if not lock.acquire(blocking=False):
-        raise SaveError(
-            "called by a callback of a save's future while another call waits for that save: call in another thread"
-        )
-    try:
-        yield
-    finally:
-        lock.release()
+class _Called(Protocol):
+    _calls: OneAtATime
+
+
+_C = TypeVar("_C", bound=_Called)
+
+
+def one_at_a_time(method: Callable[Concatenate[_C, _P], _T]) -> Callable[Concatenate[_C, _P], _T]:
+    """Make calls of a method calls of its object's `OneAtATime`."""
+
+    @functools.wraps(method)
+    def call(self: _C, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return self._calls.make(functools.partial(method, self, *args, **kwargs))
+
+    return call

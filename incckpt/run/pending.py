@@ -6,7 +6,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from concurrent.futures import Future
 from functools import partial
 from typing import Literal, TypeAlias, get_args
 
@@ -15,8 +14,9 @@ from incckpt.options import check_choice, checked_count
 from incckpt.run.checkpoint import Checkpoint
 from incckpt.run.queue import BackgroundQueue
 from incckpt.run.report import SaveReport
+from incckpt.threads import Future
 
-__all__ = ["OnBacklog", "PendingSaves"]
+__all__ = ["OnBacklog", "PendingSaves", "resolved"]
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class PendingSaves:
         """Wait until there is room for a save; if it is skipped instead, return its future, which says so."""
         if self._skips and self._queue.full:
             log.warning("step %d was skipped: max_pending earlier saves are still being written", report.step)
-            skipped = _running()
+            skipped = Future[Checkpoint]()
             skipped.set_exception(
                 BacklogFullError(f"step {report.step} was not saved: earlier saves are being written")
             )
@@ -88,23 +88,19 @@ class PendingSaves:
         ManagerClosedError
             If the saves were stopped.
         """
-        future = _running()
-        self._queue.put(partial(self._do, write, report, future))
-        self._futures[report.step] = future
+        future = self._futures[report.step] = Future[Checkpoint]()
+        self._queue.put(partial(self._do, write, report), future)
         return future
 
-    def _do(self, write: Callable[[], Checkpoint], report: SaveReport, future: Future[Checkpoint]) -> None:
+    def _do(self, write: Callable[[], Checkpoint], report: SaveReport) -> Checkpoint:
         try:
             checkpoint = write()
         except BaseException as error:
             log.error("saving step %d failed: %s", report.step, error)
             self._error = error
-            future.set_exception(error)
-            if isinstance(error, KeyboardInterrupt):
-                raise  # saved in the foreground, see BackgroundQueue
-        else:
-            self.reports.append(report)
-            future.set_result(checkpoint)
+            raise
+        self.reports.append(report)
+        return checkpoint
 
     def raise_failure(self, url: str) -> None:
         """Raise what a save to `url` has failed with, unless it was raised before.
@@ -129,7 +125,8 @@ class PendingSaves:
         self._queue.stop()
 
 
-def _running() -> Future[Checkpoint]:
-    future: Future[Checkpoint] = Future()
-    future.set_running_or_notify_cancel()  # from here on cancel() has no effect
+def resolved(checkpoint: Checkpoint) -> Future[Checkpoint]:
+    """Return the future of a checkpoint that is there already."""
+    future = Future[Checkpoint]()
+    future.set_result(checkpoint)
     return future

@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, Final, TypeVar
+
+from incckpt.threads import shielded
 
 __all__ = ["LOCAL_REQUESTS", "Pipeline"]
 
@@ -17,6 +20,8 @@ LOCAL_REQUESTS: Final = 4
 
 class Pipeline:
     """A pool of workers, each of which takes an item through all its steps. For use by one thread at a time.
+
+    The main thread keeps out of it, see :mod:`incckpt.threads`: another one submits the work, and waits.
 
     Parameters
     ----------
@@ -42,6 +47,7 @@ class Pipeline:
         self._used = 0
         self._freed = threading.Condition()
         self._starting = threading.Lock()
+        self._errors: list[BaseException] = []  # of the call of `each` under way
 
     def each(self, items: Iterable[_T], weight: Callable[[_T], int], work: Callable[[_T], None]) -> None:
         """Call `work` with every item; return when all are done.
@@ -57,7 +63,14 @@ class Pipeline:
             The first that `work` raised, or that interrupted the caller. Items not begun by then are skipped, and none
             is still in progress.
         """
-        errors: list[BaseException] = []
+        shielded(partial(self._each, items, weight, work), self.interrupt)
+
+    def interrupt(self) -> None:
+        """Have `each`, if it is under way in another thread, raise `KeyboardInterrupt` soon."""
+        self._errors.append(KeyboardInterrupt())
+
+    def _each(self, items: Iterable[_T], weight: Callable[[_T], int], work: Callable[[_T], None]) -> None:
+        errors = self._errors = []
 
         def guarded(item: _T, nbytes: int) -> None:
             try:
@@ -97,6 +110,9 @@ class Pipeline:
         """
         if not self._separate or len(items) < 2:
             return [function(item) for item in items]
+        return shielded(partial(self._together, function, items))
+
+    def _together(self, function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
         with self._starting:
             if self._requests is None:
                 self._requests = ThreadPoolExecutor(self._size, f"{self._name}-request")
@@ -107,6 +123,10 @@ class Pipeline:
 
     def close(self) -> None:
         """Stop the threads; the next call starts new ones."""
+        if self._workers is not None or self._requests is not None:
+            shielded(self._close)
+
+    def _close(self) -> None:
         for pool in (self._workers, self._requests):
             if pool is not None:
                 pool.shutdown()

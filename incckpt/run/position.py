@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import TypeVar
 
 from incckpt.errors import StoreNotFoundError
 from incckpt.retention import Policy
-from incckpt.run.attempt import Attempt, Origin
+from incckpt.run.attempt import Attempt, IfExists, Origin
 from incckpt.run.choose import Which, checked_which
 from incckpt.run.reader import Reader
+from incckpt.run.report import SaveReport
+from incckpt.run.snapshot import Snapshot
 from incckpt.run.view import RunView
 from incckpt.staging.baseline import Baseline
 from incckpt.store.lineage import Lineage
 from incckpt.store.manifest import Manifest
-from incckpt.store.refs import RefName
+from incckpt.store.refs import Ref, RefName
 from incckpt.store.store import Store
+from incckpt.threads import shielded
 
 __all__ = ["Position"]
 
@@ -24,6 +29,8 @@ _T = TypeVar("_T")
 
 class Position:
     """Where a process stands in its run. It is moved by reading a checkpoint, while nothing is written.
+
+    What an interruption could leave half done is done by another thread than the main one, one such act at a time.
 
     Parameters
     ----------
@@ -47,11 +54,7 @@ class Position:
         self._baseline = baseline
         self._read_only = read_only
         self._attempt: Attempt | None = None
-
-    @property
-    def attempt(self) -> Attempt:
-        """The attempt that goes on from here: from the latest checkpoint, where none was read."""
-        return self._attempt or self._use(Origin.latest(self._view.run.lineage()))
+        self._turn = threading.Lock()
 
     def read(self, step: Which | None, read: Callable[[Reader, Manifest], _T]) -> tuple[RefName, _T] | None:
         """Read a checkpoint, and go on from it; return its name and what `read` made of it.
@@ -70,10 +73,40 @@ class Position:
             self._use(nothing if found is None else Origin.restored(self._view.run, lineage, *found[:2]))
         return None if found is None else (found[0], found[2])
 
+    def existing(self, step: int) -> Ref | None:
+        """Return the checkpoint of `step`; see `Attempt.existing`."""
+        return self._with_attempt(lambda attempt: attempt.existing(step))
+
+    def check_step(self, step: int, if_exists: IfExists, pending: Collection[int]) -> None:
+        """Check that a checkpoint of `step` can be saved; see `Attempt.check_step`."""
+        attempt = self._attempt or self._with_attempt(lambda attempt: attempt)
+        attempt.check_step(step, if_exists, pending)
+
+    def write(self, snapshot: Snapshot, report: SaveReport, if_exists: IfExists) -> Ref:
+        """Write and commit a checkpoint; see `Attempt.write`."""
+        return self._with_attempt(lambda attempt: attempt.write(snapshot, report, if_exists))
+
+    def delete(self, step: int) -> bool:
+        """Delete the checkpoints of `step`; see `Attempt.delete`."""
+
+        def delete(attempt: Attempt) -> bool:
+            with self._store.backend.freeing():
+                return attempt.delete(step)
+
+        return self._with_attempt(delete)
+
     def close(self) -> None:
         """Let go of threads."""
         if self._attempt is not None:
             self._attempt.close()
+
+    def _with_attempt(self, act: Callable[[Attempt], _T]) -> _T:
+        """Do something with the attempt that goes on from here: from the latest checkpoint, where none was read."""
+        return shielded(partial(self._with_attempt_here, act))
+
+    def _with_attempt_here(self, act: Callable[[Attempt], _T]) -> _T:
+        with self._turn:
+            return act(self._attempt or self._use(Origin.latest(self._view.run.lineage())))
 
     def _use(self, origin: Origin) -> Attempt:
         """Make an attempt that goes on from `origin`; it takes the run over when its first save is written."""

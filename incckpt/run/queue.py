@@ -9,12 +9,14 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import TypeVar
+from contextlib import suppress
+from typing import Any, TypeVar
 
+from incckpt import threads
 from incckpt.errors import ManagerClosedError, SaveError
+from incckpt.threads import Future
 
-__all__ = ["BackgroundQueue", "resolved"]
+__all__ = ["BackgroundQueue"]
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +26,8 @@ _T = TypeVar("_T")
 class BackgroundQueue:
     """Does jobs one after the other in a thread, which exists as long as there are jobs.
 
-    Every job is done and every wait ends: if no thread can be started (a limit on threads, an exiting interpreter), the
-    thread that puts or waits does the jobs itself.
+    Every job is done, every future resolves and every wait ends, whatever interrupts the thread that puts or waits. If
+    no thread can be started (a limit on threads, an exiting interpreter), that thread does the jobs itself.
 
     Parameters
     ----------
@@ -43,38 +45,57 @@ class BackgroundQueue:
         _queues.add(self)
 
     def _reset(self) -> None:
-        self._jobs: deque[Callable[[], None]] = deque()
-        self._doing: int | None = None  # the thread that does a job now
-        self._changed = threading.Condition()
+        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()  # unfinished; the first may be under way
+        self._worker: int | None = None  # the thread that does them
+        self._starting = False  # whether one is about to
+        self._lock = threading.RLock()
+        self._changes = threads.Changes()
 
     def works_here(self) -> bool:
         """Return whether this thread is doing a job."""
-        return self._doing == threading.get_ident()
+        return self._worker == threading.get_ident()
 
     @property
     def full(self) -> bool:
         """Whether a job would have to wait for room now."""
-        with self._changed:
-            return self._unfinished() >= self._max_pending
+        return len(self._jobs) >= self._max_pending
+
+    @property
+    def idle(self) -> bool:
+        """Whether every job is done."""
+        return not self._jobs
 
     def wait_for_room(self) -> None:
         """Wait until there is room for a job."""
-        self._wait_until(lambda: self._unfinished() < self._max_pending)
+        self._wait_until(lambda: not self.full)
 
-    def put(self, job: Callable[[], None]) -> None:
-        """Add a job, which must handle its own errors; there must be room.
+    def put(self, job: Callable[[], _T], future: Future[_T]) -> None:
+        """Add a job, whose result or error `future` takes; there must be room.
+
+        If the call is interrupted, the job is done, or it is not and the future says so.
 
         Raises
         ------
         ManagerClosedError
             If the queue was stopped.
         """
-        with self._changed:
-            if self._stopped:
-                raise ManagerClosedError("this manager was closed while a save was being made; it is not saved")
-            assert self._unfinished() < self._max_pending
-            self._jobs.append(job)
-        if not self._start_thread():
+        if self._stopped:
+            raise ManagerClosedError("this manager was closed while a save was being made; it is not saved")
+        assert not self.full
+        entry = job, future
+        try:
+            self._jobs.append(entry)
+            started = self._start_thread()
+        except BaseException:
+            with self._lock:
+                begun = self._worker is not None
+                if not begun:
+                    with suppress(ValueError):
+                        self._jobs.remove(entry)  # nobody would do it until another call comes
+            if not begun and not future.done():
+                future.set_exception(SaveError("interrupted before it began"))
+            raise
+        if not started:
             self.wait()
 
     def wait(self) -> None:
@@ -85,13 +106,12 @@ class BackgroundQueue:
         SaveError
             If a job, or something it calls, would wait for itself.
         """
-        self._wait_until(lambda: not self._unfinished())
+        self._wait_until(lambda: self.idle)
 
     def stop(self) -> None:
         """Accept no more jobs, and finish those in the queue."""
-        with self._changed:
-            self._refuse_here()
-            self._stopped = True
+        self._refuse_here()
+        self._stopped = True
         self.wait()
         _queues.discard(self)
 
@@ -99,63 +119,66 @@ class BackgroundQueue:
         if self.works_here():
             raise SaveError("a callback of a save's future would wait for that save: call in another thread")
 
-    def _unfinished(self) -> int:
-        return len(self._jobs) + (self._doing is not None)
-
     def _wait_until(self, done: Callable[[], bool]) -> None:
-        while True:
-            with self._changed:
-                if done():
-                    return
-                self._refuse_here()
-                if self._doing is not None:
-                    self._changed.wait()
-                    continue
-            # Jobs but no worker: a thread is about to begin, or could not be started.
-            if not self._start_thread():
+        while not done():
+            self._refuse_here()
+            change = self._changes.watch()
+            if done():
+                return
+            if self._start_thread():
+                change.acquire()
+            else:
                 self._work()
-                continue
-            with self._changed:
-                self._changed.wait_for(lambda: done() or self._doing is not None)
 
     def _start_thread(self) -> bool:
         """Start a thread that does the jobs, unless there is one; return whether there is."""
-        with self._changed:
-            if self._doing is not None or not self._jobs:
-                return not _exiting
+        with self._lock:
+            if self._worker is not None or self._starting or not self._jobs:
+                return True
         if _exiting:
             return False
         try:
-            # A daemon: the interpreter joins other threads before `_finish_all` could run.
-            threading.Thread(target=self._work, name=self._name, daemon=True).start()
-        except RuntimeError as error:
+            self._starting = True
+            threads.start(self._work, self._name)
+        except BaseException as error:
+            self._starting = False
+            if not isinstance(error, RuntimeError):
+                raise
             log.warning("no thread can be started (%s): saving in the foreground", error)
             return False
         return True
 
     def _work(self) -> None:
         """Do jobs until there are none, or another thread does them."""
-        while True:
-            with self._changed:
-                if self._doing is not None or not self._jobs:
-                    return
-                job = self._jobs.popleft()
-                self._doing = threading.get_ident()
-                self._changed.notify_all()
-            try:
-                job()
-            finally:
-                del job  # return its memory to the pool before waiting for the next job
-                with self._changed:
-                    self._doing = None
-                    self._changed.notify_all()
+        try:
+            self._starting = False
+            with self._lock:
+                if self._worker is None and self._jobs:
+                    self._worker = threading.get_ident()
+            while self.works_here():
+                self._do_first()
+                with self._lock:  # a thread that puts a job either finds a worker, or starts one
+                    if not self._jobs:
+                        self._worker = None
+                self._changes.notify()
+        finally:
+            if self._worker == threading.get_ident():
+                self._worker = None
+                self._changes.notify()
 
-
-def resolved(result: _T) -> Future[_T]:
-    """Return a completed future."""
-    future: Future[_T] = Future()
-    future.set_result(result)
-    return future
+    def _do_first(self) -> None:
+        job, future = self._jobs[0]
+        try:
+            future.set_result(job())
+        except BaseException as error:
+            if not future.done():
+                future.set_exception(error)
+            if isinstance(error, KeyboardInterrupt):
+                raise  # done in the foreground
+        finally:
+            self._jobs.popleft()
+            if not future.done():
+                future.set_exception(SaveError("interrupted"))
 
 
 _queues: weakref.WeakSet[BackgroundQueue] = weakref.WeakSet()

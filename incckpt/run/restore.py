@@ -36,7 +36,10 @@ def progress_bar(total: int, step: int, show: bool | None) -> Iterator[Callable[
         checked_flag("progress", show)
     watched = sys.stderr is not None and sys.stderr.isatty()  # a service has no stderr
     shown = watched if show is None else show and sys.stderr is not None
-    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=f"step {step}", disable=not shown) as bar:
+    if not shown:
+        yield lambda nbytes: None
+        return
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=f"step {step}") as bar:
         yield bar.update
 
 

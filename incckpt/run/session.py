@@ -14,11 +14,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from incckpt.backends.base import Backend
 from incckpt.backends.registry import open_backend
-from incckpt.errors import BackendError, BackendPermissionError, OptionError, StateError, StoreNotFoundError
+from incckpt.errors import BackendError, BackendPermissionError, OptionError, SaveError, StateError, StoreNotFoundError
 from incckpt.options import checked_mapping
 from incckpt.run.attempt import Attempt, IfExists, Origin
 from incckpt.run.checkpoint import Checkpoint
@@ -30,6 +31,7 @@ from incckpt.staging.layout import DEFAULT_CHUNK_BYTES, Layout
 from incckpt.staging.packed import PackedStage
 from incckpt.state.flatten import FlatState
 from incckpt.store.store import Store
+from incckpt.threads import shielded
 
 __all__ = ["save_state"]
 
@@ -90,6 +92,11 @@ class Session:
         snapshot = Snapshot.of(step, metrics, now, flat.structure, flat.tensors, layout, contents, packed=packed)
         return Checkpoint.of(self._run, attempt.write(snapshot, SaveReport(step=step), if_exists))
 
+    def interrupt(self) -> None:
+        """End a save under way in another thread early."""
+        if self._attempt is not None:
+            self._attempt.interrupt()
+
     def rest(self) -> None:
         """Let go of threads and buffers until the next save."""
         if self._attempt is not None:
@@ -136,6 +143,27 @@ class Sessions:
         ------
         OptionError, SupersededError, BackendError
         """
+        used: list[Session] = []
+        save = partial(self._save, used, url, run, options, flat, step, metrics, if_exists)
+
+        def interrupt() -> None:
+            for session in used:
+                session.interrupt()
+
+        return shielded(save, interrupt)
+
+    def _save(
+        self,
+        used: list[Session],
+        url: str,
+        run: str,
+        options: Mapping[str, Any] | None,
+        flat: FlatState,
+        step: int | None,
+        metrics: Mapping[str, float],
+        if_exists: IfExists,
+    ) -> Checkpoint:
+        """Do what `save` does, and add the sessions that it uses to `used`."""
         wanted = _frozen(checked_mapping("storage_options", options))
         place = self._place_of_url(url, run, wanted)
         backend = None
@@ -149,11 +177,13 @@ class Sessions:
                 if backend is not None:
                     backend.close()
                     backend = None
+                used.append(session)
                 try:
                     return self._use(key, url, session, flat, step, metrics, if_exists)
                 except StoreNotFoundError as error:
                     log.warning("starting afresh at %s: %s", session.store.backend.url, error)
             session = Session(backend or open_backend(url, options), run, wanted)
+            used.append(session)
             self._close_others(session, run)
             return self._use(key, url, session, flat, step, metrics, if_exists)
 
@@ -201,7 +231,7 @@ class Sessions:
         me = threading.get_ident()
         with self._changed:
             if self._busy.get(key) == me:
-                raise OptionError(f"a save to {url!r} from within a save to it; save to another run, or afterwards")
+                raise SaveError(f"a save to {url!r} from within a save to it; save to another run, or afterwards")
             self._changed.wait_for(lambda: key not in self._busy)
             self._busy[key] = me
         try:

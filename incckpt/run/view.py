@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -17,6 +18,7 @@ from incckpt.store.lineage import Lineage
 from incckpt.store.manifest import Manifest
 from incckpt.store.refs import Ref, RefName
 from incckpt.store.store import Store
+from incckpt.threads import shielded
 
 __all__ = ["TRIES", "RunView"]
 
@@ -96,12 +98,12 @@ class RunView:
         """
 
         def read_manifest(ref: Ref) -> tuple[RefName, Manifest, _T]:
-            manifest = self._store.manifest(ref)
+            manifest = shielded(partial(self._store.manifest, ref))
             if self._reader is None:
                 self._reader = Reader(self._store, threads=self._threads, verify=self._verify)
             return ref.name, manifest, read(self._reader, manifest)
 
-        self._store.check()
+        shielded(self._store.check)
         return self._read_standing(which, read_manifest, fall_back, continues)
 
     def checkpoints(self, *, abandoned: bool = False) -> list[Checkpoint]:
@@ -151,13 +153,13 @@ class RunView:
         exact = wanted if isinstance(wanted, RefName) else None
         pruned: RefName | None = None
         for _ in range(TRIES):
-            lineage = Lineage.empty() if exact and not continues else self.run.lineage()
+            lineage = Lineage.empty() if exact and not continues else shielded(self.run.lineage)
             if exact and continues:
                 lineage = lineage.including(exact)
             if lineage.latest is None and wanted is None and pruned is None:
                 return lineage, None
             try:
-                name = choose(self.run, lineage, wanted, self._metric, self._mode)
+                name = shielded(partial(choose, self.run, lineage, wanted, self._metric, self._mode))
             except CheckpointNotFoundError as error:
                 if pruned is None:
                     raise

@@ -133,6 +133,10 @@ class Writer:
         self._previous = (name, frozenset(sizes))
         self._scrubber.rely_on(sizes)
 
+    def interrupt(self) -> None:
+        """End a save under way in another thread early, with `KeyboardInterrupt`, unless it is nearly over."""
+        self._uploader.pipeline.interrupt()
+
     def forget(self, keys: Iterable[str]) -> None:
         """Forget objects that were collected."""
         self._uploader.forget(keys)

@@ -1,0 +1,51 @@
+"""Calls interrupted at many instants: nothing hangs, nothing is lost, and the next save works."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3fs
+
+import incckpt
+
+pytestmark = pytest.mark.slow
+
+STRIDE = int(os.environ.get("INCCKPT_INTERRUPTION", "61"))  # 1: every instant (make interrupt)
+HANGS = 1200 if STRIDE > 30 else 6 * 3600  # seconds; a single instant that hangs ends the child sooner
+
+
+def interrupt(how: str, stride: int, *where: str) -> None:
+    """Interrupt every `stride`-th instant of every call, from a random one."""
+    first = random.randrange(stride)
+    command = [sys.executable, "-m", "tests.children.interrupted", "", how, str(first), str(stride), *where]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANGS)
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"{command} is slow or hangs: {(error.stdout or b'').decode()[-1000:]}") from None
+    assert done.returncode == 0, f"{command}: {done.stdout[-1000:]}{done.stderr}"
+    outcomes = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("done ")]
+    print(f"every {stride}th instant from {first}:", *outcomes, sep="\n")
+    assert sum(outcome["instants"] for outcome in outcomes) > 2000 // stride
+
+
+@pytest.mark.timeout(HANGS + 60)
+@pytest.mark.parametrize("how", ["exception", "handler"])
+def test_interrupted_local(tmp_path: Path, how: str) -> None:
+    interrupt(how, STRIDE, str(tmp_path / "store"))
+    assert incckpt.load(tmp_path / "store", run="handler")["log"] == ["x"] * 9
+
+
+@pytest.mark.timeout(HANGS + 60)
+@pytest.mark.parametrize("how", ["exception", "handler"])
+def test_interrupted_s3(s3_server: dict[str, Any], how: str) -> None:
+    s3fs.S3FileSystem(**s3_server).makedirs("interrupted", exist_ok=True)
+    url = f"s3://interrupted/{how}"
+    interrupt(how, STRIDE if STRIDE < 10 else 5 * STRIDE, url, s3_server["endpoint_url"])
+    assert incckpt.load(url, run="handler", storage_options=s3_server)["log"] == ["x"] * 9
