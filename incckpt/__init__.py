@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from incckpt.collection import collect
     from incckpt.copying import Copied, CopyResult, copy
     from incckpt.inspection.description import Description, describe
+    from incckpt.inspection.diagnosis import Diagnosis, Finding, diagnose
+    from incckpt.inspection.difference import Difference, TensorDifference, ValueDifference, diff
     from incckpt.inspection.listing import list_checkpoints, list_runs
     from incckpt.inspection.usage import Usage, usage
     from incckpt.manager import CheckpointManager
+    from incckpt.pruning import PruningPlan, prune
     from incckpt.recovery import inventory, recover
     from incckpt.reporting.report import write_report
     from incckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast
@@ -38,6 +41,9 @@ __all__ = [
     "Copied",
     "CopyResult",
     "Description",
+    "Diagnosis",
+    "Difference",
+    "Finding",
     "IncckptError",
     "Inventory",
     "InventoryItem",
@@ -45,21 +51,27 @@ __all__ = [
     "KeepBest",
     "KeepEvery",
     "KeepLast",
+    "PruningPlan",
     "RecoveryPlan",
     "RngState",
     "SaveReport",
+    "TensorDifference",
     "Usage",
+    "ValueDifference",
     "Verified",
     "VerifyResult",
     "__version__",
     "collect",
     "copy",
     "describe",
+    "diagnose",
+    "diff",
     "errors",
     "inventory",
     "list_checkpoints",
     "list_runs",
     "load",
+    "prune",
     "recover",
     "save",
     "usage",
@@ -74,11 +86,14 @@ _HOMES = {
     "collection": ("collect",),
     "copying": ("Copied", "CopyResult", "copy"),
     "inspection.description": ("Description", "describe"),
+    "inspection.diagnosis": ("Diagnosis", "Finding", "diagnose"),
+    "inspection.difference": ("Difference", "TensorDifference", "ValueDifference", "diff"),
     "inspection.listing": ("list_checkpoints", "list_runs"),
     "inspection.usage": ("Usage", "usage"),
     "manager": ("CheckpointManager",),
     "recovery": ("inventory", "recover"),
     "reporting.report": ("write_report",),
+    "pruning": ("PruningPlan", "prune"),
     "retention": ("KeepAll", "KeepBest", "KeepEvery", "KeepLast"),
     "run.checkpoint": ("Checkpoint",),
     "run.inventory": ("Inventory", "InventoryItem"),

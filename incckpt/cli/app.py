@@ -21,11 +21,17 @@ _VERBS = {
     "stats": ("space", "How much a store or a run holds, and saves."),
     "du": ("space", "Which bytes each run and checkpoint needs, shared and own."),
     "blobs": ("space", "The objects of a store, a run or a checkpoint."),
+    "diff": ("look", "What changed from one checkpoint to another, by tensor."),
     "verify": ("check", "Whether checkpoints restore."),
+    "doctor": ("check", "Whether a store can be used from here, and what a save costs."),
     "copy": ("change", "Copy checkpoints to another store or run: what is missing there."),
+    "export": ("files", "Write a checkpoint as a .pt or .safetensors file, or as a folder."),
+    "import": ("files", "Save .pt, .safetensors and other files as checkpoints."),
+    "prune": ("change", "Delete what a policy does not keep; a plan unless --no-dry-run."),
     "rm": ("change", "Delete checkpoints."),
     "gc": ("space", "Delete what no checkpoint needs; a plan unless --no-dry-run."),
     "report": ("report", "A page about a run for a browser."),
+    "recover": ("repair", "Make a damaged run usable again; a plan unless --no-dry-run."),
     "completion": ("shell", "Completion for bash, zsh or fish."),
 }
 

@@ -1,4 +1,4 @@
-"""Verbs that change a store: `rm` and `copy`."""
+"""Verbs that change a store: `rm`, `prune` and `copy`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from incckpt.backends.base import redact
 from incckpt.cli.options import STORE, best_options, storage_option, verb
 from incckpt.cli.output import Output, as_json, plural, size
 from incckpt.errors import CheckpointNotFoundError, OptionError
+from incckpt.retention import Union, policy_of
 
 
 def confirm(output: Output, question: str, yes: bool) -> None:
@@ -159,3 +160,56 @@ def _steps(steps: Sequence[int]) -> str:
     """Return steps for people, not all where there are many."""
     shown = steps if len(steps) <= 8 else [*steps[:4], "…", *steps[-4:]]
     return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, shown))}"
+
+
+@verb("prune")
+@click.argument("url", metavar=STORE)
+@click.option("--keep-last", type=click.IntRange(1), metavar="N", help="Keep the last N.")
+@click.option("--keep-best", type=click.IntRange(0), metavar="N", help="Keep the best N by --metric, and the last.")
+@click.option("--keep-every", type=click.IntRange(1), metavar="STEPS", help="Keep one of every so many steps.")
+@click.option("--no-dry-run", is_flag=True, help="Delete; without, say only what would be deleted.")
+@best_options
+@storage_option()
+def prune_command(
+    output: Output,
+    url: str,
+    keep_last: int | None,
+    keep_best: int | None,
+    keep_every: int | None,
+    no_dry_run: bool,
+    metric: str | None,
+    mode: Any,
+    option: dict[str, Any] | None,
+) -> None:
+    """Delete the checkpoints of a run that a policy does not keep.
+
+    What one of the --keep options keeps stays. Whoever writes the run is stopped:
+    this takes it over.
+    """
+    if keep_best is not None and metric is None:
+        raise click.UsageError("--keep-best needs --metric")
+    policies = [policy_of(keep_last, keep_best, metric, mode, None)]
+    policies.append(None if keep_every is None else incckpt.KeepEvery(steps=keep_every) | incckpt.KeepLast(1))
+    given = [policy for policy in policies if policy is not None]
+    if not given:
+        raise click.UsageError("what is to be kept? Give --keep-last, --keep-best or --keep-every")
+    with output.progress("reading manifests", unit="checkpoints") as progress:
+        plan = incckpt.prune(
+            url, retention=Union(tuple(given)), dry_run=not no_dry_run, progress=progress, storage_options=option
+        )
+    if plan.undecided:
+        output.warn(f"nothing more is pruned for now: {plan.undecided}")
+
+    def show() -> None:
+        verb = "deleted" if plan.done else "would delete"
+        freed = f", which frees {size(plan.freed_bytes)}" if plan.doomed else ""
+        total = plural(len(plan.doomed) + len(plan.kept), "checkpoint")
+        output.line(f"run {plan.run}: {verb} {len(plan.doomed)} of {total}{freed}")
+        if plan.doomed:
+            output.line(f"{verb}: {_steps([one.step for one in plan.doomed])}")
+        if plan.kept:
+            output.line(f"kept: {_steps([one.step for one in plan.kept])}")
+        if plan.doomed and not plan.done:
+            output.line("Nothing was deleted; --no-dry-run does it.")
+
+    output.result(plan, show)

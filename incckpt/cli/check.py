@@ -1,4 +1,4 @@
-"""Verbs that check: `verify`."""
+"""Verbs that check: `verify` and `doctor`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import click
 
 import incckpt
 from incckpt.backends.base import redact
-from incckpt.cli.errors import Exit
+from incckpt.cli.errors import Exit, code_of
 from incckpt.cli.options import STORE, best_options, storage_option, verb
-from incckpt.cli.output import Output
+from incckpt.cli.output import Output, as_json, duration
 
 if TYPE_CHECKING:
+    from incckpt.inspection.diagnosis import Diagnosis
     from incckpt.run.verify import VerifyResult
 
 
@@ -74,3 +75,36 @@ def verify_command(
 
     output.result(document, show)
     return 0 if all(results) else Exit.DAMAGED
+
+
+@verb("doctor")
+@click.argument("url", metavar=STORE)
+@click.option("--read-only", is_flag=True, help="Try nothing that writes.")
+@storage_option()
+def doctor_command(output: Output, url: str, read_only: bool, option: dict[str, Any] | None) -> int:
+    """Find out whether a store can be used from here, and what a save to it costs.
+
+    Keys that mean nothing are written below probe/ and deleted again.
+    """
+    found = incckpt.diagnose(url, write=not read_only, storage_options=option)
+
+    def show() -> None:
+        output.line(found.url)
+        output.table(
+            ["check", "", "found"], [[one.check, one.status, " ".join(one.message.split())] for one in found.findings]
+        )
+        requests = ", ".join(f"{count} {kind}" for kind, count in sorted(found.save_requests.items()))
+        taken = found.save_seconds
+        output.line()
+        output.line(f"A save of one small tensor makes {sum(found.save_requests.values())} requests: {requests}.")
+        if taken is not None:
+            output.line(f"One after the other they take {duration(taken)} here; many are made at once.")
+
+    output.result(as_json(found) | {"ok": found.ok, "save_seconds": found.save_seconds}, show)
+    return 0 if found else _code(found)
+
+
+def _code(found: Diagnosis) -> int:
+    """Return the exit code for what failed first."""
+    failed = next(one for one in found.findings if one.status == "failed")
+    return Exit.BACKEND if failed.error is None else code_of(failed.error)

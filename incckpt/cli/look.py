@@ -1,8 +1,9 @@
-"""Verbs that look: `list` and `info`."""
+"""Verbs that look: `list`, `info` and `diff`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +14,10 @@ from incckpt.cli.output import Output, number, plural, shape, size, when
 
 if TYPE_CHECKING:
     from incckpt.inspection.description import Description
+    from incckpt.inspection.difference import Difference, TensorDifference
     from incckpt.run.checkpoint import Checkpoint
+
+_SHOWN = 20
 
 
 @verb("list")
@@ -92,3 +96,69 @@ def _show_info(output: Output, found: Description, all_tensors: bool) -> None:
             ["tensor", "dtype", "shape", ">bytes"],
             [[one.name, one.dtype, shape(one.shape), size(one.nbytes)] for one in found.tensors],
         )
+
+
+@verb("diff")
+@click.argument("before", metavar="A")
+@click.argument("after", metavar="B")
+@click.option("--all", "all_tensors", is_flag=True, help="Every tensor that differs, not the 20 that moved most.")
+@best_options
+@storage_option()
+def diff_command(
+    output: Output,
+    before: str,
+    after: str,
+    all_tensors: bool,
+    metric: str | None,
+    mode: Any,
+    option: dict[str, Any] | None,
+) -> None:
+    """Say what changed from checkpoint A to B, by tensor.
+
+    B may be a fragment alone, of A's store: store#run@100 '#run@200', or a step of
+    A's run: store#run@100 @200. Only tensors that differ are read.
+    """
+    if after[:1] in ("#", "@"):
+        store, _, fragment = before.partition("#")
+        after = f"{store}{after}" if after[0] == "#" else f"{store}#{fragment.partition('@')[0]}{after}"
+    with output.progress("comparing") as progress:
+        found = incckpt.diff(before, after, metric=metric, mode=mode, progress=progress, storage_options=option)
+    output.result(found, lambda: _show_diff(output, found, all_tensors))
+
+
+def _show_diff(output: Output, found: Difference, all_tensors: bool) -> None:
+    one, other = found.before, found.after
+    output.line(f"from step {one.step} of run {one.run} to step {other.step} of run {other.run}")
+    if not found:
+        output.line(f"nothing differs: {plural(found.same_tensors, 'tensor')}, {size(found.same_bytes)}")
+        return
+    tensors = list(found.tensors)
+    if not all_tensors and len(tensors) > _SHOWN:
+        tensors = sorted(tensors, key=_moved, reverse=True)[:_SHOWN]
+    output.line()
+    if tensors:
+        titles = ["tensor", "change", ">relative", ">norm", ">largest", ">bytes"]
+        output.table(titles, [_tensor_row(item) for item in tensors])
+    if len(tensors) < len(found.tensors):
+        output.line(f"and {len(found.tensors) - len(tensors)} more; --all shows them")
+    if found.values:
+        output.line()
+        rows = [[item.name, item.before or "", item.after or ""] for item in found.values]
+        output.table(["value", "before", "after"], rows)
+    output.line()
+    same = f"{plural(found.same_tensors, 'tensor')} of {size(found.same_bytes)}"
+    output.line(
+        f"{plural(len(found.tensors), 'tensor')} differ, {same} do not; objects of {size(found.new_bytes)} are new"
+    )
+
+
+def _moved(item: TensorDifference) -> float:
+    return item.measure.relative if item.measure else inf
+
+
+def _tensor_row(item: TensorDifference) -> list[str]:
+    norms = ["", "", ""]
+    if item.measure is not None:
+        norms = [f"{item.measure.relative:.2g}", f"{item.measure.after:.4g}", f"{item.measure.largest:.2g}"]
+    part = f" of {size(item.nbytes)}" if item.changed_bytes < item.nbytes else ""
+    return [item.name or "(all)", item.change, *norms, f"{size(item.changed_bytes)}{part}"]

@@ -416,14 +416,25 @@ class Attempt:
         if not self._number and not self._origin.lineage.at(step):
             return False
         self.start()
-        names = sorted(name for name in (*self._history, *self._abandoned) if name.step == step)
-        self._expire(names)
+        names = [name for name in (*self._history, *self._abandoned) if name.step == step]
+        self.delete_all(names)
+        return bool(names)
+
+    def delete_all(self, names: Collection[RefName]) -> None:
+        """Delete these checkpoints, and collect once for all of them; those that are gone already do not matter.
+
+        Raises
+        ------
+        SupersededError, BackendError, CollectionError
+            See `delete`.
+        """
+        self.start()
+        self._expire(sorted(name for name in (*self._history, *self._abandoned) if name in names))
         try:
             self._collect()
         finally:
             if self._condemn_wasted():
                 self._discards.delete_spent()
-        return bool(names)
 
     def interrupt(self) -> None:
         """End a save under way in another thread early, with `KeyboardInterrupt`, unless it is nearly over."""

@@ -84,3 +84,15 @@ def test_copy_refuses_other_contents(command: Command, store: str, tmp_path: Pat
     done = command("copy", f"{store}#default", tmp_path / "target", "--if-exists", "skip")
     assert (done.code, "default@1 cannot be added" in done.err) == (0, True)
     assert command("copy", "none", tmp_path / "target").code == 3
+
+
+def test_prune_is_a_plan_unless_told_otherwise(command: Command, store: str) -> None:
+    done = command("prune", store, "--keep-last", 1, "--keep-best", 1, "--metric", "loss")
+    assert "would delete 1 of 3 checkpoints" in done.out
+    assert "--no-dry-run" in done.out
+    assert steps(store) == [1, 2, 3]
+    found = command("prune", store, "--keep-every", 2, "--no-dry-run", "--json").json
+    assert ([one["step"] for one in found["doomed"]], found["done"]) == ([1], True)
+    assert steps(store) == [2, 3]
+    for arguments in ([], ["--keep-best", 1]):
+        assert command("prune", store, *arguments).code == 2

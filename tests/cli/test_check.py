@@ -50,3 +50,14 @@ def test_a_run_whose_every_ref_is_damaged(command: Command, store: str) -> None:
 @pytest.mark.parametrize(("fragment", "code"), [("#none", 3), ("#@7", 3), ("#@best", 0)])
 def test_what_the_fragment_names(command: Command, store: str, fragment: str, code: int) -> None:
     assert command("verify", f"{store}{fragment}").code == code
+
+
+def test_doctor(command: Command, store: str, tmp_path: Path) -> None:
+    done = command("doctor", store)
+    assert (done.code, done.err) == (0, "")
+    assert "exclusive creation  ok" in done.out
+    assert "requests: 1 create" in done.out
+    assert command("doctor", tmp_path / "none", "--json").json["ok"] is True
+    Path(store, "incckpt.json").write_text("{}")
+    done = command("doctor", store, "--json")
+    assert (done.code, done.json["ok"]) == (4, False)

@@ -69,3 +69,17 @@ def test_info_says_what_there_is(command: Command, store: str) -> None:
     found = command("info", f"{store}#@2", "--json").json
     assert found["components"] == [{"name": "model", "tensors": 3, "nbytes": 2_800_036}]
     assert (found["objects"], found["deltas"]) == (3, 1)
+
+
+def test_diff_by_tensor(command: Command, store: str) -> None:
+    done = command("diff", f"{store}#@1", "@3")
+    assert (done.code, done.err) == (0, "")
+    lines = [line.split() for line in done.out.splitlines()]
+    assert ["model.bias", "changed", "2", "9", "2", "36", "B"] in lines
+    assert ["step", "1", "3"] in lines
+    assert "2 tensors differ, 1 tensor of 1.2 MB do not" in done.out
+    assert all(len(line) <= 80 for line in done.out.splitlines())
+    found = command("diff", f"{store}#@3", "#other", "--json").json
+    assert (found["tensors"], found["values"], found["new_bytes"]) == ([], [], 0)
+    assert "nothing differs" in command("diff", f"{store}#@3", f"{store}#other@10").out
+    assert command("diff", f"{store}#@1", "@9").code == 3
