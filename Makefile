@@ -12,7 +12,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 PEERS := .venv-peers
 CEPH_PORT ?= 8055
 
-.PHONY: help demo test quick test-ceph docs sanitize fuzz-coder soak interrupt peers chaos lint types bench wheel clean
+.PHONY: help demo test quick test-ceph docs sanitize build/sanitized fuzz-coder fuzz-stores soak interrupt peers chaos lint types bench
+.PHONY: wheel clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -35,16 +36,24 @@ test-ceph: $(VENV)/built ## The S3 tests against a Ceph gateway (needs its progr
 	status=$$?; tests/servers/ceph-up.sh $(VENV)/ceph stop; exit $$status
 
 SANITIZED := build/sanitized
-sanitize: $(VENV)/built ## The kernels' and the codec's tests with the compiler's address and undefined-behaviour checks
+SANITIZE := LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=. OMP_NUM_THREADS=1
+$(SANITIZED): $(VENV)/built
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -r setup.py pyproject.toml incckpt tests $(SANITIZED) && rm -f $(SANITIZED)/incckpt/*/*.so
 	cd $(SANITIZED) && CFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" \
 		LDFLAGS="-fsanitize=address,undefined" INCCKPT_NO_OPENMP=1 \
 		$(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
-	cd $(SANITIZED) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
+
+sanitize: $(SANITIZED) ## The kernels' and the codec's tests with the compiler's address and undefined-behaviour checks
+	cd $(SANITIZED) && $(SANITIZE) \
 		$(CURDIR)/$(BIN)/python -m pytest -q --timeout=0 tests/codec/test_planes.py tests/codec/test_objects.py tests/codec/test_digests.py \
 		tests/staging/test_detect.py tests/backends/test_native_calls.py -k "not same_calls"
+
+STORES ?= 10000
+FIRST ?= 0
+fuzz-stores: $(SANITIZED) ## STORES (10000) stores as an enemy writes them, used in every way, under the same checks
+	cd $(SANITIZED) && $(SANITIZE) $(CURDIR)/$(BIN)/python -m tests.fuzz.stores --first $(FIRST) --count $(STORES)
 
 CLANG ?= clang
 SECONDS ?= 60

@@ -12,7 +12,7 @@ from incckpt.codec import objects as codec
 from incckpt.store.document import dump_document, parse_document
 from incckpt.store.objects import ObjectKey
 
-__all__ = ["Contents", "filled", "manifest_of", "rewrite", "rewrite_manifest", "saved"]
+__all__ = ["Contents", "fields_of", "filled", "manifest_of", "rewrite", "rewrite_manifest", "saved", "with_manifest"]
 
 Contents = dict[str, bytes]
 """What a store holds, by key."""

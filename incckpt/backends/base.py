@@ -104,7 +104,7 @@ def validate_prefix(prefix: str) -> str:
     return prefix
 
 
-_FRAGMENT = re.compile(r"#[A-Za-z0-9._=+-]*(@[A-Za-z0-9]*)?$")  # our own: a run and step
+_FRAGMENT = re.compile(r"#[A-Za-z0-9._=+-]*(@(latest|best|[0-9-]{1,12}|[0-9a-f-]{36})?)?$")  # our own: a run and step
 _NO_PORT = re.compile(r"^[^\[].*:[0-9]*[^0-9]")
 
 
@@ -115,12 +115,13 @@ def redact(url: str) -> str:
         return url
     rest = _FRAGMENT.sub("", rest)
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    if "@" in authority:
+    within, beyond = "@" in authority, "@" in rest[len(authority) :]
+    if beyond and ":" in authority:  # a password with a '/', '?' or '#' in it
+        rest = "…" if within else rest.rpartition("@")[2]
+    elif within:
         rest = authority.rpartition("@")[2] + rest[len(authority) :]
-    elif ":" in authority and "@" in rest:
-        rest = rest.rpartition("@")[2]  # a password with a '/', '?' or '#' in it
-    elif _NO_PORT.search(authority):
-        rest = "…" + rest[len(authority) :]  # a password cut at its '#'
+    elif _NO_PORT.search(authority):  # a password cut at its '#'
+        rest = "…"
     rest = re.split(r"[?#]", rest, maxsplit=1)[0]
     return f"{head}://{rest}".rstrip("/")
 

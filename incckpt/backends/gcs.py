@@ -109,7 +109,9 @@ class _Session:
             named = isinstance(self._fs.requester_pays, str)
             query["userProject"] = self._fs.requester_pays if named else self._fs.project
         url = URL(f"{self.root}{path}?{urlencode(query)}", encoded=True)
-        async with self._http.request(method, url, headers={**self._headers, **(headers or {})}, data=data) as reply:
+        async with self._http.request(
+            method, url, headers={**self._headers, **(headers or {})}, data=data, allow_redirects=False
+        ) as reply:
             if reply.status >= 400:
                 raise _failed(reply.status, await reply.read())
             if is_page(reply.headers):

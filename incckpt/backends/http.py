@@ -43,6 +43,8 @@ __all__ = ["HTTPBackend", "links_below", "open_url"]
 
 logger = logging.getLogger(__name__)
 
+_REDIRECTS = 5
+_REDIRECTING = frozenset({301, 302, 303, 307, 308})
 _TITLES = ("index of", "directory listing")
 _CAUSES = {
     401: "the server wants credentials: https://user:password@host/…, or client_kwargs={'headers': {…}}",
@@ -102,13 +104,39 @@ class _Session:
         target = f"{self._parts.path.rstrip('/')}/{quote(path)}"
         url = URL(urlunsplit((self._parts.scheme, self._parts.netloc, target, self._parts.query, "")), encoded=True)
         try:
-            async with self._http.request(method, url, headers=headers) as reply:
-                if reply.status >= 400:
-                    raise RequestFailed(reply.status, "", str(reply.reason))
-                yield reply
+            for _ in range(_REDIRECTS):
+                async with self._http.request(method, url, headers=headers, allow_redirects=False) as reply:
+                    if reply.status in _REDIRECTING and "Location" in reply.headers:
+                        url = self._redirected(url, reply)
+                        continue
+                    if reply.status >= 400:
+                        raise RequestFailed(reply.status, "", str(reply.reason))
+                    yield reply
+                    return
+            raise RequestFailed(310, "", f"more than {_REDIRECTS} redirects")
         except (aiohttp.ClientResponseError, aiohttp.InvalidURL) as exc:
             # Their messages show the whole URL, which may hold a password or a signature.
             raise RequestFailed(getattr(exc, "status", 0) or 400, type(exc).__name__, "") from None
+
+    def _redirected(self, url: URL, reply: aiohttp.ClientResponse) -> URL:
+        """Return where an answer leads: to the same server, or anywhere if nothing secret goes along."""
+        target = url.join(URL(reply.headers["Location"], encoded=True))
+        same = target.origin() == url.origin() or (target.scheme, target.host) == ("https", url.host)
+        if target.scheme not in ("http", "https") or not (same or self._is_open):
+            raise RequestFailed(
+                reply.status,
+                "",
+                f"the server redirects to {target.scheme}://{target.host}, which is not sent the credentials and "
+                "headers meant for this one; if the store is there, give that URL",
+            )
+        if same and url.user is not None and target.user is None:
+            target = target.with_user(url.user).with_password(url.password)
+        return target
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether requests carry nothing that only this server may know."""
+        return not (self._parts.username or self._parts.query or self._options)
 
 
 class HTTPBackend(RemoteBackend[_Session]):
@@ -141,7 +169,8 @@ class HTTPBackend(RemoteBackend[_Session]):
             try:
                 async with session.call("GET", key, wanted) as reply:
                     self._refuse_folder_or_coding(key, reply)
-                    if wanted and reply.status != 206:
+                    longer = end is None or reply.content_length is None or reply.content_length > end
+                    if wanted and reply.status != 206 and (start or longer):
                         self._say_no_ranges()
                     return await self._read(key, reply, deadline, start, end)
             except RequestFailed as failure:

@@ -239,6 +239,8 @@ class LocalBackend(Backend):
         pending = [self._root]
         while pending:
             folder = pending.pop()
+            if folder != self._root and os.path.islink(folder):
+                continue  # what is elsewhere is not ours to tidy up
             found = self._entries(folder)
             pending += (os.path.join(folder, name) for name, is_folder in found.items() if is_folder and name[0] != ".")
             if not found and folder != self._root:
@@ -278,7 +280,7 @@ class LocalBackend(Backend):
         """Open a value for reading; yield its descriptor and size."""
         path = self._path(key)
         try:
-            fd = self._calls.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = self._calls.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO's would wait for a writer
             try:
                 yield fd, self._size(fd, key, path)
             finally:
@@ -320,8 +322,14 @@ class LocalBackend(Backend):
         """Yield each folder that may hold keys with `prefix`, and the names of its matching files."""
         folder, _, begin = prefix.rpartition("/")
         pending = [(os.path.join(self._root, folder) if folder else self._root, begin)]
+        seen: set[str] = set()  # where links led, which may be round in circles
         while pending:
             current, begin = pending.pop()
+            if os.path.islink(current):
+                place = os.path.realpath(current)
+                if place in seen:
+                    continue
+                seen.add(place)
             names: list[str] = []
             for name, is_folder in self._entries(current).items():
                 if name.startswith(begin):

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from incckpt.backends.base import Backend, redact
 from incckpt.backends.retry import RetryBackend
+from incckpt.backends.secrets import HidingBackend, Secrets
 from incckpt.errors import MissingExtraError, OptionError
 from incckpt.messages import shown
 from incckpt.options import checked_mapping
@@ -68,10 +69,18 @@ def open_backend(url: str | os.PathLike[str], storage_options: Mapping[str, Any]
     MissingExtraError
         If the scheme needs a package that is not installed; names the extra.
     """
-    backend = _open(os.fspath(url), checked_mapping("storage_options", storage_options))
-    if backend.remote and not isinstance(backend, RetryBackend):
-        return RetryBackend(backend)
-    return backend
+    text, options = os.fspath(url), checked_mapping("storage_options", storage_options)
+    secrets = Secrets(text, options)
+    try:
+        backend = _open(text, options)
+    except Exception as error:
+        clean = secrets.without(error)
+        if clean is error:
+            raise
+    else:
+        hiding = HidingBackend(backend, secrets) if secrets else backend
+        return RetryBackend(hiding) if backend.remote and not isinstance(backend, RetryBackend) else hiding
+    raise clean from clean.__cause__  # out of the handler, where it would be chained to what it hides
 
 
 def check_url(text: str) -> None:

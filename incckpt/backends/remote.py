@@ -199,7 +199,12 @@ class RemoteBackend(Backend, Generic[C]):
     def _connectedly_here(self, verb: str, key: str, work: Callable[[_Connection[C]], T]) -> T:
         renewed = False
         while True:
-            connection = self._connected()
+            try:
+                connection = self._connected()
+            except Exception as exc:
+                if isinstance(exc, IncckptError):
+                    raise
+                raise self._error(exc, None, verb, key) from exc
             try:
                 return work(connection)
             except Exception as exc:
@@ -311,6 +316,9 @@ class RemoteBackend(Backend, Generic[C]):
         length = reply.content_length
         if length is not None:
             deadline.expect(length)
+        most = end if end is None or reply.status != 206 else max(1, end - start)
+        if most is not None and (length is None or length > most):
+            return (await _first(reply, most))[0 if reply.status == 206 else start : end]
         data = await reply.read()
         if length is not None and len(data) != length:
             raise self._cut_short(key, len(data), length)
@@ -333,6 +341,14 @@ class RemoteBackend(Backend, Generic[C]):
     def _cut_short(self, key: str, got: int, wanted: int) -> BackendError:
         message = f"{self.url}: the transfer of {key!r} ended after {got} of {wanted} bytes"
         return BackendError(errno.EIO, message, transient=True)
+
+
+async def _first(reply: aiohttp.ClientResponse, most: int) -> bytes:
+    """Return the first bytes of a body, and leave the rest unread: a server may send any number of them."""
+    data = bytearray()
+    while len(data) < most and (piece := await reply.content.read(most - len(data))):
+        data += piece
+    return bytes(data)
 
 
 def _is_unreachable(exc: BaseException) -> bool:

@@ -64,9 +64,9 @@ def locate(
         store = place = url.url
     elif isinstance(url, str):
         store, mark, fragment = url.partition("#")
-        place = redact(store)
+        place = redact(url)
         if mark:
-            in_url = _parse_fragment(place, fragment)
+            in_url = _parse_fragment(place, fragment, secret=_SECRET.match(store) is not None)
         check_url(store)
     elif isinstance(url, os.PathLike):
         store = _path_text(url)
@@ -99,10 +99,14 @@ def _path_text(path: os.PathLike[str]) -> str:
     return os.path.join(".", text) if ":" in text else text  # keeps `open_backend` from taking it for a URL
 
 
-def _parse_fragment(store: str, fragment: str) -> tuple[str | None, int | str | RefName | None]:
+def _parse_fragment(store: str, fragment: str, *, secret: bool) -> tuple[str | None, int | str | RefName | None]:
     run, at, step = fragment.partition("@")
     if not fragment:
         raise OptionError(f"{store}#: the fragment is empty; a run is named as in {store}#my-run@500. {_PATH_ADVICE}")
+    if secret and not _RUN_AND_STEP.fullmatch(fragment):
+        raise OptionError(
+            f"{store}: what follows the '#' is no name of a run, '@' and step; a '#' in a password is written %23"
+        )
     try:
         name = validate_run(run) if run else None
     except OptionError as error:
@@ -120,5 +124,9 @@ def _parse_fragment(store: str, fragment: str) -> tuple[str | None, int | str | 
         f"{store}#…: after '@' comes a step, 'latest', 'best' or the name of a ref, not {shown(step)}. {_PATH_ADVICE}"
     )
 
+
+_SECRET = re.compile(r"[A-Za-z0-9+.:-]*://[^/?#]*[:@]")  # a user or a port: what follows may be a part of a password
+
+_RUN_AND_STEP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*|[A-Za-z0-9._=+-]*@(latest|best|[0-9]{1,12}|[0-9a-f-]{36})")
 
 _PATH_ADVICE = "If the folder's name has a '#', give a pathlib.Path, or a file:// URL with '%23' for it"

@@ -18,6 +18,7 @@ from azure.storage.blob import BlobServiceClient
 
 from incckpt.backends import Backend, open_backend
 from incckpt.backends.azure import AzureBackend
+from incckpt.backends.wrapper import WrapperBackend
 from incckpt.errors import BackendError, BackendPermissionError, OptionError
 from incckpt.testing.conformance import BackendConformance
 from tests.backends.remote_suite import ONE_OF_EACH, ConformanceUnderFaults, MakeBackend, RemoteFaults, patient
@@ -215,7 +216,10 @@ def test_urls_that_are_not_of_a_container(url: str) -> None:
 @pytest.mark.parametrize("credential", [{"account_key": KEY}, {"sas_token": "?sv=2024&sig=hush"}, {"anon": True}, {}])
 def test_where_a_url_leads(url: str, options: dict[str, str], host: str, credential: dict[str, Any]) -> None:
     """The account is the URL's or the option's, and each kind of credentials is understood."""
-    backend = open_backend(url, {**options, **credential}).inner  # type: ignore[attr-defined]
+    backend = open_backend(url, {**options, **credential})
+    while isinstance(backend, WrapperBackend):
+        backend = backend.inner
+    assert isinstance(backend, AzureBackend)
     session = backend._connect()
     assert session.container.url.partition("?")[0] == f"https://{host}/box"
     assert backend.url == "az://box/run"

@@ -1,0 +1,590 @@
+"""Whole stores, changed as an enemy would, and used in every way: ``python -m tests.fuzz.stores --count 100000``.
+
+Each store is a real one with changes that get past the digests: fields of documents, what is packed, headers and frames
+of objects, keys and sizes. Whatever is done with it ends in an error of incckpt's or in a state whose memory is its
+own; it ends soon, takes no more memory than allowed, deletes nothing that an intact checkpoint needs, and touches
+nothing outside its folder. A number names a store: ``--first N --count 1`` repeats it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import copy
+import json
+import logging
+import os
+import random
+import resource
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import incckpt
+from incckpt.backends.base import Backend, is_key
+from incckpt.backends.local import LocalBackend
+from incckpt.backends.memory import MemoryBackend
+from incckpt.codec import objects as codec
+from incckpt.errors import IncckptError
+from incckpt.store.manifest import Manifest
+from incckpt.store.objects import DELTAS, OBJECTS, ObjectKey, manifest_keys
+from incckpt.store.refs import CondemnedLists, Ref, RefName, list_refs
+from incckpt.store.store import Store
+from tests.hostile import Contents, fields_of, filled, rewrite, with_manifest
+
+__all__ = ["check_store", "main"]
+
+MAX_BYTES = 64 << 20  # that a store may take; checked by the address space's limit, which is a little wider
+SECONDS = 60  # that one use may take, on a machine that does other things as well
+ON_DISK = 40  # one store in so many lies in a folder
+
+Chance = random.Random
+Point = collections.namedtuple("Point", "x y")
+
+
+# ---- stores to begin with --------------------------------------------------------------------------------------------
+
+
+def plain_state(step: int) -> dict[Any, Any]:
+    """Return a state of every kind of value and tensor."""
+    generator = torch.Generator().manual_seed(7)
+    weights = torch.randn(600, generator=generator) * (1 + step / 1000)
+    tied = torch.arange(24.0).reshape(4, 6)
+    return {
+        "weights": weights,
+        "tied": [tied, tied[1:3, ::2], tied.T],
+        "strided": torch.arange(40)[::4],
+        "parameter": torch.nn.Parameter(torch.ones(3)),
+        "conjugate": torch.view_as_complex(torch.ones(3, 2)).conj(),
+        "half": torch.ones(5, dtype=torch.bfloat16),
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(step),
+        "array": np.zeros(3, [("a", "<i4"), ("b", "<f8", 2)]),
+        "times": np.array(["2020-01-01"], "M8[D]"),
+        "generator": generator,
+        "rng": {"numpy": np.random.RandomState(1).get_state(legacy=False)},
+        "point": Point(1, (2.5, "x")),
+        "ordered": torch.nn.BatchNorm1d(2).state_dict(),
+        "default": collections.defaultdict(list, {"a": [1]}),
+        "counter": collections.Counter("abca"),
+        "queue": collections.deque([1, 2], 5),
+        "set": {1, "a", (2, frozenset({3}))},
+        "values": [None, True, 10**30, float("nan"), 1 + 2j, b"bytes", "\ud800", np.float32(3), np.str_("s"), 1.5],
+        "kinds": [torch.float32, torch.device("cpu"), torch.Size([1, 2]), np.dtype("f4"), torch.strided],
+        (1, "key"): {2: 3, b"k": 4},
+    }
+
+
+def packed_state(step: int) -> dict[str, Any]:
+    """Return a state of values that are stored packed."""
+    return {
+        "list": [step, *range(1100), 2**70, 1.5, None, "text", b"bytes", [1, {"a": (2, Point(3, 4))}], np.float32(1)],
+        "dict": {index if index % 2 else str(index): {"x": float(index)} for index in range(600)},
+        "deque": collections.deque([0.5] * 1100, 2000),
+        "text": "ä" * 35_000,
+    }
+
+
+def module_state(step: int) -> dict[str, Any]:
+    """Return a state as a training loop has it."""
+    torch.manual_seed(step)
+    model = torch.nn.Linear(12, 7)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 12)).sum().backward()
+    optimizer.step()
+    return {"model": model, "optimizer": optimizer, "rng": incckpt.RngState(), "epoch": step}
+
+
+STATES: list[Callable[[int], dict[Any, Any]]] = [plain_state, packed_state, module_state]
+
+
+@cache
+def seed(number: int) -> Contents:
+    """Return a store with two runs, an abandoned checkpoint, deltas, a tombstone, a pin and a condemned list."""
+    state = STATES[number]
+    backend = MemoryBackend(f"seed{number}")
+    for run in ("default", "other"):
+        with incckpt.CheckpointManager(backend, run=run, keep_last_n=2, threads=1) as manager:
+            for step in (1, 2, 3):
+                manager.save(step, state(step), metrics={"loss": 1 / step}).result()
+    with incckpt.CheckpointManager(backend, threads=1) as manager:
+        manager.load(step=2)
+        manager.save(5, state(5), metrics={"loss": 0.1}).result()
+    Store(backend).run("other").pin(RefName(1, 4, "0123456789abcdef"))
+    CondemnedLists(backend).put([f"{OBJECTS}ab/{'c' * 62}.{'0' * 16}"])
+    return {entry.key: backend.get(entry.key) for entry in backend.list()}
+
+
+# ---- changes ---------------------------------------------------------------------------------------------------------
+
+ODD_TEXT = [
+    *[
+        "",
+        "\0",
+        "\ud800",
+        "\uff41",
+        "a\u0301",
+        "\u202e",
+        "x" * 70_000,
+        "../../etc/passwd",
+        "/etc/passwd",
+        "objects/../x",
+    ],
+    *["nan", "cpu", "meta", "hpu", "cuda:99", "privateuseone:7", "cpu:-1", "float32", "object", "|O", "<f8", "M8[Y]"],
+    *["<U99999999", "0x" + "f" * 5000, "-0x0", "__class__", "_fields", "class", "0", "-1", "1e400", "AAAA"],
+]
+ODD_NUMBERS = [
+    0, -1, 1, 2, 3, 7, 16, 64, 65, 255, 256, 4096, 65536, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63,
+    2**64, -(2**63), 10**30, 0.5, -0.0, 1e308, 5e-324,
+]  # fmt: skip
+
+
+def odd_value(chance: Chance, old: Any) -> Any:
+    """Return a value of another or the same type as `old`."""
+    match chance.randrange(9):
+        case 0:
+            return chance.choice(ODD_TEXT)
+        case 1:
+            return chance.choice(ODD_NUMBERS)
+        case 2:
+            return chance.choice([None, True, False, [], {}, [[]], [None], {"a": 1}, [0, 0, 0]])
+        case 3:
+            deep: Any = old
+            for _ in range(chance.choice([1, 2, 70, 250])):
+                deep = chance.choice([[deep], {"list": [deep]}, {"tuple": [deep]}, {"a": deep}])
+            return deep
+        case 4 if isinstance(old, list):
+            return old * chance.choice([0, 2, 3, 200]) if len(old) < 500 else old[: chance.randrange(len(old))]
+        case _ if isinstance(old, bool):
+            return not old
+        case _ if isinstance(old, int):
+            return old + chance.choice([-1, 1, -old, old, 2**32, -(2**63), chance.randrange(100)])
+        case _ if isinstance(old, str) and old:
+            at = chance.randrange(len(old))
+            return old[:at] + chance.choice(["", "0", "f", "\ud800", "é", old[at:] * 2]) + old[at + 1 :]
+        case _:
+            return chance.choice(ODD_NUMBERS)
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Return every container and key in a JSON value."""
+    found: list[tuple[Any, Any]] = []
+    pending = [value]
+    while pending:
+        current = pending.pop()
+        if isinstance(current, dict | list):
+            for key in list(current) if isinstance(current, dict) else range(len(current)):
+                found.append((current, key))
+                pending.append(current[key])
+    return found
+
+
+def change_fields(chance: Chance, document: dict[str, Any]) -> None:
+    """Change some fields of a document, favouring none of its parts for its length."""
+    for _ in range(chance.choice([1, 1, 1, 2, 3])):
+        part = chance.choice(list(document)) if document and chance.random() < 0.7 else None
+        found = places({part: document[part]} if part is not None else document)
+        if not found:
+            return
+        container, key = chance.choice(found)
+        if part is not None and key == part and container is not document:
+            container = document
+        match chance.randrange(8):
+            case 0 if isinstance(container, dict):
+                del container[key]
+            case 1:
+                other, its = chance.choice(places(document))
+                container[key] = copy.deepcopy(other[its])
+            case 2 if isinstance(container, dict):
+                container[chance.choice([*ODD_TEXT, "base", "digits", "flags", "device", "stride", "packed"])] = (
+                    odd_value(chance, container.pop(key))
+                )
+            case 3 if isinstance(container, list):
+                container.insert(key, copy.deepcopy(container[key]))
+            case _:
+                container[key] = odd_value(chance, container[key])
+
+
+def documents(contents: Contents) -> list[str]:
+    """Return the keys of documents that lie bare."""
+    return sorted(key for key in contents if contents[key].startswith(b'{"format"'))
+
+
+def manifests(contents: Contents) -> list[str]:
+    """Return the keys of manifests that refs name."""
+    refs = (key for key in contents if key.startswith("refs/") and len(contents[key]) > 7)
+    return sorted({str(fields_of(contents[key])["manifest"]) for key in refs})
+
+
+def of_a_document(contents: Contents, chance: Chance) -> Contents:
+    """Change a marker, ref, pin, attempt, lineage or condemned list."""
+    key = chance.choice(documents(contents))
+    return contents | {key: rewrite(contents[key], lambda fields: change_fields(chance, fields))}
+
+
+def of_a_manifest(contents: Contents, chance: Chance) -> Contents:
+    """Change a manifest, and name it anew."""
+    key = chance.choice(manifests(contents))
+    document = codec.decode_document(contents[key], 1 << 30)
+    return with_manifest(contents, key, rewrite(document, lambda fields: change_fields(chance, fields)))
+
+
+def of_text(contents: Contents, chance: Chance) -> Contents:
+    """Change the text of a document, with the right check sum or digest."""
+    key = chance.choice([*documents(contents), *manifests(contents) * 2])
+    bare = contents[key].startswith(b'{"format"')
+    text = bytearray(contents[key] if bare else codec.decode_document(contents[key], 1 << 30))
+    for _ in range(chance.randint(1, 3)):
+        at = chance.randrange(len(text))
+        some = [
+            b"[" * 3000,
+            b"]",
+            b",",
+            b'"',
+            b"\\u0000",
+            b"\xff",
+            b"1" * 5000,
+            b"-",
+            b"NaN",
+            b"1e999",
+            b"{}",
+            b'{"a":',
+            b"",
+        ]
+        text[at : at + chance.choice([0, 1, 5])] = chance.choice(some)
+    head = bytes(text[:-19])
+    data = head + b',"check":"%08x"}' % zlib.crc32(head)
+    return contents | {key: data} if bare else with_manifest(contents, key, data)
+
+
+def of_chunks(contents: Contents, chance: Chance) -> Contents:
+    """Change the raw bytes of a chunk, and store them as the codec does: what is packed, tensors."""
+    key = chance.choice(manifests(contents))
+    document = codec.decode_document(contents[key], 1 << 30)
+    fields = json.loads(document)
+    packed = {piece[0] for item in fields.get("packed", []) for piece in item["pieces"]}
+    full = [index for index, chunk in enumerate(fields["chunks"]) if "base" not in chunk]
+    wanted = [index for index in full if index in packed] if packed and chance.random() < 0.9 else full
+    if not wanted:
+        return of_a_manifest(contents, chance)
+    chunk = fields["chunks"][chance.choice(wanted)]
+    old = ObjectKey(chunk["id"], chunk["nonce"])
+    raw = np.empty(chunk["bytes"], np.uint8)
+    codec.decode(contents[str(old)], raw, identity=bytes.fromhex(old.identity))
+    for _ in range(chance.choice([1, 1, 2, 5])):
+        at = chance.randrange(len(raw))
+        some = [0, 1, 127, 128, 255, chance.randrange(256), int(raw[at]) ^ (1 << chance.randrange(8))]
+        raw[at : at + chance.choice([1, 1, 1, 2, 4, 9])] = chance.choice(some)
+    digest = codec.digest(raw)
+    encoded = codec.encode(raw, min(chunk["item"], 8), digest=digest)
+    new = ObjectKey(digest.identity.hex(), old.nonce)
+
+    def rename(changed: dict[str, Any]) -> None:
+        for item in changed["chunks"]:
+            if item["id"] == old.identity and "base" not in item:
+                item.update(id=new.identity, size=len(encoded.data))
+
+    return with_manifest(contents | {str(new): bytes(encoded.data)}, key, rewrite(document, rename))
+
+
+HEADER = struct.Struct("<4sBBBBQ32s")
+ENTRY = struct.Struct("<B3sI32s")
+
+
+def of_an_object(contents: Contents, chance: Chance) -> Contents:
+    """Change the header and the frames of an object, with the check sum right; sometimes its name, too."""
+    objects = sorted(key for key in contents if key.startswith((OBJECTS, DELTAS)))
+    key = chance.choice(objects)
+    data = bytearray(contents[key])
+    header = codec.read_header(data)
+    frames = len(header.ways)
+    head = list(HEADER.unpack_from(data))
+    entries = [list(ENTRY.unpack_from(data, HEADER.size + ENTRY.size * index)) for index in range(frames)]
+    body = bytearray(data[header.offsets[0] :])
+    for _ in range(chance.choice([1, 1, 2, 3])):
+        match chance.randrange(6):
+            case 0:
+                head[chance.choice([2, 3, 4, 5])] = chance.choice([0, 1, 2, 3, 4, 5, 8, 16, 255])
+            case 1 if entries:
+                chance.choice(entries)[0] = chance.choice([0, 1, 2, 3, 4, 255])
+            case 2 if entries:
+                entry = chance.choice(entries)
+                entry[2] = max(0, min(2**32 - 1, chance.choice([0, 1, entry[2] - 1, entry[2] + 1, 2**31, 2**32 - 1])))
+            case 3 if entries:
+                chance.choice(entries)[3] = chance.randbytes(32)
+            case _ if body:
+                at = chance.randrange(len(body))
+                body[at : at + chance.choice([0, 1, 1, 1, 4])] = chance.randbytes(chance.choice([0, 1, 1, 1, 4]))
+    start = HEADER.pack(*head) + b"".join(ENTRY.pack(*entry) for entry in entries)
+    changed = start + struct.pack("<I", zlib.crc32(start)) + bytes(body)
+    if chance.random() < 0.3:
+        return contents | {key: changed}
+    # Named by what the header says, and of the size that the manifests say.
+    old = ObjectKey.parse(key)
+    identity = codec.Header(1, 0, None, (), (), b"".join(entry[3] for entry in entries)).identity.hex()
+    new = ObjectKey(identity, old.nonce, old.base)
+    result = contents | {str(new): changed}
+
+    def rename(fields: dict[str, Any]) -> None:
+        for item in fields["chunks"]:
+            for node in (item, item.get("base", {})):
+                if node.get("id") == old.identity and node.get("nonce") == old.nonce and node["size"] == len(data):
+                    node.update(id=identity, size=len(changed))
+
+    for manifest in manifests(contents):
+        document = codec.decode_document(contents[manifest], 1 << 30)
+        if old.identity.encode() in document:
+            result = with_manifest(result, manifest, rewrite(document, rename))
+    return result
+
+
+def of_a_name(contents: Contents, chance: Chance) -> Contents:
+    """Put a value under another key, or under a second one."""
+    key = chance.choice(sorted(contents))
+    folder, _, name = key.rpartition("/")
+    at = chance.randrange(len(name))
+    other = chance.choice(
+        [name[:at], name + "0", name[:at] + "9" + name[at + 1 :], "x", name.upper(), f"sub/{name}", f"{name}.from"]
+    )
+    new = f"{folder}/{other or 'y'}".lstrip("/")
+    if chance.random() < 0.3:
+        new = chance.choice(sorted(contents))
+    kept = dict(contents)
+    data = kept.pop(key) if chance.random() < 0.5 else kept[key]
+    return kept | {new: data} if is_key(new) else kept
+
+
+def of_a_size(contents: Contents, chance: Chance) -> Contents:
+    """Cut a value, make it longer, or empty it; a manifest with it."""
+    key = chance.choice(sorted(contents))
+    data = contents[key]
+    changed = chance.choice(
+        [data[: chance.randrange(len(data) + 1)], data + bytes(chance.choice([1, 7, 5000])), b"", data * 2]
+    )
+    return contents | {key: changed}
+
+
+CHANGES = [of_a_manifest, of_a_manifest, of_a_manifest, of_chunks, of_chunks, of_an_object, of_an_object, of_a_document,
+           of_a_document, of_text, of_a_name, of_a_size]  # fmt: skip
+
+
+# ---- use -------------------------------------------------------------------------------------------------------------
+
+
+def touch(value: Any, depth: int = 0) -> None:
+    """Read all memory of a state; what is not what a state may hold is an error."""
+    if isinstance(value, torch.Tensor):
+        if value.device.type == "cpu" and value.numel() <= 1 << 20:
+            value.detach().resolve_conj().clone(memory_format=torch.contiguous_format).view(-1)
+        storage = value.untyped_storage()
+        assert storage.nbytes() <= MAX_BYTES or value.device.type == "meta", "memory beyond what is allowed"
+        if value.device.type == "cpu":
+            torch.empty(0, dtype=torch.uint8).set_(storage).sum()
+    elif isinstance(value, np.ndarray | np.generic):
+        assert not value.dtype.hasobject
+        if value.size <= 1 << 20:
+            np.asarray(value).tobytes()
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            touch(key, depth + 1)
+            touch(item, depth + 1)
+    elif isinstance(value, list | tuple | set | frozenset | collections.deque):
+        for item in value:
+            touch(item, depth + 1)
+    else:
+        plain = (str, bytes, bytearray, int, float, complex, type(None), torch.Generator, torch.dtype, torch.device,
+                 torch.layout, torch.memory_format, np.dtype)  # fmt: skip
+        assert isinstance(value, plain), f"a {type(value)} in a state"
+    assert depth < 200
+
+
+def attempted(action: Callable[[], Any]) -> Any:
+    """Return what an action gives, or the project's own error; anything else is a failure."""
+    try:
+        return action()
+    except IncckptError as error:
+        str(error)
+        return error
+
+
+def use(backend: Backend, state: Callable[[int], dict[Any, Any]], chance: Chance) -> None:
+    """Use a store in one way."""
+    run = chance.choice(["default", "default", "other"])
+    match chance.randrange(10):
+        case 0 | 1 | 2:
+            location = chance.choice([None, None, None, "cpu", "meta", {"cpu": "cpu"}])
+            keys = chance.choice([None, None, None, "*", "w*", ["list", "model.*", "optimizer*"]])
+            step = chance.choice([None, None, 2, 3, 5, "best"])
+            found = attempted(
+                lambda: incckpt.load(
+                    backend, run=run, step=step, keys=keys, map_location=location, verify=chance.random() < 0.5,
+                    progress=False, threads=1, max_bytes=MAX_BYTES,
+                )
+            )  # fmt: skip
+            if not isinstance(found, IncckptError):
+                touch(found)
+        case 3 | 4 | 5:
+            target = state(0)
+
+            def restore() -> None:
+                verified = chance.random() < 0.5
+                with incckpt.CheckpointManager(
+                    backend, run=run, threads=1, verify=verified, read_only=chance.random() < 0.5, max_bytes=MAX_BYTES
+                ) as manager:
+                    manager.restore(target, step=chance.choice([None, None, 3]))
+
+            attempted(restore)
+        case 6 | 7:
+            level: Any = chance.choice(["list", "sizes", "hashes", "hashes"])
+            attempted(lambda: incckpt.verify(backend, run=run, level=level, threads=1, max_bytes=MAX_BYTES))
+        case 8:
+
+            def browse() -> None:
+                with incckpt.CheckpointManager(backend, run=run, read_only=True) as manager:
+                    for checkpoint in manager.checkpoints(abandoned=True):
+                        repr(checkpoint)
+                    repr((manager.latest, attempted(lambda: manager.best)))
+
+            attempted(browse)
+            attempted(lambda: list(incckpt.list_checkpoints(backend)))
+            attempted(lambda: str(incckpt.describe(backend, run=run)))
+            attempted(lambda: str(incckpt.usage(backend)))
+        case _:
+            before = standing(backend)
+            found = attempted(lambda: incckpt.collect(backend, dry_run=chance.random() < 0.2, min_age=0))
+            str(found)
+            there = {entry.key for entry in backend.list()}
+            for ref, needed in standing(backend).items():
+                lost = (before.get(ref, frozenset()) & needed) - there
+                assert not lost, f"{ref} stands, and lost {sorted(lost)[:3]}"
+            assert before.keys() <= standing(backend).keys(), "a collection has removed a checkpoint"
+
+
+def standing(backend: Backend) -> dict[str, frozenset[str]]:
+    """Return, by the key of each ref whose manifest is intact, which of the objects that it needs are there."""
+    store = Store(backend, max_bytes=MAX_BYTES)
+    there = {entry.key for entry in backend.list()}
+    found: dict[str, frozenset[str]] = {}
+    for run, name, key, tombstone in list_refs(backend):
+        if name is None or tombstone:
+            continue
+        ref = attempted(lambda: store.run(run).read(name))  # noqa: B023 -- called at once
+        manifest = attempted(lambda: store.manifest(ref)) if isinstance(ref, Ref) else None  # noqa: B023
+        if isinstance(manifest, Manifest):
+            found[key] = frozenset(there & (manifest_keys(manifest) | {ref.manifest}))
+    return found
+
+
+def snapshot(folder: Path) -> list[tuple[str, int, int]]:
+    """Return what lies in a folder."""
+    return sorted((str(path), path.lstat().st_size, path.lstat().st_mtime_ns) for path in folder.rglob("*"))
+
+
+class TooSlow(BaseException):
+    """A use took too long."""
+
+
+def check_store(number: int) -> str:
+    """Make store `number`, use it, and return how it was changed.
+
+    Raises
+    ------
+    BaseException
+        What is wrong.
+    """
+    chance = random.Random(number)
+    kind = chance.randrange(len(STATES))
+    contents = seed(kind)
+    change = chance.choice(CHANGES)
+    changed = change(contents, chance)
+    if chance.random() < 0.15:
+        with contextlib.suppress(LookupError, ValueError, TypeError, AttributeError):  # the first has broken too much
+            changed = chance.choice(CHANGES)(changed, chance)
+    if number % ON_DISK == 0:
+        with tempfile.TemporaryDirectory(prefix="incckpt-fuzz-") as outside:
+            inside = Path(outside, "a", "store")
+            for key, data in changed.items():
+                path = inside / key
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if not path.is_dir():
+                    attempted_write(path, data)
+            Path(outside, "sentinel").write_text("as it was")
+            around = [item for item in snapshot(Path(outside)) if not item[0].startswith(f"{inside}")]
+            with LocalBackend(inside) as local:
+                use(local, STATES[kind], chance)
+            after = [item for item in snapshot(Path(outside)) if not item[0].startswith(f"{inside}")]
+            assert around == after, "something outside the folder was changed"
+    else:
+        backend = filled(changed)
+        try:
+            use(backend, STATES[kind], chance)
+        finally:
+            backend.delete([entry.key for entry in backend.list()])
+    return change.__name__
+
+
+def attempted_write(path: Path, data: bytes) -> None:
+    """Write a file, unless a file stands where its folder would be."""
+    try:
+        path.write_bytes(data)
+    except (NotADirectoryError, IsADirectoryError):
+        return
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check stores; return how many failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
+    given = parser.parse_args(arguments)
+    logging.disable()
+    torch.set_num_threads(1)
+
+    def too_slow(signum: int, frame: object) -> None:
+        raise TooSlow(f"more than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, too_slow)
+    for kind in range(len(STATES)):
+        seed(kind)
+    if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # whose shadow takes terabytes of addresses
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30),) * 2)
+    started, failed, done = time.monotonic(), 0, 0
+    changes: collections.Counter[str] = collections.Counter()
+    for number in range(given.first, given.first + given.count):
+        if time.monotonic() - started > given.seconds:
+            break
+        signal.alarm(SECONDS)
+        try:
+            changes[check_store(number)] += 1
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            failed += 1
+            print(f"store {number} FAILED: {type(error).__name__}: {error!s:.300}", flush=True)
+            traceback.print_exc(limit=-6)
+        finally:
+            signal.alarm(0)
+        done += 1
+        if done % 1000 == 0:
+            seconds = time.monotonic() - started
+            print(f"{done} stores from {given.first}, {failed} failed, {seconds:.0f} s", flush=True)
+    print(f"{done} stores from {given.first}, {failed} failed; changes: {dict(changes)}", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 100))

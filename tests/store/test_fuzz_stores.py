@@ -1,0 +1,29 @@
+"""A slice of what ``make fuzz-stores`` does: whole stores, changed as an enemy would, and used in every way."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.fuzz.stores import CHANGES, check_store, main
+
+COUNT = int(os.environ.get("INCCKPT_FUZZ", "10000")) // 100
+
+
+@pytest.mark.slow
+def test_a_store_of_an_enemy_harms_nobody() -> None:
+    seen = {check_store(number) for number in range(COUNT)}
+    assert len(seen) > len(set(CHANGES)) // 2
+
+
+def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fault(number: int) -> str:
+        raise KeyError(f"of store {number}")
+
+    monkeypatch.setattr("tests.fuzz.stores.check_store", fault)
+    monkeypatch.setattr("resource.setrlimit", lambda *arguments: None)
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)
+    monkeypatch.setattr("logging.disable", lambda *arguments: None)
+    assert main(["--first", "7", "--count", "1"]) == 1
+    assert "store 7 FAILED: KeyError" in capsys.readouterr().out
