@@ -374,13 +374,11 @@ class Run:
         if sealed not in (seen.sealed, seen.attempt + 1):
             raise self._moved_on(sealed, "has taken it over")
         known = {*seen.live, *seen.abandoned}
-        listed = {name: tombstone for _, name, _, tombstone in list_refs(self.backend, self.name, twice=True) if name}
-        standing = {name for name, tombstone in listed.items() if not tombstone}
+        refs = list_refs(self.backend, self.name, twice=True)  # what it misses is lost for good
+        standing = {name for _, name, _, tombstone in refs if name and not tombstone}
         newer = [name for name in standing - seen.seen if name.attempt <= seen.sealed]
         if newer:
             raise self._moved_on(seen.sealed, f"has committed step {max(name.step for name in newer)}")
-        # What is left out is lost, or passes for lost: whether it is gone is not for a listing to say.
-        standing |= {name for name in known - listed.keys() if self.stands(name)}
         return frozenset(standing & known)
 
     def _moved_on(self, attempt: int, what: str) -> SupersededError:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from incckpt.testing.lies import PAGE, wrong_answers
 from incckpt.testing.simulation import (
     LOST,
     WRITES,
@@ -102,6 +103,8 @@ class _State:
     copies: tuple[Request, ...]  # requests that may still be done, although their clients have given up
     faults: int
     advances: int
+    lies: int
+    damages: int
     told: frozenset[object]
     running: int
     switches: int
@@ -117,6 +120,7 @@ class _State:
                 self.copies,
                 self.faults,
                 self.advances,
+                (self.lies, self.damages),
                 self.told,
                 (self.running, self.switches) if self.switches >= 0 else None,
             )
@@ -195,6 +199,16 @@ class Explorer:
         and done later), ``again`` (a delete is answered, and done once more later).
     faulty_at
         Prefixes of the keys at which faults occur.
+    lies
+        How many wrong answers there may be: what :func:`~incckpt.testing.lies.wrong_answers` yields, by the server as
+        it was at first; and a write that is answered, and not done. Of that, ``("gone", key)`` is told.
+    lying_at
+        How the keys begin about which there are lies.
+    damages
+        How many keys may be removed, or replaced by a web page, between any two requests. Of that,
+        ``("damaged", key)`` is told. Only with `switches`.
+    damaged_at
+        How these keys begin.
     advances
         How often the server's clock may jump by `jump` seconds. No copy of a put or create outlives a jump.
     switches
@@ -216,6 +230,10 @@ class Explorer:
         faults: int = 0,
         faulty: Collection[str] = ("dropped", "lost", "late", "again"),
         faulty_at: tuple[str, ...] = ("",),
+        lies: int = 0,
+        lying_at: tuple[str, ...] = ("",),
+        damages: int = 0,
+        damaged_at: tuple[str, ...] = ("",),
         advances: int = 0,
         jump: int = 7200,
         switches: int | None = None,
@@ -228,6 +246,9 @@ class Explorer:
         self._changed = changed
         self._faulty = frozenset(faulty)
         self._faulty_at = faulty_at
+        self._lying_at = lying_at
+        self._damaged_at = damaged_at
+        assert not damages or switches is not None, "damage may come between requests that are done at once"
         self._private: list[dict[Request, bool]] = [{} for _ in programs]
         self._checked = [0] * len(self._processes)
         self._met_conflict = False
@@ -236,7 +257,7 @@ class Explorer:
         self._random = None if seed is None else random.Random(seed)
         points = (0,) * len(self._processes)
         bound = -1 if switches is None else switches
-        self._first = _State(server, points, points, (), faults, advances, frozenset(), -1, bound)
+        self._first = _State(server, points, points, (), faults, advances, lies, damages, frozenset(), -1, bound)
         names = list(programs)
         for name in names if opening is None else opening:
             self._first = self._run_to_pause(self._first, names.index(name))
@@ -354,6 +375,15 @@ class Explorer:
             server.time += self._jump
             yield _Label("time passes"), _replace(state, server=server, advances=state.advances - 1)
 
+        if state.damages:
+            for key in sorted(key for key in state.server.values if key.startswith(self._damaged_at)):
+                for request in (Request("delete", (key,)), Request("put", (key,), PAGE)):
+                    server = state.server.fork()
+                    server.perform(request)
+                    told = state.told | {("damaged", key)}
+                    damaged = _replace(state, server=server, damages=state.damages - 1, told=told)
+                    yield _Label("damage", request), damaged
+
     def _requests(self, state: _State, number: int, request: Request, switches: int) -> Iterator[tuple[_Label, _State]]:
         name = self._processes[number].name
         server = state.server.fork()
@@ -391,6 +421,20 @@ class Explorer:
         if request.op in WRITES and "late" in faults:
             fault = self._moved(state, number, state.server, LOST, single, switches=switches, faults=1, copy=single)
             yield label._replace(note=" (given up, on its way)"), fault
+        if state.lies and request.keys and request.keys[0].startswith(self._lying_at):
+            yield from self._lies(state, number, request, switches, label)
+
+    def _lies(
+        self, state: _State, number: int, request: Request, switches: int, label: _Label
+    ) -> Iterator[tuple[_Label, _State]]:
+        if request.op not in WRITES:
+            for note, reply in wrong_answers(request, label.reply, self._first.server):
+                lie = self._moved(state, number, state.server, reply, request, switches=switches, lies=1)
+                yield label._replace(reply=None, note=f" ({note})"), lie
+        elif not state.deleted[number] and not isinstance(label.reply, Failure):
+            gone = frozenset(("gone", key) for key in request.keys)
+            lie = self._moved(state, number, state.server, None, request, switches=switches, lies=1)
+            yield label._replace(note=" (answered, and not done)"), _replace(lie, told=lie.told | gone)
 
     def _moved(
         self,
@@ -402,6 +446,7 @@ class Explorer:
         *,
         switches: int,
         faults: int = 0,
+        lies: int = 0,
         copy: Request | None = None,
     ) -> _State:
         process = self._processes[number]
@@ -417,6 +462,8 @@ class Explorer:
             state.copies if copy is None else (*state.copies, copy),
             state.faults - faults,
             state.advances,
+            state.lies - lies,
+            state.damages,
             told,
             number,
             switches,

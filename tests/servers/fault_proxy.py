@@ -17,6 +17,9 @@ lose_reply     let the server do the work, then reset the connection
 cut_upload     pass on half of the request's body, then reset both connections
 truncate       pass on the head of the reply and half of its body, then close
 corrupt        flip one bit in the middle of the reply's body
+shorten        pass on half of the reply's body, as if that were all
+stale          answer as the same request was answered the time before last; the server sees nothing. The first two
+               times it is passed on
 hang           take the head of the request and say nothing more, not even 100 Continue
 hang_upload    take all of the request, and say nothing more
 hang_reply     let the server do the work, and say nothing
@@ -33,6 +36,7 @@ import socket
 import ssl
 import struct
 import threading
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -40,6 +44,8 @@ from types import TracebackType
 from typing import Self
 
 _BUFFER = 1 << 20
+_SMALL = 1 << 16  # bytes of a reply that is passed on, and remembered, as a whole
+_REMEMBERED = 2  # replies to one request
 _PIECE = 64 << 10
 _ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected by the test</Message></Error>"
 _PAGE = (
@@ -145,6 +151,7 @@ class FaultProxy:
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault proxy", daemon=True)
         self._tasks: set[asyncio.Task[None]] = set()
         self._hanging: set[asyncio.Event] = set()
+        self._past: defaultdict[tuple[str, str], deque[bytes]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -202,6 +209,11 @@ class FaultProxy:
             await self._refuse(
                 connection, request, method, Rule("status", status=200, body=_PAGE if do == "page" else " ")
             )
+        past = self._past[method, target]
+        if do == "stale" and len(past) == _REMEMBERED:
+            connection.writer.write(past[0])
+            await connection.writer.drain()
+            return
         await connection.connect(self._upstream)
         head = request.raw
         if "100-continue" in request.headers.get("expect", ""):
@@ -221,9 +233,9 @@ class FaultProxy:
             await connection.up_writer.drain()
         if do == "hang_upload":
             await self._hang(connection)
-        await self._reply(connection, method, do)
+        await self._reply(connection, method, do, past)
 
-    async def _reply(self, connection: _Connection, method: str, do: str | None) -> None:
+    async def _reply(self, connection: _Connection, method: str, do: str | None, past: deque[bytes]) -> None:
         reply = await _read_head(connection.up_reader)
         status = int(reply.first.split(" ")[1])
         bodiless = method == "HEAD" or status in (204, 304) or status < 200
@@ -234,8 +246,17 @@ class FaultProxy:
             if do == "hang_reply":
                 await self._hang(connection)
             connection.reset()
+        length = int(reply.headers.get("content-length", 0))
+        if length <= _SMALL and "transfer-encoding" not in reply.headers:
+            body = b"".join([piece async for piece in pieces])
+            if method in ("GET", "HEAD"):
+                past.append(reply.raw + body)
+            if do == "shorten" and body:
+                body = body[: length // 2]
+                reply.raw = re.sub(rb"(?i)(\r\ncontent-length:)[^\r]*", b"\\1 %d" % len(body), reply.raw, count=1)
+            pieces = _once(body)
         connection.writer.write(reply.raw)
-        half = int(reply.headers.get("content-length", 0)) // 2
+        half = length // 2
         sent = 0
         async for piece in pieces:
             if do in ("truncate", "hang_download") and sent + len(piece) > half:
@@ -331,7 +352,7 @@ class _Connection:
             self._up[1].close()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Head:
     raw: bytes
     first: str
@@ -373,6 +394,11 @@ async def _body(reader: asyncio.StreamReader, head: _Head) -> AsyncIterator[byte
             raise _Break
         remaining -= len(piece)
         yield piece
+
+
+async def _once(body: bytes) -> AsyncIterator[bytes]:
+    if body:
+        yield body
 
 
 async def _nothing() -> AsyncIterator[bytes]:

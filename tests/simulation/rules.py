@@ -10,7 +10,7 @@ from typing import Any
 from incckpt.run.attempt import Attempt
 from incckpt.run.upload import Uploader
 from incckpt.run.writer import Writer
-from incckpt.store import objects, refs
+from incckpt.store import objects, refs, rereading
 from incckpt.store.gc import Collector
 from incckpt.store.lineage import Run
 from tests.simulation.edits import Edit, EditError
@@ -729,6 +729,163 @@ RULES: dict[str, Rule] = {
             )
         ],
         {"faults": 2, "faulty": ("dropped", "lost"), "faulty_at": ("objects/", "gc/")},
+    ),
+    # -- answers that are wrong, and damage
+    "a value is read again before it counts as damaged": Rule(
+        "a restart, and one wrong answer",
+        [
+            Edit(
+                rereading,
+                "reread",
+                """
+                - if damaged == TRIES:
+                + if True:
+                """,
+            )
+        ],
+    ),
+    "a key is looked for again before it counts as absent": Rule(
+        "a restart, and one wrong answer",
+        [
+            Edit(
+                rereading,
+                "reread",
+                """
+                - if absent == _ABSENT_TRIES:
+                + if True:
+                """,
+            )
+        ],
+    ),
+    "a run is empty only if two looks agree": Rule(
+        "a restart, and one wrong answer",
+        [
+            Edit(
+                Run,
+                "lineage",
+                """
+                - if (sealed, listed) == before:
+                + if True:
+                """,
+            )
+        ],
+    ),
+    "refs that no lineage explains are damage": Rule(
+        "damage before or during a restart",
+        [
+            Edit(
+                Run,
+                "lineage",
+                """
+                - if latest > sealed:
+                + if False:
+                """,
+            )
+        ],
+    ),
+    "a ref that did not show at the restore is not left out": Rule(
+        "a restart, and one wrong answer",
+        [
+            Edit(
+                Run,
+                "standing",
+                """
+                - newer = [name for name in standing - seen.seen if name.attempt <= seen.sealed]
+                + newer = [name for name in standing - seen.seen if name.attempt == seen.attempt]
+                """,
+            )
+        ],
+    ),
+    "what an attempt leaves out, two listings leave out": Rule(
+        "a restart, and one wrong answer",
+        [
+            Edit(
+                Run,
+                "standing",
+                """
+                - refs = list_refs(self.backend, self.name, twice=True)
+                + refs = list_refs(self.backend, self.name)
+                """,
+            )
+        ],
+    ),
+    "what an appending attempt leaves out, two listings leave out": Rule(
+        "a writer that appends, and one wrong answer",
+        [
+            Edit(
+                Attempt,
+                "_chosen",
+                """
+                - lineage = self._run.lineage(twice=True)
+                + lineage = self._run.lineage()
+                """,
+            )
+        ],
+    ),
+    "a pin that was put is looked for": Rule(
+        "two runs of one content, one pruned, and one wrong answer",
+        [
+            Edit(
+                Writer,
+                "_look_around",
+                """
+                - if self._store.backend.remote:
+                + if False:
+                """,
+            )
+        ],
+    ),
+    "pins are listed twice before anything is deleted": Rule(
+        "two runs of one content, one pruned, and one wrong answer",
+        [
+            Edit(
+                Collector,
+                "_pins",
+                """
+                - pins = list_pins(self._backend, twice=twice)
+                + pins = list_pins(self._backend)
+                """,
+            )
+        ],
+    ),
+    "refs are listed twice before anything is deleted": Rule(
+        "two runs of one content, one pruned, and one wrong answer",
+        [
+            Edit(
+                Collector,
+                "_pins",
+                """
+                - existing = self._look(twice=twice)
+                + existing = self._look()
+                """,
+            )
+        ],
+    ),
+    "a condemned list that was put is looked for": Rule(
+        "two runs of one content, one pruned, and one wrong answer",
+        [
+            Edit(
+                Collector,
+                "finish",
+                """
+                - renewed = self._renew_lost_lists()
+                + renewed = frozenset()
+                """,
+            )
+        ],
+    ),
+    "what is condemned is read twice where no ref vouches": Rule(
+        "two runs of one content, one pruned, and one wrong answer",
+        [
+            Edit(
+                Uploader,
+                "_surely_condemned",
+                """
+                - if not known.sure and self._store.backend.remote:
+                + if False:
+                """,
+            )
+        ],
     ),
     "a writer tells what it has put for nothing": Rule(
         "two replacements at once",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 from incckpt.retention import KeepLast
 from incckpt.testing.exploration import Explored, Explorer
-from incckpt.testing.simulation import Program, Server, run_alone
-from tests.simulation.world import Promises, collector, deleter, looker, reader, saver
+from incckpt.testing.simulation import Program, Server, SimulatedBackend, run_alone
+from tests.simulation.world import Promises, collector, deleter, is_live, looker, reader, saver
 
 TIMED = ("pins/", "gc/", "refs/", "probe/")
 
@@ -36,6 +37,8 @@ class Scenario:
         Programs that no other may stop.
     replaces
         Whether one of them replaces checkpoints.
+    remote
+        Whether answers come over a network, where they may be wrong.
     """
 
     before: Sequence[Program | tuple[Program, str]]
@@ -46,6 +49,7 @@ class Scenario:
     restarts: bool = False
     undisturbed: Sequence[str] = ()
     replaces: bool = False
+    remote: bool = False
 
     @property
     def killed(self) -> bool:
@@ -66,16 +70,21 @@ class Scenario:
                 program, until = program
             run_alone(server, program, number=number, until=until)
         bounds = {**self.bounds, **bounds}
-        undisturbed = not bounds.get("faults") and not bounds.get("advances") and not self.killed
+        disturbances = ("faults", "advances", "lies", "damages")
+        undisturbed = not any(map(bounds.get, disturbances)) and not self.killed
+        lies = bool(bounds.get("lies") or bounds.get("damages"))
         promises = Promises(
-            leaks=self.leaks,
+            leaks=0 if lies else self.leaks,
             restarts=self.restarts,
             all_done=self.programs.keys() if undisturbed else None,
             undisturbed=self.undisturbed,
             replaces=self.replaces,
+            standing=[key for key in server.values if key.startswith("refs/") and is_live(server, key)],
+            lies=lies,
         )
-        explorer = Explorer(server, self.programs, check=promises.check, changed=promises.changed, **bounds)
-        return explorer.explore()
+        with mock.patch.object(SimulatedBackend, "remote", self.remote):
+            explorer = Explorer(server, self.programs, check=promises.check, changed=promises.changed, **bounds)
+            return explorer.explore()
 
 
 LAST = KeepLast(1)
@@ -254,3 +263,62 @@ SCENARIOS: dict[str, Scenario] = {
         {"switches": 5},
     ),
 }
+
+LIES: dict[str, Scenario] = {
+    "a restart, and one wrong answer": Scenario(
+        [first, saver((200, "a", "c"))],
+        {"r": saver((300, "a", "d"), policy=KeepLast(2))},
+        {"lies": 1},
+        {"lies": 2},
+        remote=True,
+    ),
+    "a writer that appends, and one wrong answer": Scenario(
+        [first, saver((200, "a", "c"))],
+        {"r": saver((300, "a", "d"), (400, "c", "d"), policy=LAST, restores=False)},
+        {"lies": 1},
+        {"lies": 2},
+        remote=True,
+    ),
+    "a writer and its replacement, and one wrong answer": Scenario(
+        [first],
+        {"old": saver((200, "a", "b1"), ready=0), "new": saver((300, "a", "c"))},
+        {"lies": 1, "switches": 1},
+        {"lies": 1, "switches": 2},
+        remote=True,
+    ),
+    "two runs of one content, one pruned, and one wrong answer": Scenario(
+        [first],
+        {"r": saver((200, "c", "d"), ready=0, policy=LAST), "q": saver((10, "a", "b"), run="q")},
+        {"lies": 1, "switches": 2},
+        {"lies": 1, "switches": 3},
+        remote=True,
+    ),
+    "garbage, a saver that could use it, a collector, and one wrong answer": Scenario(
+        [(first, "create refs/")],
+        {"q": saver((10, "a", "b"), run="q"), "gc": collector()},
+        {"lies": 1, "switches": 2},
+        {"lies": 1, "switches": 3},
+        remote=True,
+    ),
+    "a reader while the run changes hands, and one wrong answer": Scenario(
+        [first],
+        {"new": saver((200, "c", "b1"), policy=LAST), "reader": reader()},
+        {"lies": 1, "switches": 1},
+        {"lies": 1, "switches": 2},
+        remote=True,
+    ),
+    "damage before or during a restart": Scenario(
+        [first, saver((200, "a", "c"))],
+        {"r": saver((300, "a", "d"), policy=KeepLast(2)), "reader": reader()},
+        {"damages": 1, "switches": 1, "damaged_at": ("runs/", "refs/", "objects/", "deltas/", "incckpt.json")},
+        {"damages": 1, "switches": 2, "damaged_at": ("runs/", "refs/", "objects/", "deltas/", "incckpt.json")},
+    ),
+    "damage while two runs share content and one is pruned": Scenario(
+        [first, saver((10, "a", "b"), run="q")],
+        {"r": saver((200, "c"), ready=0, policy=LAST), "gc": collector()},
+        {"damages": 1, "switches": 1, "damaged_at": ("runs/", "refs/", "objects/", "incckpt.json")},
+        {"damages": 1, "switches": 2, "damaged_at": ("runs/", "refs/", "objects/", "incckpt.json")},
+    ),
+}
+
+SCENARIOS.update(LIES)

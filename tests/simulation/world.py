@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -18,6 +19,7 @@ from incckpt.codec import objects as codec
 from incckpt.errors import (
     BackendError,
     CollectionError,
+    CorruptionError,
     MissingObjectError,
     OptionError,
     StoreNotFoundError,
@@ -95,6 +97,24 @@ class Inline:
         pass
 
 
+class InlinePool:
+    """A pool of threads without threads."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __enter__(self) -> InlinePool:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        return [function(item) for item in items]
+
+
 class Heartbeat:
     """In place of the heartbeat: a thread of the simulated process where it can have several, else nothing."""
 
@@ -133,6 +153,7 @@ def simulated() -> Iterator[None]:
     with (
         mock.patch("incckpt.store.refs.secrets", chance),
         mock.patch("incckpt.store.store.secrets", chance),
+        mock.patch("incckpt.store.store.ThreadPoolExecutor", InlinePool),
         mock.patch("incckpt.run.writer._Heartbeat", Heartbeat),
         mock.patch("incckpt.run.scrub.LOOKS", 0),  # looks that only add requests
         mock.patch("incckpt.run.upload.process_index", ChunkIndex),  # simulated processes share no memory
@@ -197,6 +218,7 @@ class Trainer:
         """Go on from the latest checkpoint, or from that of `step`; returns its step."""
         name = self.lineage.latest if step is None else next(iter(self.lineage.at(step)), None)
         if name is None:
+            self.process.emit(("saw none", self.run))
             self.attempt = self._attempt(Origin.nothing(self.lineage))
             return None
         manifest = None
@@ -206,7 +228,7 @@ class Trainer:
                 manifest = self.store.manifest(ref)
             except MissingObjectError:
                 if isinstance(self._run.read(name), Ref):
-                    self.process.emit(Violation(f"{name} is listed, and its manifest is missing"))
+                    self.process.emit(("unreadable", f"{name} is listed, and its manifest is missing"))
         self.attempt = self._attempt(Origin.restored(self._run, self.lineage, name, manifest))
         if manifest is not None:
             self._adopt(manifest)
@@ -366,7 +388,7 @@ def read_latest(process: Process, run: str = RUN) -> None:
     """Read the latest checkpoint; tell of a violation if that fails though the checkpoint is there."""
     lineage = open_store(process).run(run).lineage()
     if lineage.latest is None:
-        process.emit(Violation(f"the reader saw no checkpoint of {run}"))
+        process.emit(("saw none", run))
     else:
         read(process, run, lineage, lineage.latest)
 
@@ -386,7 +408,9 @@ def read(process: Process, run: str, lineage: Lineage, name: RefName) -> None:
         reads.read(ChunkRead(chunk, out) for chunk, out in zip(manifest.chunks, outs, strict=True))
     except MissingObjectError as error:
         if isinstance(owner.read(name), Ref):
-            process.emit(Violation(f"{name} is there, but not all that it needs: {error}"))
+            process.emit(("unreadable", f"{name} is there, but not all that it needs: {error}"))
+    except CorruptionError as error:
+        process.emit(("unreadable", str(error)))
     else:
         process.emit(("read", run, name, tuple(_names[codec.digest(out).identity.hex()] for out in outs)))
 
@@ -400,6 +424,8 @@ def surviving(program: Program) -> Program:
             process.emit(("done", process.name))
         except (BackendError, SupersededError, CollectionError) as error:
             process.emit(("ended", process.name, type(error).__name__))
+        except (CorruptionError, StoreNotFoundError) as error:
+            process.emit(("unreadable", f"{process.name} ended in {error!r}"))
         except Exception as error:  # noqa: BLE001 -- whatever else comes out breaks a promise
             process.emit(Violation(f"{process.name} ended in {error!r}"))
 
@@ -423,6 +449,8 @@ class Promises:
         undisturbed: Iterable[str] = (),
         replaces: bool = False,
         remember: bool = True,
+        standing: Iterable[str] = (),
+        lies: bool = False,
     ) -> None:
         self._remember = remember
         self._all_done = None if all_done is None else frozenset(("done", name) for name in all_done)
@@ -432,7 +460,9 @@ class Promises:
         self._leaks = leaks
         self._restarts = restarts
         self._needs: dict[bytes, frozenset[str]] = {}
-        self._visible: dict[int, dict[str, frozenset[str]]] = {}
+        self._visible: dict[tuple[int, frozenset[str]], dict[str, frozenset[str]]] = {}
+        self._standing = frozenset(standing)  # keys of refs
+        self._lies = lies
         self.swept = 0
 
     def changed(self, before: Server, after: Server, request: Request) -> Iterator[object]:
@@ -451,7 +481,8 @@ class Promises:
         ------
         Violation
         """
-        visible = self.visible(server)
+        spoilt = frozenset(event[1] for event in told if isinstance(event, tuple) and event[0] in ("gone", "damaged"))
+        visible = self.visible(server, spoilt)
         if self._all_done is not None and self._all_done <= told:
             check_known(server, self.needed(server))
         latest: dict[str, str] = {}
@@ -461,9 +492,15 @@ class Promises:
             if isinstance(event, Violation):
                 raise event
             assert isinstance(event, tuple)
+            if event[0] == "saw none" and any(
+                is_live(server, key) for key in server.values if key.startswith(f"refs/{event[1]}/")
+            ):
+                raise Violation(f"{event[1]} passed for empty, and refs stand")
+            if event[0] == "unreadable":
+                self._check_excuse(event[1], spoilt)
             if event[0] == "deleting":
                 deleting = True
-            if event[0] == "pruned" and is_live(server, event[1]):
+            if event[0] == "pruned" and is_live(server, event[1]) and event[1] not in spoilt:
                 raise Violation(f"{event[1]} was pruned, and has come back")
             if event[0] == "superseded" and event[1] in self._undisturbed:
                 raise Violation(f"{event[1]} was stopped by a process that had no right to its run")
@@ -473,22 +510,45 @@ class Promises:
                     raise Violation(f"a checkpoint was replaced, and is read still: {', '.join(live & event[2])}")
             if event[0] == "took over":
                 _, who, run, attempt, before, seen = event
-                if owners.setdefault((run, attempt), who) != who:
+                if owners.setdefault((run, attempt), who) != who and not spoilt:
                     raise Violation(f"attempt {attempt} of {run} is both {who}'s and {owners[run, attempt]}'s")
-                self.check_takeover(server, run, attempt, before, seen)
+                if f"runs/{run}/attempts/{attempt:06d}.from" not in spoilt:
+                    self.check_takeover(server, run, attempt, before, seen)
             if event[0] == "announced":
                 _, run, name = event
-                key = f"refs/{run}/{name}"
                 latest[run] = max(name[:STEP], latest.get(run, ""))
-                if is_live(server, key):
-                    if name not in visible[run]:
-                        raise Violation(f"{key} was announced, and the lineage does not show it")
-                elif ("pruned", key) not in told:
-                    raise Violation(f"{key} was announced, and is gone")
-        if not deleting:
+                self._check_standing(server, told, spoilt, visible, f"refs/{run}/{name}")
+        for key in self._standing:
+            self._check_standing(server, told, spoilt, visible, key)
+        if not deleting and not spoilt:
             for run, name in latest.items():
                 if max(visible[run], default="")[:STEP] < name:
                     raise Violation(f"{name} was the latest announced of {run}, and is gone")
+
+    @staticmethod
+    def _check_standing(
+        server: Server,
+        told: frozenset[object],
+        spoilt: frozenset[str],
+        visible: dict[str, frozenset[str]],
+        key: str,
+    ) -> None:
+        """Check that a checkpoint is in the lineage, or that this is an error; unless it was pruned or damaged."""
+        if key in spoilt:
+            return
+        _, run, name = key.split("/")
+        if is_live(server, key):
+            if run in visible and name not in visible[run]:
+                raise Violation(f"{key} was announced, and the lineage does not show it")
+        elif ("pruned", key) not in told:
+            raise Violation(f"{key} was announced, and is gone")
+
+    def _check_excuse(self, what: str, spoilt: frozenset[str]) -> None:
+        """Check that an error has a reason, and tells a way out."""
+        if not self._lies or not spoilt:
+            raise Violation(what)
+        if not re.search(r"recover\(|[Pp]ut it back|delete |missing|is gone|damaged|not an? |is not ", what):
+            raise Violation(f"an error that tells no way out: {what}")
 
     def check_takeover(self, server: Server, run: str, attempt: int, before: int | None, seen: Set[str]) -> None:
         """Check that an attempt has followed the one that its process saw, and left behind only what that saw.
@@ -510,23 +570,34 @@ class Promises:
         if left - seen:
             raise Violation(f"attempt {attempt} of {run} has abandoned what it did not know: {sorted(left - seen)}")
 
-    def visible(self, server: Server) -> dict[str, frozenset[str]]:
-        """Check what depends on the server's content alone; returns the checkpoints visible in each run."""
-        visible = self._visible.get(server.mark)
+    def visible(self, server: Server, spoilt: frozenset[str] = frozenset()) -> dict[str, frozenset[str]]:
+        """Check what depends on the server's content alone, but for the keys that are `spoilt`.
+
+        Returns
+        -------
+        dict
+            The checkpoints visible in each run; without those runs whose lineage is an error since it was spoilt.
+        """
+        visible = self._visible.get((server.mark, spoilt))
         if visible is None:
-            visible = self._look(server)
+            visible = self._look(server, spoilt)
             if self._remember:
-                self._visible[server.mark] = visible
+                self._visible[server.mark, spoilt] = visible
         return visible
 
-    def _look(self, server: Server) -> dict[str, frozenset[str]]:
-        needed = self.needed(server)
-        missing = needed - server.values.keys()
+    def _look(self, server: Server, spoilt: frozenset[str]) -> dict[str, frozenset[str]]:
+        needed = self.needed(server, spoilt)
+        missing = needed - server.values.keys() - spoilt
         if missing:
             raise Violation(f"needed, and missing: {', '.join(sorted(missing))}")
         visible: dict[str, frozenset[str]] = {}
         for run in {key.split("/")[1] for key in server.values if key.startswith("refs/")}:
-            names = _visible(server, run)
+            try:
+                names = _visible(server, run)
+            except CorruptionError:
+                if not spoilt:
+                    raise
+                continue
             if not self._replaces and len({(name.attempt, name.step) for name in names}) != len(names):
                 raise Violation(f"an attempt at {run} has a step twice: {', '.join(map(str, names))}")
             visible[run] = frozenset(map(str, names))
@@ -537,19 +608,21 @@ class Promises:
                 check_restart(server)
         return visible
 
-    def needed(self, server: Server) -> set[str]:
-        """Return the keys of all objects that a committed checkpoint needs."""
+    def needed(self, server: Server, spoilt: frozenset[str] = frozenset()) -> set[str]:
+        """Return the keys of all objects that a committed checkpoint needs, if it is not `spoilt` itself."""
         live = [key for key in server.values if key.startswith("refs/") and is_live(server, key)]
-        return {needed for key in live for needed in self._needed(server, key)}
+        return {needed for key in live if key not in spoilt for needed in self._needed(server, key, spoilt)}
 
-    def _needed(self, server: Server, key: str) -> frozenset[str]:
+    def _needed(self, server: Server, key: str, spoilt: frozenset[str]) -> frozenset[str]:
         data = server.values[key][0]
         found = self._needs.get(data)
         if found is None:
             ref = Ref.from_json(data, key)
             try:
                 manifest = Store(SimulatedBackend(server.perform)).manifest(ref)
-            except MissingObjectError as error:
+            except CorruptionError as error:
+                if ref.manifest in spoilt:
+                    return frozenset()  # what it needed cannot be told
                 raise Violation(f"{key} is committed, but {error}") from error
             found = self._needs[data] = manifest_keys(manifest) | {ref.manifest}
         return found
