@@ -493,7 +493,7 @@ class Promises:
                 raise event
             assert isinstance(event, tuple)
             if event[0] == "saw none" and any(
-                is_live(server, key) for key in server.values if key.startswith(f"refs/{event[1]}/")
+                is_live(server, key) for key in self._standing if key.startswith(f"refs/{event[1]}/")
             ):
                 raise Violation(f"{event[1]} passed for empty, and refs stand")
             if event[0] == "unreadable":
