@@ -822,6 +822,19 @@ RULES: dict[str, Rule] = {
             )
         ],
     ),
+    "who takes a run over lists its pins twice": Rule(
+        "a writer and its replacement, and one wrong answer",
+        [
+            Edit(
+                Run,
+                "start_attempt",
+                """
+                - pins = list_pins(self.backend, self.name, twice=True)
+                + pins = list_pins(self.backend, self.name)
+                """,
+            )
+        ],
+    ),
     "a pin that was put is looked for": Rule(
         "two runs of one content, one pruned, and one wrong answer",
         [

@@ -282,8 +282,8 @@ LIES: dict[str, Scenario] = {
     "a writer and its replacement, and one wrong answer": Scenario(
         [first],
         {"old": saver((200, "a", "b1"), ready=0), "new": saver((300, "a", "c"))},
-        {"lies": 1, "switches": 1},
-        {"lies": 1, "switches": 2},
+        {"lies": 1, "switches": 1, "lying_at": ("pins/", "refs/")},
+        {"lies": 1, "switches": 2, "lying_at": ("pins/", "refs/")},
         remote=True,
     ),
     "two runs of one content, one pruned, and one wrong answer": Scenario(
@@ -298,13 +298,6 @@ LIES: dict[str, Scenario] = {
         {"q": saver((10, "a", "b"), run="q"), "gc": collector()},
         {"lies": 1, "switches": 2},
         {"lies": 1, "switches": 3},
-        remote=True,
-    ),
-    "a reader while the run changes hands, and one wrong answer": Scenario(
-        [first],
-        {"new": saver((200, "c", "b1"), policy=LAST), "reader": reader()},
-        {"lies": 1, "switches": 1},
-        {"lies": 1, "switches": 2},
         remote=True,
     ),
     "damage before or during a restart": Scenario(
