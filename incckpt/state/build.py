@@ -57,7 +57,7 @@ def device_available(device: torch.device) -> bool:
         return True
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except Exception:  # noqa: BLE001 -- each kind of device fails in a way of its own, some for want of a module
         return False
     return True
 
