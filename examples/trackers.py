@@ -101,7 +101,7 @@ def main() -> None:
     if options.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(options.tensorboard)  # type: ignore[no-untyped-call]
+        writer = SummaryWriter(options.tensorboard)
         send = to_tensorboard(writer)
 
     torch.manual_seed(0)
@@ -119,7 +119,7 @@ def main() -> None:
             future = manager.save(step, app, metrics={"loss": loss.item()})
             future.add_done_callback(figures_to(send, manager))
     if writer is not None:
-        writer.close()  # type: ignore[no-untyped-call]
+        writer.close()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from incckpt.reporting.components import Component, components_of
 from incckpt.reporting.heatmap import HeatMap, HeatMapBuilder
 from incckpt.reporting.tensors import TensorTable, object_sizes
 from incckpt.run.checkpoint import Checkpoint, read_refs
+from incckpt.run.choose import not_found
 from incckpt.store.lineage import Lineage, Run
 from incckpt.store.manifest import Manifest
 from incckpt.store.refs import Ref, RefName
@@ -104,12 +105,14 @@ def read_history(store: Store, name: str, progress: Progress | None = None) -> H
 
     Raises
     ------
-    StoreNotFoundError
-        If there is no store.
+    StoreNotFoundError, CheckpointNotFoundError
+        If there is no store, or no process has ever written the run.
     """
     store.check()
     run = store.run(name)
     lineage = run.lineage()
+    if lineage.attempt == 0:
+        raise not_found(run)
     history = History(store.backend.url, name)
     refs = _refs(store, run, lineage, lineage.live, history.problems)
     history.branches = _branches(store, run, lineage, history.problems)

@@ -56,8 +56,8 @@ def write_report(
     ------
     OptionError
         If the URL names a step, or `path` cannot be a file.
-    StoreNotFoundError
-        If there is no store.
+    StoreNotFoundError, CheckpointNotFoundError
+        If there is no store or no such run. A run that has no checkpoint yet, or none any more, has a report.
     BackendError
         If the store failed.
     OSError

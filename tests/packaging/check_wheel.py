@@ -34,7 +34,8 @@ def check_contents(wheel: Path) -> None:
     assert size < MOST_BYTES, f"{size} bytes; at most {MOST_BYTES}"
     built = {name.partition(".")[0] for name in names if name.endswith((".so", ".pyd")) and ".libs/" not in name}
     assert built == EXTENSIONS, built ^ EXTENSIONS
-    assert "incckpt/py.typed" in names
+    needed = {"incckpt/py.typed", "incckpt/reporting/template.html", "incckpt/reporting/report.css"}
+    assert needed <= set(names), needed - set(names)
     others = {
         name.partition("/")[0] for name in names if not name.startswith(("incckpt/", "incckpt-", "incckpt.libs/"))
     }

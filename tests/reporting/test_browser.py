@@ -209,6 +209,9 @@ def test_hostile_names_stay_text(browser: Browser, tmp_path: Path) -> None:
 def test_little_to_show(browser: Browser, tmp_path: Path) -> None:
     incckpt.save({"w": torch.zeros(3)}, tmp_path / "store", run="one")
     incckpt.save({"epoch": 1}, tmp_path / "store", run="values")
+    with incckpt.CheckpointManager(tmp_path / "store", run="nothing") as manager:
+        manager.save(1, {"w": torch.ones(3)})
+        manager.delete(1)
     for run, expected in (
         ("nothing", ["This run has no checkpoint yet"]),
         ("one", ["No metrics were saved", "Not recorded", "There is one checkpoint"]),

@@ -12,7 +12,7 @@ import torch
 
 import incckpt
 from incckpt.backends.memory import MemoryBackend
-from incckpt.errors import StoreNotFoundError
+from incckpt.errors import CheckpointNotFoundError, StoreNotFoundError
 from incckpt.reporting import heatmap
 from incckpt.reporting.history import History, read_history
 from incckpt.store.refs import Ref
@@ -175,9 +175,14 @@ def test_what_is_pruned_while_it_is_read_is_left_out(tmp_path: Path, monkeypatch
     assert history.heat_map.cells.shape[1] == 3
 
 
-def test_an_empty_run_and_a_missing_store(tmp_path: Path) -> None:
+def test_an_empty_run_and_what_is_missing(tmp_path: Path) -> None:
     train(tmp_path / "store", range(1, 2))
-    assert history_of(tmp_path / "store", "other").columns == []
+    with incckpt.CheckpointManager(tmp_path / "store", run="empty") as manager:
+        manager.save(1, {"w": torch.ones(3)})
+        manager.delete(1)
+    assert history_of(tmp_path / "store", "empty").columns == []
+    with pytest.raises(CheckpointNotFoundError, match="runs default, empty"):
+        history_of(tmp_path / "store", "typo")
     with pytest.raises(StoreNotFoundError):
         history_of(tmp_path / "nothing")
 
