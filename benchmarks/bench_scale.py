@@ -8,6 +8,7 @@ run saves and prunes that many times, there or at ``--url``, and a save should c
     python benchmarks/bench_scale.py --local --checkpoints 1000   # on the disk
     python benchmarks/bench_scale.py --prunes 5000                # how saves fare in an old store
     python benchmarks/bench_scale.py --prunes 5000 --url s3://bucket/scratch  # the same on S3
+    python benchmarks/bench_scale.py --tensors 100000             # one state of many small tensors
 """
 
 from __future__ import annotations
@@ -158,18 +159,17 @@ def measure(backend: Backend, name: str) -> None:
     step("full sweep", started)
 
 
-def grow_old(prunes: int, url: str, options: dict[str, str], tensors: int) -> None:
+def grow_old(prunes: int, url: str, options: dict[str, str]) -> None:
     """Save and prune `prunes` times; on the way print how long saves and loads take, and what there is."""
     milestones = sorted({0, 1000, prunes} | set(range(5000, prunes, 5000)))
     with incckpt.CheckpointManager(url, keep_last_n=1, threads=1, storage_options=options) as manager:
-        state = {f"w{index}": torch.zeros(1000) for index in range(tensors)}
+        state = {"w": torch.zeros(1000)}
         done = 0
 
         def save() -> float:
             nonlocal done
             done += 1
-            for tensor in state.values():
-                tensor.fill_(done)
+            state["w"].fill_(done)
             started = time.perf_counter()
             manager.save(done, state).result()
             return time.perf_counter() - started
@@ -191,6 +191,23 @@ def grow_old(prunes: int, url: str, options: dict[str, str], tensors: int) -> No
                 f"{described(keys)}{folders_of(url)}",
                 flush=True,
             )
+
+
+def many_tensors(count: int) -> None:
+    """Save and load a state of `count` tensors of ten numbers; print how long that takes, and torch.save and load."""
+    state = {f"layer{index // 10}.w{index % 10}": torch.full((10,), float(index)) for index in range(count)}
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/state.pt"
+        for label, call in (
+            ("torch.save", lambda: torch.save(state, file)),
+            ("torch.load", lambda: torch.load(file)),
+            ("incckpt.save", lambda: incckpt.save(state, f"{folder}/store")),
+            ("incckpt.load", lambda: incckpt.load(f"{folder}/store")),
+        ):
+            cpu = time.process_time()
+            seconds = seconds_of(call)
+            cpu = time.process_time() - cpu
+            print(f"{count} tensors, {label:12}: {seconds:6.2f} s, {cpu:6.2f} s of processor time", flush=True)
 
 
 def seconds_of(call: Callable[[], object]) -> float:
@@ -221,17 +238,20 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=1_000_000)
     parser.add_argument("--local", action="store_true")
     parser.add_argument("--prunes", type=int, default=0)
-    parser.add_argument("--tensors", type=int, default=1, help="with --prunes: of 1,000 numbers each")
+    parser.add_argument("--tensors", type=int, default=0, help="measure one state of so many small tensors")
     parser.add_argument("--url", help="with --prunes: a store that does not exist yet; by default a temporary folder")
     parser.add_argument("--endpoint", help="of an S3 server, with --key and --secret")
     parser.add_argument("--key")
     parser.add_argument("--secret")
     arguments = parser.parse_args()
+    if arguments.tensors and not arguments.prunes:
+        many_tensors(arguments.tensors)
+        return
     if arguments.prunes:
         given = {"endpoint_url": arguments.endpoint, "key": arguments.key, "secret": arguments.secret}
         with tempfile.TemporaryDirectory() as folder:
             options = {name: value for name, value in given.items() if value}
-            grow_old(arguments.prunes, arguments.url or folder, options, arguments.tensors)
+            grow_old(arguments.prunes, arguments.url or folder, options)
         return
     counts = (PER_RUN, arguments.checkpoints)
     per_checkpoint = max(1, arguments.objects // arguments.checkpoints)

@@ -90,7 +90,7 @@ class CheckpointBytes:
                 nbytes += chunk.nbytes
                 if reads and nbytes > _WINDOW:
                     break
-                reads[following] = ChunkRead(chunk, names=self._names[following])
+                reads[following] = ChunkRead(chunk, names=list(self._names[following]))
             for read in reads.values():
                 read.pieces.append((0, self._pool.take(read.chunk.nbytes)))
             self._reader.read(reads.values(), self._progress)

@@ -51,7 +51,7 @@ class ChunkRead:
     out: Bytes | None = None
     base_out: Bytes | None = None
     pieces: list[tuple[int, Bytes]] = field(default_factory=list)
-    names: tuple[str, ...] = ()
+    names: list[str] = field(default_factory=list)
     base_damaged: bool = False
 
 
@@ -233,9 +233,11 @@ def reads_for(
             continue
         position = 0
         for index, offset, nbytes in item.pieces:
-            read = reads.setdefault(index, ChunkRead(manifest.chunks[index]))
+            read = reads.get(index)
+            if read is None:
+                read = reads[index] = ChunkRead(manifest.chunks[index])
             read.pieces.append((offset, buffer[position : position + nbytes]))
-            read.names += tuple(needed_by[:3])
+            read.names += needed_by[:3]
             position += nbytes
     return reads
 

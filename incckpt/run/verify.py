@@ -300,9 +300,9 @@ def _reads(manifest: Manifest, names: Sequence[Sequence[str]]) -> list[ChunkRead
     """Return how to read every object of a checkpoint: a delta's base on its own, too, since all of it is relied on."""
     reads: dict[str, ChunkRead] = {}
     for chunk, tensors in zip(manifest.chunks, names_by_chunk(manifest, names), strict=True):
-        reads[str(chunk_keys(chunk)[0])] = ChunkRead(chunk, names=tuple(tensors))
+        reads[str(chunk_keys(chunk)[0])] = ChunkRead(chunk, names=tensors)
         base = chunk.base
         if base is not None:
             whole = Chunk(base.identity, chunk.nbytes, chunk.itemsize, base.nonce, base.size)
-            reads.setdefault(str(chunk_keys(whole)[0]), ChunkRead(whole, names=tuple(tensors)))
+            reads.setdefault(str(chunk_keys(whole)[0]), ChunkRead(whole, names=tensors))
     return list(reads.values())
