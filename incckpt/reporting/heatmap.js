@@ -168,8 +168,8 @@ function heatMap() {
     context.font = FONT;
     const width = frame.clientWidth;
     let label = 120;
-    for (const node of shown.slice(0, 2000)) label = Math.max(label, indentOf(node) + context.measureText(labelOf(node)).width + 14);
-    label = Math.round(Math.min(label, width * 0.42, 420));
+    for (const node of shown.slice(0, 2000)) label = Math.max(label, indentOf(node) + context.measureText(labelOf(node)).width + 16);
+    label = Math.ceil(Math.min(label, width * 0.42, 420));
     const room = width - label - 10;
     const cell = zoom === 0 ? Math.min(room / columns, 90) : Math.max(WIDTHS[zoom], Math.min(room / columns, 90));
     const height = Math.min(640 - 2, HEAD + Math.max(1, shown.length) * ROW + 2);
