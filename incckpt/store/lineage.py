@@ -26,8 +26,8 @@ from incckpt.store.refs import (
     create_once,
     exists,
     inherited_from_json,
-    inherited_to_json,
     is_stray,
+    lineage_document,
     list_pins,
     list_refs,
     new_nonce,
@@ -400,14 +400,9 @@ class Run:
     def seal(self, attempt: int, inherited: Iterable[Ref | RefName], abandoned: Iterable[Ref | RefName]) -> None:
         """Record what `attempt` continues; from now on this is the run's lineage.
 
-        For an unreadable ref, only the name is recorded.
+        For an unreadable ref, only the name is recorded; for all of them, if the document would be too long to read.
         """
-        document = {
-            "attempt": attempt,
-            "refs": [inherited_to_json(ref) for ref in inherited],
-            "abandoned": [inherited_to_json(ref) for ref in abandoned],
-        }
-        self.backend.put(self.seal_key(attempt), dump_document("lineage", document))
+        self.backend.put(self.seal_key(attempt), lineage_document(attempt, list(inherited), list(abandoned)))
 
     def check_not_superseded(self, attempt: int) -> None:
         """Check that there is no higher attempt.

@@ -11,12 +11,12 @@ import logging
 import operator
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from incckpt.backends.base import Backend, Entry, ReadableBuffer
-from incckpt.errors import BackendError, CorruptionError, KeyExistsError, KeyNotFoundError, OptionError
+from incckpt.errors import BackendError, CollectionError, CorruptionError, KeyExistsError, KeyNotFoundError, OptionError
 from incckpt.messages import shown
 from incckpt.store.document import (
     DOCUMENT_HEAD,
@@ -43,6 +43,7 @@ __all__ = [
     "inherited_from_json",
     "inherited_to_json",
     "is_stray",
+    "lineage_document",
     "list_pins",
     "list_refs",
     "list_twice",
@@ -208,6 +209,17 @@ class Ref:
         )
 
 
+def lineage_document(attempt: int, inherited: Sequence[Ref | RefName], abandoned: Sequence[Ref | RefName]) -> bytes:
+    """Return what an attempt continues, as a document; of names alone if it would be longer than what is read."""
+    parts = {"refs": inherited, "abandoned": abandoned}
+    fields = {part: [inherited_to_json(ref) for ref in refs] for part, refs in parts.items()}
+    document = dump_document("lineage", {"attempt": attempt, **fields})
+    if len(document) <= LIST_BYTES:
+        return document
+    names = {part: [inherited_to_json(getattr(ref, "name", ref)) for ref in refs] for part, refs in parts.items()}
+    return dump_document("lineage", {"attempt": attempt, **names})
+
+
 def inherited_to_json(ref: Ref | RefName) -> Json:
     """Return a ref as a lineage lists it: of one that cannot be read there is only the name."""
     return ref.to_item() if isinstance(ref, Ref) else {"ref": str(ref)}
@@ -367,10 +379,21 @@ class CondemnedLists:
         return f"gc/{name}"
 
     def put(self, keys: Iterable[str]) -> str:
-        """Put a list; from then on no writer reuses its keys. Returns its name."""
+        """Put a list; from then on no writer reuses its keys. Returns its name.
+
+        Raises
+        ------
+        CollectionError
+            If it would be longer than what is read.
+        """
         name = f"{new_nonce()}.condemned"
         condemned = frozenset(keys)
-        self._backend.put(self.key(name), dump_document("condemned", {"keys": sorted(condemned)}))
+        document = dump_document("condemned", {"keys": sorted(condemned)})
+        if len(document) > LIST_BYTES:
+            raise CollectionError(
+                f"{len(condemned):,} objects are too many to collect at once; collect older ones first, with min_age="
+            )
+        self._backend.put(self.key(name), document)
         self._known[name] = condemned
         return name
 

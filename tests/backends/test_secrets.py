@@ -73,6 +73,7 @@ def attempted(action: Callable[[], Any]) -> Any:
         return error
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(urls())
 def test_a_url_in_a_message_has_no_secret(url: str) -> None:
@@ -84,6 +85,7 @@ def test_a_url_in_a_message_has_no_secret(url: str) -> None:
         assert MARK not in redact(outcome.store)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(url=urls(), option=st.sampled_from(["run", "step", "threads", "nonsense"]))
 def test_calls_that_fail_before_a_request(url: str, option: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -137,6 +139,7 @@ class LibraryError(Exception):
         return self.shown
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     password=secret_texts("/@#?:%+ é"),

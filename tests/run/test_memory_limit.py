@@ -14,8 +14,8 @@ import torch
 
 import incckpt
 from incckpt.backends.memory import MemoryBackend
-from incckpt.errors import CorruptionError, IncckptError, MemoryLimitError, OptionError
-from incckpt.store import untrusted
+from incckpt.errors import CollectionError, CorruptionError, IncckptError, MemoryLimitError, OptionError
+from incckpt.store import refs, untrusted
 from tests.hostile import Contents, filled, manifest_of, rewrite_manifest, saved, with_manifest
 
 TIB = 1 << 40
@@ -131,6 +131,7 @@ def test_a_limit_is_no_damage() -> None:
         manager.load()  # and is not passed over for an earlier checkpoint
 
 
+@pytest.mark.slow
 def test_a_document_that_is_mostly_brackets() -> None:
     contents = sound()
     key, _ = manifest_of(contents)
@@ -197,3 +198,20 @@ def test_what_python_raises_while_reading_becomes_ours(kind: type[Exception]) ->
     assert raised.value.__cause__ is error
     with pytest.raises(KeyboardInterrupt), untrusted.reading("the manifest"):
         raise KeyboardInterrupt
+
+
+def test_lists_that_no_reader_would_take_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = filled(sound())
+    monkeypatch.setattr(refs, "LIST_BYTES", 500)
+    with pytest.raises(CollectionError, match="10 objects are too many to collect at once"):
+        refs.CondemnedLists(backend).put(f"objects/{index:02}/{'0' * 62}.{'0' * 16}" for index in range(10))
+    monkeypatch.setattr(refs, "LIST_BYTES", 200)
+    with incckpt.CheckpointManager(backend) as manager:
+        manager.restore(state())
+        manager.save(2, state()).result()
+    assert list(backend.list("gc/")) == []
+    attempt = next(entry.key for entry in backend.list("runs/") if entry.key.endswith("2.from"))
+    assert b"metrics" not in backend.get(attempt), "there are only names"
+    monkeypatch.undo()
+    with incckpt.CheckpointManager(backend, read_only=True) as manager:
+        assert [checkpoint.step for checkpoint in manager.checkpoints()] == [1, 2]
