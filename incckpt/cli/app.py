@@ -12,7 +12,7 @@ from incckpt.cli.errors import EXIT_CODES
 from incckpt.cli.options import global_options
 from incckpt.cli.output import Output
 
-__all__ = ["command", "run"]
+__all__ = ["command", "run", "verbs"]
 
 # Verb -> the module that has it, and what it does. A verb's module is imported when the verb is used.
 _VERBS = {
@@ -69,6 +69,11 @@ def command() -> None:
     s3://bucket/store#run, s3://bucket/store#run@500, ...@latest, ...@best. A path
     is a local folder. Without '#' the run is "default" where one is needed.
     """
+
+
+def verbs() -> dict[str, str]:
+    """Return what each verb does."""
+    return {name: text for name, (_, text) in _VERBS.items()}
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -32,7 +32,7 @@ def list_command(output: Output, url: str, abandoned: bool, option: dict[str, An
 
 def _show_list(output: Output, found: list[Checkpoint]) -> None:
     if not found:
-        output.line("The store has no checkpoint.")
+        output.line("There is no checkpoint to list.")
         return
     runs = {checkpoint.run for checkpoint in found}
     output.table(

@@ -150,17 +150,21 @@ class Output:
 
 
 class _Handler(logging.Handler):
-    """Prints log records as warnings."""
+    """Prints log records as warnings, each once."""
 
     def __init__(self, output: Output) -> None:
         super().__init__(logging.NOTSET)
         self._output = output
+        self._told: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.WARNING:
-            self._output.warn(record.getMessage())
-        elif self._output.debug:
-            print(f"{record.name}: {record.getMessage()}", file=sys.stderr)
+        message = record.getMessage()
+        again = record.name.endswith(".rereading")  # what is wrong for good is told by what gives up
+        if self._output.debug:
+            print(f"{record.name}: {message}", file=sys.stderr)
+        elif record.levelno >= logging.WARNING and not again and message not in self._told:
+            self._told.add(message)
+            self._output.warn(message)
 
 
 # -- values as text

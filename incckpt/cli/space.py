@@ -18,7 +18,7 @@ def _usage(output: Output, url: str, option: dict[str, Any] | None, **choice: An
     with output.progress("reading manifests", unit="checkpoints") as progress:
         found = incckpt.usage(url, progress=progress, storage_options=option, **choice)
     for problem in found.unreadable:
-        output.warn(f"a checkpoint cannot be read, so that it is not known what it needs: {problem}")
+        output.warn(problem)
     if found.missing:
         output.warn(f"{plural(len(found.missing), 'object')} that checkpoints need are missing; see 'incckpt verify'")
     return found
@@ -142,7 +142,7 @@ def blobs_command(
 
 def _short(key: str) -> str:
     """Return enough of an object's key to find it by."""
-    return f"{key[:22]}….{key.rpartition('.')[2]}" if len(key) > 40 else key
+    return f"{key[:20]}….{key.rpartition('.')[2]}" if len(key) > 40 else key
 
 
 @verb("gc")

@@ -387,7 +387,7 @@ class _Comparison:
         at = 0
         for chunk, offset, nbytes in item.pieces:
             reads.append(
-                ChunkRead(side.manifest.chunks[chunk], pieces=[(offset, buffer[at : at + nbytes])], names=(entry.name,))
+                ChunkRead(side.manifest.chunks[chunk], pieces=[(offset, buffer[at : at + nbytes])], names=[entry.name])
             )
             at += nbytes
         side.reader.read(reads)

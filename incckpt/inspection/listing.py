@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from incckpt.backends.base import Backend
-from incckpt.errors import OptionError
+from incckpt.errors import CorruptionError, FormatError, OptionError
 from incckpt.run.checkpoint import Checkpoint, read_refs
 from incckpt.run.choose import not_found
 from incckpt.store.lineage import Run
@@ -30,7 +30,7 @@ def list_checkpoints(
 ) -> list[Checkpoint]:
     """Return the checkpoints of a run, or of every run of a store, by run and step.
 
-    Unreadable ones are left out, and the log names them.
+    Unreadable ones are left out, and the log names them; so are runs whose lineage is damaged, unless one was named.
 
     Parameters
     ----------
@@ -49,6 +49,8 @@ def list_checkpoints(
         If the URL names a step.
     StoreNotFoundError, CheckpointNotFoundError
         If there is no such store, or the run that was named has no checkpoint.
+    CorruptionError, FormatError
+        If the lineage of the run that was named is damaged, or of a later version.
 
     Examples
     --------
@@ -65,11 +67,16 @@ def list_checkpoints(
     with Store.lent(url, location.store, storage_options) as store:
         store.check()
         names = [location.run] if location.named else _run_names(store)
-        found = [
-            Checkpoint.of(name, ref, abandoned=left)
-            for name in names
-            for ref, left in refs_of(store, store.run(name), abandoned=abandoned)
-        ]
+        found: list[Checkpoint] = []
+        for name in names:
+            try:
+                refs = list(refs_of(store, store.run(name), abandoned=abandoned))
+            except (CorruptionError, FormatError) as error:
+                if location.named:
+                    raise
+                log.error("%s", error)
+                continue
+            found += (Checkpoint.of(name, ref, abandoned=left) for ref, left in refs)
         if location.named and not found:
             raise not_found(store.run(location.run))
         return found

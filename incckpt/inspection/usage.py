@@ -278,7 +278,14 @@ def needs_of(
         Called with the number of checkpoints read, and of all.
     """
     names = [(run, name) for run, name, _, tombstone in list_refs(store.backend) if name is not None and not tombstone]
-    live = {run: frozenset(store.run(run).lineage().live) for run in sorted({run for run, _ in names})}
+    left: dict[str, frozenset[RefName]] = {}
+    for run in sorted({run for run, _ in names}):
+        try:
+            live = frozenset(store.run(run).lineage().live)
+        except (CorruptionError, FormatError) as error:
+            on_unreadable(str(error))
+            live = frozenset(name for owner, name in names if owner == run)  # all stand, whatever they are
+        left[run] = frozenset(name for owner, name in names if owner == run) - live
 
     def read(item: tuple[str, RefName]) -> tuple[Ref, dict[str, _Object]] | str | None:
         run, name = item
@@ -294,7 +301,7 @@ def needs_of(
             if isinstance(found, str):
                 on_unreadable(found)
             elif found is not None:
-                yield run, found[0], name not in live[run], found[1]
+                yield run, found[0], name in left[run], found[1]
         progress(start + len(batch), len(names))
 
 

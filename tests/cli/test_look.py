@@ -29,7 +29,7 @@ def test_list_of_an_empty_store(command: Command, tmp_path: Path) -> None:
     incckpt.save({"x": 1}, tmp_path / "store", step=1)
     with incckpt.CheckpointManager(tmp_path / "store") as manager:
         manager.delete(1)
-    assert command("list", tmp_path / "store").out == "The store has no checkpoint.\n"
+    assert command("list", tmp_path / "store").out == "There is no checkpoint to list.\n"
     assert command("list", tmp_path / "store", "--json").json == {"checkpoints": []}
     done = command("list", f"{tmp_path / 'store'}#default")
     assert (done.code, "has no checkpoint" in done.err) == (3, True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import incckpt
-from incckpt.errors import CheckpointNotFoundError, OptionError, StoreNotFoundError
+from incckpt.errors import CheckpointNotFoundError, CorruptionError, OptionError, StoreNotFoundError
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
@@ -37,3 +37,20 @@ def test_an_inherited_checkpoint_keeps_its_attempt(tmp_path: Path) -> None:
         manager.load()
         manager.save(2, {"x": 2}).result()
     assert [(found.step, found.attempt) for found in incckpt.list_checkpoints(tmp_path)] == [(1, 1), (2, 2)]
+
+
+def test_a_run_whose_lineage_is_damaged_does_not_hide_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    incckpt.save({"x": 1}, tmp_path, run="a")
+    incckpt.save({"x": 1}, tmp_path, run="b")
+    [seal] = tmp_path.glob("runs/a/attempts/*.from")
+    seal.write_bytes(b"{}")
+    with caplog.at_level(logging.ERROR):
+        assert [found.run for found in incckpt.list_checkpoints(tmp_path)] == ["b"]
+    assert "runs/a/attempts" in caplog.text
+    with pytest.raises(CorruptionError):
+        incckpt.list_checkpoints(tmp_path, run="a")
+    found = incckpt.usage(tmp_path)
+    assert "runs/a/attempts" in found.unreadable[0]
+    assert (len(found.checkpoints), found.unneeded_objects) == (2, 0)
