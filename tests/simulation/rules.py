@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from incckpt.run.attempt import Attempt
+from incckpt.run.recovery import Recoverer
 from incckpt.run.upload import Uploader
 from incckpt.run.writer import Writer
 from incckpt.store import objects, refs, rereading
@@ -896,6 +897,19 @@ RULES: dict[str, Rule] = {
                 """
                 - if not known.sure and self._store.backend.remote:
                 + if False:
+                """,
+            )
+        ],
+    ),
+    "a recovery continues what was committed until its attempt began": Rule(
+        "damage, and a recovery beside the run's writer",
+        [
+            Edit(
+                Recoverer,
+                "carry_out",
+                """
+                - done, chosen = self._plan(self._look({name: one for name, one in found.checked.items() if not one.lost}))
+                + done, chosen = self._plan(found)
                 """,
             )
         ],

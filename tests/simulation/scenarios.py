@@ -10,7 +10,7 @@ from unittest import mock
 from incckpt.retention import KeepLast
 from incckpt.testing.exploration import Explored, Explorer
 from incckpt.testing.simulation import Program, Server, SimulatedBackend, run_alone
-from tests.simulation.world import Promises, collector, deleter, is_live, looker, reader, saver
+from tests.simulation.world import Promises, collector, deleter, is_live, looker, reader, recoverer, saver
 
 TIMED = ("pins/", "gc/", "refs/", "probe/")
 
@@ -311,6 +311,18 @@ LIES: dict[str, Scenario] = {
         {"r": saver((200, "c"), ready=0, policy=LAST), "gc": collector()},
         {"damages": 1, "switches": 1, "damaged_at": ("runs/", "refs/", "objects/", "incckpt.json")},
         {"damages": 1, "switches": 2, "damaged_at": ("runs/", "refs/", "objects/", "incckpt.json")},
+    ),
+    "damage, and a recovery beside the run's writer": Scenario(
+        [first, saver((200, "a", "c"))],
+        {"r": saver((300, "a", "d"), ready=0), "recoverer": recoverer()},
+        {"damages": 1, "switches": 1, "damaged_at": ("runs/",)},
+        {"damages": 1, "switches": 2, "damaged_at": ("runs/", "refs/")},
+    ),
+    "damage, a recovery, and a reader": Scenario(
+        [first, saver((200, "a", "c"))],
+        {"recoverer": recoverer(), "reader": reader()},
+        {"damages": 1, "switches": 1, "damaged_at": ("runs/",)},
+        {"damages": 1, "switches": 2, "damaged_at": ("runs/", "refs/")},
     ),
 }
 

@@ -28,9 +28,12 @@ from incckpt.errors import (
 from incckpt.retention import KeepLast, Policy
 from incckpt.run.attempt import Attempt, IfExists, Origin
 from incckpt.run.chunk_index import ChunkIndex
+from incckpt.run.inventory import lineage_or_damage
 from incckpt.run.reader import ChunkRead, Reader
+from incckpt.run.recovery import Recoverer, RecoveryPlan
 from incckpt.run.report import SaveReport
 from incckpt.run.snapshot import Snapshot
+from incckpt.run.verify import Checker
 from incckpt.staging.baseline import Baseline, Slot
 from incckpt.staging.content import Content
 from incckpt.staging.layout import Layout
@@ -356,6 +359,30 @@ def collector(turns: int = 2) -> Program:
         worker.sweep()
         for _ in range(turns - 1):
             worker.finish()
+
+    return surviving(program)
+
+
+def recoverer(run: str = RUN) -> Program:
+    """Return a program that recovers a run; where that was needed, the run must be whole from then on.
+
+    What makes it needed is damage, of which there must be no more after it.
+    """
+
+    def program(process: Process) -> None:
+        process.pause()
+        store = open_store(process)
+        reader = Reader(store, threads=1)
+
+        def recover() -> RecoveryPlan:
+            return Recoverer(store, run, Checker(store, reader, "sizes", set(), False)).carry_out()
+
+        if recover().needed:
+            wrong = lineage_or_damage(store.run(run))[1]
+            if wrong is not None:
+                process.emit(Violation(f"{run} was recovered, and is damaged: {wrong}"))
+            if recover().needed:
+                process.emit(Violation(f"{run} was recovered, and needs it again"))
 
     return surviving(program)
 
