@@ -5,7 +5,9 @@ a process of its own; the peak of its resident memory is printed, and what came 
 
     python benchmarks/bench_interchange.py --gigabytes 6 --folder /var/tmp
 
-Takes about four times the size of the state on disk.
+Takes about four times the size of the state on disk. Or, what a folder of checkpoints takes once it is imported:
+
+    python benchmarks/bench_interchange.py --series 20   # the fine-tune in bfloat16 of bench_bytes, as .pt files
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 TENSOR_BYTES = 150 << 20
 SMALL = 3
 
 
-def write_model(path: Path, nbytes: int) -> None:
-    """Write a safetensors file: large tensors, and small ones beside them."""
+def write_model(path: Path, nbytes: int, *, noise: bool = False) -> None:
+    """Write a safetensors file: large tensors, and small ones beside them, of normal numbers or of noise."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
 
@@ -52,8 +56,12 @@ def write_model(path: Path, nbytes: int) -> None:
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(document)) + document)
         for start in range(0, position, 16 << 20):
-            values = numbers.standard_normal(min(16 << 20, position - start) // 2, np.float32)
-            file.write((values.view(np.uint32) >> 16).astype(np.uint16).data)
+            size = min(16 << 20, position - start)
+            if noise:
+                file.write(numbers.bytes(size))
+            else:
+                values = numbers.standard_normal(size // 2, np.float32)
+                file.write((values.view(np.uint32) >> 16).astype(np.uint16).data)
 
 
 def tensors_of(path: Path) -> dict[str, tuple[Path, int, int]]:
@@ -67,6 +75,11 @@ def tensors_of(path: Path) -> dict[str, tuple[Path, int, int]]:
         name: (path, begin + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
         for name, entry in header.items()
     }
+
+
+def tensors_in(folder: Path) -> dict[str, tuple[Path, int, int]]:
+    """Return where the bytes of each tensor of a folder of safetensors files are."""
+    return {name: place for path in folder.glob("*.safetensors") for name, place in tensors_of(path).items()}
 
 
 def same_bytes(one: dict[str, tuple[Path, int, int]], other: dict[str, tuple[Path, int, int]]) -> bool:
@@ -113,7 +126,8 @@ def run(what: str, source: Path | str, target: Path) -> dict[str, float]:
     """Run `child` in a new process; return what it measured."""
     done = subprocess.run(
         [sys.executable, __file__, "--child", what, str(source), str(target)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path[1:])},
+        env={name: value for name, value in os.environ.items() if name != "INCCKPT_VERIFY_WRITES"}
+        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         check=True,
         capture_output=True,
         text=True,
@@ -122,11 +136,47 @@ def run(what: str, source: Path | str, target: Path) -> dict[str, float]:
     return result
 
 
+def series(folder: Path, count: int) -> None:
+    """Fine-tune a small model, save every ten steps with torch.save, and import the folder."""
+    import torch
+
+    import incckpt
+    from benchmarks.bench_bytes import GAP, pretrained, train_step
+    from benchmarks.bench_codec import batches
+    from incckpt.interchange import import_files
+
+    model = pretrained().bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    source = batches(3)
+    old = folder / "old"
+    old.mkdir()
+    for save in range(count):
+        for _ in range(GAP):
+            train_step(model, optimizer, next(source))
+        torch.save(model.state_dict(), old / f"checkpoint-{save * GAP}.pt")
+    made = import_files(old, folder / "store")
+    files = sum(path.stat().st_size for path in old.iterdir())
+    stored = sum(path.stat().st_size for path in (folder / "store").rglob("*") if path.is_file())
+    later = made[1:]
+    ratio = sum(one.checkpoint.written for one in later) / sum(one.checkpoint.nbytes for one in later)
+    print(f"{count} files of {files / 1e6:.1f} MB together take {stored / 1e6:.1f} MB, {stored / files:.3f} of it")
+    first = made[0].checkpoint.written / made[0].checkpoint.nbytes
+    print(f"{ratio:.4f} of the raw bytes for each after the first, {first:.3f} for that")
+    for one in made:
+        loaded = incckpt.load(f"{folder}/store#@{one.checkpoint.step}")
+        original = torch.load(one.source, weights_only=True)
+        same = all(torch.equal(loaded[name].view(torch.uint8), original[name].view(torch.uint8)) for name in original)
+        if not same or list(loaded) != list(original):
+            raise SystemExit(f"step {one.checkpoint.step} came back different")
+    print("every one of them came back, bit for bit")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--folder", default=None, help="where to work; a temporary folder is made in it")
     parser.add_argument("--formats", nargs="*", default=["safetensors", "pt", "huggingface", "dcp"])
+    parser.add_argument("--series", type=int, default=0, help="how many checkpoints of a fine-tune to import instead")
     parser.add_argument("--child", nargs=3, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
@@ -134,7 +184,10 @@ def main() -> None:
         return
     folder = Path(tempfile.mkdtemp(prefix="bench-interchange-", dir=options.folder))
     try:
-        bench(folder, int(options.gigabytes * (1 << 30)), options.formats)
+        if options.series:
+            series(folder, options.series)
+        else:
+            bench(folder, int(options.gigabytes * (1 << 30)), options.formats)
     finally:
         shutil.rmtree(folder)
 
@@ -156,26 +209,18 @@ def bench(folder: Path, nbytes: int, formats: list[str]) -> None:
 
     line("import safetensors", run("import", model, folder / "store"), None)
     for name in formats:
-        target = folder / {"safetensors": "out.safetensors", "pt": "out.pt"}.get(name, f"out-{name}")
+        out = folder / f"out-{name}"
+        target = out / {"safetensors": "model.safetensors", "pt": "state.pt"}.get(name, "folder")
         one = run(name, folder / "store", target)
-        if name == "safetensors":
-            line(f"export {name}", one, same_bytes(tensors_of(target), expected))
-        elif name == "huggingface":
-            shards: dict[str, tuple[Path, int, int]] = {}
-            for shard in sorted(target.glob("*.safetensors")):
-                shards |= tensors_of(shard)
-            line(f"export {name}", one, same_bytes(shards, expected))
+        if name in ("safetensors", "huggingface"):
+            line(f"export {name}", one, same_bytes(tensors_in(target.parent if target.suffix else target), expected))
         else:
             line(f"export {name}", one, None)
-            again = folder / "again"
-            line(f"import {name}", run("import", target, again), None)
-            back = folder / "back.safetensors"
-            run("safetensors", again, back)
-            verdict = "same bytes" if same_bytes(tensors_of(back), expected) else "DIFFERENT BYTES"
+            line(f"import {name}", run("import", target, out / "store"), None)
+            run("huggingface", out / "store", out / "back")
+            verdict = "same bytes" if same_bytes(tensors_in(out / "back"), expected) else "DIFFERENT BYTES"
             print(f"{name}, out and in: {verdict}", flush=True)
-            shutil.rmtree(again)
-            back.unlink()
-        (shutil.rmtree if target.is_dir() else os.remove)(target)
+        shutil.rmtree(out)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,11 @@ class NamedTensor:
         value = Builder([entry], {entry.range: source.read(entry.range)}, map_location="cpu").tensor(0)
         if isinstance(value, np.ndarray):
             return np.frombuffer(np.ascontiguousarray(value).tobytes(), np.uint8)
-        carrier = raw_view(value.detach().resolve_conj().resolve_neg())  # copies of some dtypes are not implemented
+        try:
+            plain = value.detach().resolve_conj().resolve_neg()
+        except NotImplementedError as error:
+            raise StateError(f"torch cannot resolve the negative bit of tensor {self.name!r}: {error}") from error
+        carrier = raw_view(plain)  # copies of some dtypes are not implemented
         dense: Bytes = carrier.contiguous().reshape(-1).view(torch.uint8).numpy()
         return dense
 

@@ -17,6 +17,7 @@ import incckpt
 from incckpt.errors import CorruptionError, OptionError, StateError
 from incckpt.interchange import export, import_files
 from incckpt.interchange.safetensors_files import _NUMPY_DTYPES, _TORCH_DTYPES
+from incckpt.state.ranges import raw_view
 from incckpt.testing.compare import assert_same_state, difference
 from incckpt.testing.strategies import arrays, tensors
 
@@ -24,19 +25,23 @@ safetensors = pytest.importorskip("safetensors")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 
-KNOWN = {*_TORCH_DTYPES, *_NUMPY_DTYPES}
-
-
-def code_of(value: torch.Tensor | np.ndarray[Any, Any]) -> str:
-    """Return the name that the table of the format's dtypes has for a dtype, if it has one."""
-    return value.dtype.str if isinstance(value, np.ndarray) else str(value.dtype).removeprefix("torch.")
+def is_held(value: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+    """Whether the format has a dtype, and torch the elements of a tensor as they are meant: it cannot negate float8."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.str in _NUMPY_DTYPES
+    try:
+        value.detach().resolve_neg()
+    except NotImplementedError:
+        return False
+    return str(value.dtype).removeprefix("torch.") in _TORCH_DTYPES
 
 
 def plain(value: torch.Tensor | np.ndarray[Any, Any]) -> torch.Tensor:
     """Return a tensor or array as a safetensors file gives it: row-major, no flags."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
-    return value.detach().resolve_conj().resolve_neg().contiguous().clone(memory_format=torch.contiguous_format)
+    # As integers: a copy of booleans makes ones of all that is not zero.
+    return raw_view(value.detach().resolve_conj().resolve_neg()).contiguous().view(value.dtype)
 
 
 @pytest.mark.slow
@@ -44,17 +49,17 @@ def plain(value: torch.Tensor | np.ndarray[Any, Any]) -> torch.Tensor:
 @settings(
     deadline=None,
     derandomize=True,
-    max_examples=40,
+    max_examples=20,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-@given(data=st.dictionaries(st.text(min_size=1, max_size=5), tensors() | arrays(), min_size=1, max_size=4))
+@given(
+    data=st.dictionaries(
+        st.text(min_size=1, max_size=5), (tensors() | arrays()).filter(is_held), min_size=1, max_size=4
+    )
+)
 def test_tensors_come_back_from_a_file(data: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         incckpt.save(data, f"{folder}/store")
-        if any(code_of(value) not in KNOWN for value in data.values()):
-            with pytest.raises(StateError, match="safetensors has no"):
-                export(f"{folder}/store", f"{folder}/all.safetensors")
-            return
         export(f"{folder}/store", f"{folder}/all.safetensors")
         loaded = safetensors_torch.load_file(f"{folder}/all.safetensors")
         assert difference({name: loaded[name] for name in data}, {name: plain(one) for name, one in data.items()}) == ""
@@ -160,6 +165,12 @@ def test_what_is_no_tensor_is_refused_or_left_out(tmp_path: Path, caplog: pytest
 def test_a_dtype_that_the_format_does_not_have_is_named(tmp_path: Path) -> None:
     incckpt.save({"a": torch.ones(2), "z": torch.ones(2, dtype=torch.complex128)}, tmp_path / "store")
     with pytest.raises(StateError, match=r"no torch dtype complex128, which tensor 'z' has"):
+        export(tmp_path / "store", tmp_path / "model.safetensors")
+
+
+def test_a_negative_that_torch_cannot_resolve_is_named(tmp_path: Path) -> None:
+    incckpt.save({"z": torch._neg_view(torch.ones(2).to(torch.float8_e5m2))}, tmp_path / "store")
+    with pytest.raises(StateError, match="cannot resolve the negative bit of tensor 'z'"):
         export(tmp_path / "store", tmp_path / "model.safetensors")
 
 
