@@ -282,15 +282,15 @@ LIES: dict[str, Scenario] = {
     "a writer and its replacement, and one wrong answer": Scenario(
         [first],
         {"old": saver((200, "a", "b1"), ready=0), "new": saver((300, "a", "c"))},
-        {"lies": 1, "switches": 1, "lying_at": ("pins/", "refs/")},
+        {"lies": 1, "switches": 2, "lying_at": ("pins/",)},
         {"lies": 1, "switches": 2, "lying_at": ("pins/", "refs/")},
         remote=True,
     ),
     "two runs of one content, one pruned, and one wrong answer": Scenario(
         [first],
         {"r": saver((200, "c", "d"), ready=0, policy=LAST), "q": saver((10, "a", "b"), run="q")},
+        {"lies": 1, "switches": 1, "lying_at": ("pins/", "gc/", "refs/")},
         {"lies": 1, "switches": 2},
-        {"lies": 1, "switches": 3},
         remote=True,
     ),
     "garbage, a saver that could use it, a collector, and one wrong answer": Scenario(
