@@ -874,6 +874,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"switches": 2, "lying_at": ("refs/",)},
     ),
     "a condemned list that was put is looked for": Rule(
         "two runs of one content, one pruned, and one wrong answer",
@@ -887,6 +888,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"switches": 2, "lying_at": ("gc/",)},
     ),
     "what is condemned is read twice where no ref vouches": Rule(
         "two runs of one content, one pruned, and one wrong answer",
@@ -900,6 +902,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"switches": 2, "lying_at": ("gc/",)},
     ),
     "a recovery continues what was committed until its attempt began": Rule(
         "damage, and a recovery beside the run's writer",
