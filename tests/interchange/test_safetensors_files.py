@@ -40,8 +40,9 @@ def plain(value: torch.Tensor | np.ndarray[Any, Any]) -> torch.Tensor:
     """Return a tensor or array as a safetensors file gives it: row-major, no flags."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
-    # As integers: a copy of booleans makes ones of all that is not zero.
-    return raw_view(value.detach().resolve_conj().resolve_neg()).contiguous().view(value.dtype)
+    # As integers: a copy of booleans makes ones of all that is not zero. Flat: empty ones may have any stride.
+    raw = raw_view(value.detach().resolve_conj().resolve_neg())
+    return raw.reshape(-1).contiguous().reshape(value.shape).view(value.dtype)
 
 
 @pytest.mark.slow
