@@ -267,6 +267,7 @@ def comparable(page: str) -> str:
     page = re.sub(r"[0-9.]+ times less", "N times less", page)
     page = re.sub(r"[0-9.]+ (ms|s|min|seconds|minutes|hours|days)\b", "DURATION", page)
     page = re.sub(r'"(written|nbytes)": \d+', r'"\1": N', page)
+    page = re.sub(r"makes \d+ requests: [a-z0-9, ]+", "makes N requests", page)  # a look more or less
     return re.sub(r"\s+", " ", page)
 
 
