@@ -191,10 +191,15 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     return found
 
 
+WEIGHTS = {"structure": 12, "tensors": 12, "ranges": 4, "chunks": 4, "packed": 4}
+"""How often a part of a manifest is changed, for once of any other."""
+
+
 def change_fields(chance: Chance, document: dict[str, Any]) -> None:
     """Change some fields of a document, favouring none of its parts for its length."""
     for _ in range(chance.choice([1, 1, 1, 2, 3])):
-        part = chance.choice(list(document)) if document and chance.random() < 0.7 else None
+        weights = [WEIGHTS.get(name, 1) for name in document]
+        part = chance.choices(list(document), weights)[0] if document and chance.random() < 0.9 else None
         found = places({part: document[part]} if part is not None else document)
         if not found:
             return
