@@ -264,7 +264,8 @@ def test_what_is_rebuilt_is_a_lineage(found: Remains, data: st.DataObject) -> No
     if whole:
         assert live, "what is whole makes a lineage"
         highest = max(name.attempt for name in whole)
-        assert any(name.attempt == highest for name in live)
+        if highest >= max(found.seals, default=0):  # else a later attempt may have abandoned its checkpoints
+            assert any(name.attempt == highest for name in live), "the last writer's checkpoints are left out"
         later = Remains(9, found.standing, (), {**found.seals, 9: (live, abandoned)}, {})
         assert later.rebuilt(whole) == (live, abandoned), "a second recovery makes another lineage"
         assert later.as_read(whole) == (live, sorted(abandoned))
