@@ -3,7 +3,7 @@
     make demo
 
 Three runs of `train_gpt.py`'s training: one that is killed with SIGKILL, one that resumes it, and one, for comparison,
-that nobody disturbs and that saves with ``torch.save``. All that is printed at the end was measured.
+that is not disturbed and saves with ``torch.save``. All that is printed at the end was measured.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def main() -> None:
     say("2  A new process resumes.")
     child.train()
 
-    say("3  The same training again, with nobody disturbing it, and with torch.save.")
+    say("3  The same training again, undisturbed, and with torch.save.")
     reference, sizes, seconds = undisturbed(options)
     print(f"{options.steps} steps, {len(sizes)} files.")
 

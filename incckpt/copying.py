@@ -234,7 +234,7 @@ def _copy_one(
     report = SaveReport(step=ref.step)
     try:
         manifest = source.manifest(ref)
-        Contents.of(manifest)  # nobody could restore a copy of what does not parse
+        Contents.of(manifest)  # a copy of what does not parse could not be restored
         transfer = Transfer(source, manifest, ref.step, manifest.time, verify, progress)
         copy = attempt.write(transfer, report, "replace" if if_exists == "replace" else "error")
     except CorruptionError as error:

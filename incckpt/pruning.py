@@ -63,7 +63,7 @@ def prune(
 ) -> PruningPlan:
     """Find the checkpoints of a run that a policy does not keep, and with ``dry_run=False`` delete them.
 
-    Managers prune after each save by the policy that they were given. This prunes a run that nobody writes; it takes
+    Managers prune after each save by the policy that they were given. This prunes a run that has no writer; it takes
     the run over from whoever does. Checkpoints that were abandoned go, too, once the run has passed their steps.
 
     Parameters

@@ -168,7 +168,7 @@ class Soak:
         with Store.open(self.url, self.options) as store:
             Collector(store).sweep()
             left = orphans(store.backend)
-            assert not left, f"{len(left)} objects that nobody needs: {sorted(left)[:5]}"
+            assert not left, f"{len(left)} objects that no checkpoint needs: {sorted(left)[:5]}"
         return {"kills": self.kills, "starts": sum(self.starts.values()), "announced": announced, "restored": checked}
 
 

@@ -226,7 +226,7 @@ def test_a_failed_save_reaches_the_trainer_and_the_next_one_mends_it(tmp_path: P
         assert_same(target, expected)
 
 
-def test_close_raises_what_nobody_heard_of(tmp_path: Path) -> None:
+def test_close_raises_a_failure_not_raised_yet(tmp_path: Path) -> None:
     backend = FaultyBackend(MemoryBackend(str(tmp_path)), [Fault("put", "objects/*", times=None)])
     manager = incckpt.CheckpointManager(backend)
     manager.save(1, {"w": torch.zeros(3)})
@@ -392,7 +392,7 @@ def test_going_on_from_an_abandoned_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "look", ["restore", "a step that is not there", "a state that does not fit", "load", "nothing"]
 )
-def test_whoever_only_looks_stops_nobody(tmp_path: Path, look: str) -> None:
+def test_looking_stops_no_writer(tmp_path: Path, look: str) -> None:
     backend = CountingBackend(MemoryBackend(str(tmp_path)))
     with incckpt.CheckpointManager(backend) as writer:
         writer.save(1, {"w": torch.zeros(3)}).result()

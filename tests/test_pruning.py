@@ -1,4 +1,4 @@
-"""Pruning a run that nobody writes: what a manager with the same policy would have kept."""
+"""Pruning a run that has no writer: what a manager with the same policy would have kept."""
 
 from __future__ import annotations
 

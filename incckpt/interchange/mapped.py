@@ -63,7 +63,7 @@ class Mappings:
             return
         low = address - address % mmap.PAGESIZE
         high = min(address + nbytes + -(address + nbytes) % mmap.PAGESIZE, self._spans[place][1])
-        # Nobody writes to these pages, which are private to this process: none of them differs from the file.
+        # These pages are private to this process and never written: none of them differs from the file.
         _advise()(low, high - low, _DONTNEED)
 
 

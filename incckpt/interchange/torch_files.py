@@ -65,7 +65,7 @@ def write_torch_file(
 ) -> None:
     """Write a state as ``torch.save`` does, all tensors on the CPU; storages go through memory a part at a time.
 
-    The pickle is that of the state over memory that nobody has touched, which takes none: no byte of a tensor is in it.
+    The pickle is that of the state over memory that is never touched, which takes none: no byte of a tensor is in it.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def write_torch_file(
 
 
 def untouched_state(contents: Contents, source: CheckpointBytes, *, allow_pickle: bool) -> tuple[Any, dict[int, int]]:
-    """Return a state over memory that nobody has touched, and the entry of each of its tensors by their identity.
+    """Return a state over memory that is never touched, and the entry of each of its tensors by their identity.
 
     What is not of a tensor's bytes alone is filled: arrays, the states of generators.
     """

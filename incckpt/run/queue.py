@@ -91,7 +91,7 @@ class BackgroundQueue:
                 begun = self._worker is not None
                 if not begun:
                     with suppress(ValueError):
-                        self._jobs.remove(entry)  # nobody would do it until another call comes
+                        self._jobs.remove(entry)  # it would wait for the next call
             if not begun and not future.done():
                 future.set_exception(SaveError("interrupted before it began"))
             raise

@@ -205,7 +205,7 @@ class Uploader:
         return True
 
     def _is_there(self, key: ObjectKey, size: int, known: Known) -> bool:
-        """Whether an object is there that no ref vouches for, and nobody is about to delete."""
+        """Whether an object that no ref vouches for is there, and not condemned."""
         if not self._store.objects.exists(key, size):
             return False
         return str(key) not in self._surely_condemned(known)

@@ -24,7 +24,7 @@ quarter of it."""
 
 VARIABLE = "INCCKPT_MAX_BYTES"
 
-_ALWAYS = 64 << 20  # nobody's memory is exceeded by this: it is not worth a look
+_ALWAYS = 64 << 20  # too little to be worth asking the system how much there is
 _JSON_VALUE = 64  # about the bytes of memory that a value of a JSON document takes
 
 

@@ -111,4 +111,4 @@ class TestOnRclone(BackendConformance):
         return lambda key: Path(backend.url.removeprefix("file://"), key).read_bytes()
 
     def test_put_is_atomic_under_readers(self, backend: Backend) -> None:
-        pytest.skip("while rclone renames over a file, readers find none; of what is overwritten nobody needs that")
+        pytest.skip("while rclone renames over a file, readers find none; what is overwritten needs no more")

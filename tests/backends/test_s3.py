@@ -170,7 +170,7 @@ def test_errors_that_may_pass_are_repeated(proxy: FaultProxy, broken: S3Backend,
         assert operation(patient(broken))
 
 
-def test_an_address_where_nobody_ever_answered_is_given_up_soon(bucket: str) -> None:
+def test_an_address_that_never_answered_is_given_up_soon(bucket: str) -> None:
     now = [0.0]
     options = {"key": "k", "secret": "s", "endpoint_url": "http://127.0.0.1:1"}
     with S3Backend(bucket, "x", options) as backend:
@@ -204,7 +204,7 @@ def test_a_server_that_has_answered_is_waited_for(
         assert 120 < now[0] < 180
 
 
-def test_an_endpoint_where_nobody_listens(bucket: str) -> None:
+def test_an_endpoint_that_refuses_connections(bucket: str) -> None:
     with S3Backend(bucket, "x", {"key": "k", "secret": "s", "endpoint_url": "http://127.0.0.1:1"}) as backend:
         with pytest.raises(BackendTimeoutError, match=r"127\.0\.0\.1:1"):
             RetryBackend(backend, limit=0.01).get("k")

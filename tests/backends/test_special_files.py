@@ -17,7 +17,7 @@ from incckpt.errors import BackendError, IncckptError, KeyNotFoundError
 
 
 def fifo(path: Path) -> None:
-    """Make a FIFO, which nobody will ever write to."""
+    """Make a FIFO that is never written to."""
     os.mkfifo(path)
 
 

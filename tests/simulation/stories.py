@@ -188,7 +188,7 @@ class Story:
                 assert isinstance(name, RefName)
                 self.model.reads += 1
                 if chunks not in self.model.saved[run, name.attempt, name.step]:
-                    raise Violation(f"{name} of {run} was read as {chunks}, which nobody saved")
+                    raise Violation(f"{name} of {run} was read as {chunks}, which was never saved")
         if touched:
             visible = self._promises.visible(self.server)
             for run, announced in self.model.announced.items():

@@ -700,7 +700,7 @@ def check_restart(server: Server) -> None:
 
 
 def check_known(server: Server, needed: Set[str]) -> None:
-    """Check that whoever comes next is told of all that is not needed: when nobody failed, it is on a list.
+    """Check that the next process is told of everything that is not needed: if no process failed, it is on a list.
 
     Raises
     ------
@@ -710,7 +710,7 @@ def check_known(server: Server, needed: Set[str]) -> None:
     listed = frozenset().union(*CondemnedLists(SimulatedBackend(server.perform)).read().values())
     left = sorted(objects - needed - listed) + [key for key in server.values if key.startswith("pins/")]
     if left:
-        raise Violation(f"in the end nobody knows of {', '.join(left)}")
+        raise Violation(f"at the end no list names {', '.join(left)}")
 
 
 def _check_clean(server: Server, needed: Set[str], who: str) -> None:

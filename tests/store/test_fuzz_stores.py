@@ -12,7 +12,7 @@ COUNT = int(os.environ.get("INCCKPT_FUZZ", "10000")) // 100
 
 
 @pytest.mark.slow
-def test_a_store_of_an_enemy_harms_nobody() -> None:
+def test_a_hostile_store_harms_no_reader() -> None:
     seen = {check_store(number) for number in range(COUNT)}
     assert len(seen) > len(set(CHANGES)) // 2
 
