@@ -1,4 +1,4 @@
-"""Stores as an enemy writes them: documents changed at will, with digests and check sums that are right."""
+"""Stores as an attacker would write them: documents changed at will, with digests and checksums that are right."""
 
 from __future__ import annotations
 

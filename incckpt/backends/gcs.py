@@ -240,7 +240,7 @@ class GCSBackend(RemoteBackend[_Session]):
         try:
             return _Session(self._options)
         except (TypeError, ValueError, KeyError) as exc:
-            raise OptionError(f"{self.url}: storage_options are not what gcsfs takes: {exc}") from exc
+            raise OptionError(f"{self.url}: gcsfs refuses the storage_options: {exc}") from exc
 
     async def _open(self, client: _Session) -> None:
         await client.open()

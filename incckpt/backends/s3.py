@@ -359,7 +359,7 @@ class S3Backend(RemoteBackend[Session]):
         try:
             return Session(self._options, self._bucket)
         except (TypeError, ValueError, KeyError) as exc:
-            raise OptionError(f"{self.url}: storage_options are not what s3fs takes: {exc}") from exc
+            raise OptionError(f"{self.url}: s3fs refuses the storage_options: {exc}") from exc
 
     async def _open(self, client: Session) -> None:
         await client.open()

@@ -70,7 +70,7 @@ class Session:
                 self._fs.session = session
             self._opened = await self._fs.set_session()
         except (TypeError, ValueError) as exc:
-            raise OptionError(f"storage_options for S3 are not what s3fs takes: {exc}") from exc
+            raise OptionError(f"s3fs refuses the storage_options: {exc}") from exc
 
     async def call(self, operation: str, **parameters: Any) -> dict[str, Any]:
         """Make one request, with those of s3fs's additional parameters that the operation takes."""

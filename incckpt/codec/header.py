@@ -148,14 +148,14 @@ def read_header(data: Buffer) -> Header:
         raise CodecError(f"the header of {nbytes} raw bytes takes {size} bytes, and there are {len(view)}")
     (check,) = _CHECK.unpack_from(view, size - _CHECK.size)
     if zlib.crc32(view[: size - _CHECK.size]) != check:
-        raise CodecError("the header is damaged: its check sum is wrong")
+        raise CodecError("the header is damaged: its checksum is wrong")
     if itemsize not in (1, 2, 4, 8) or flags > _HAS_BASE or reserved or (base != _NO_BASE and not flags):
-        raise CodecError(f"the header makes no sense: element size {itemsize}, flags {flags}, reserved {reserved}")
+        raise CodecError(f"the header is invalid: element size {itemsize}, flags {flags}, reserved {reserved}")
     ways, offsets, digests = [], [size], []
     for i, (start, stop) in enumerate(spans(nbytes)):
         way, padding, coded, frame_digest = _ENTRY.unpack_from(view, _HEAD.size + _ENTRY.size * i)
         if way >= len(WAYS) or (way == DELTA and not flags) or padding != _NO_PADDING or coded > stop - start:
-            raise CodecError(f"the header makes no sense: frame {i} of way {way} with {coded} coded bytes")
+            raise CodecError(f"the header is invalid: frame {i} of way {way} with {coded} coded bytes")
         ways.append(way)
         offsets.append(offsets[-1] + coded)
         digests.append(frame_digest)

@@ -76,7 +76,7 @@ def parse_document(data: bytes, kind: str, name: str) -> dict[str, Json]:
             f"{name} is of format {version}; this version of incckpt reads format {highest}: update incckpt"
         )
     if data[-_CHECK_NBYTES:] != _CHECK % zlib.crc32(data[:-_CHECK_NBYTES]):
-        raise CorruptionError(f"{name} is damaged: its check sum is wrong")
+        raise CorruptionError(f"{name} is damaged: its checksum is wrong")
     return document
 
 

@@ -673,7 +673,7 @@ def mutate(data: bytes, other: bytes, generator: np.random.Generator) -> bytes:
 
 
 def mend(data: bytes, found: Digest, generator: np.random.Generator) -> bytes:
-    """Return `data` with its check sum, and mostly its digests, put right: so that damage gets past the header."""
+    """Return `data` with its checksum, and mostly its digests, put right: so that damage gets past the header."""
     damaged = bytearray(data)
     nbytes = int.from_bytes(damaged[8:16], "little")
     end = codec.header_nbytes(nbytes) - 4
@@ -773,7 +773,7 @@ ZEROS = bytes(300)
         (b"", "not an object"),
         (b"PK\x03\x04" + bytes(100), "begins with"),
         (one_frame(ZEROS, 0, ZEROS)[:4] + b"\x02" + one_frame(ZEROS, 0, ZEROS)[5:], "format 2"),
-        (one_frame(ZEROS, 0, ZEROS)[:9] + b"\xff" + one_frame(ZEROS, 0, ZEROS)[10:], "check sum"),
+        (one_frame(ZEROS, 0, ZEROS)[:9] + b"\xff" + one_frame(ZEROS, 0, ZEROS)[10:], "checksum"),
         (one_frame(ZEROS, 0, ZEROS)[:15] + b"\xff" + one_frame(ZEROS, 0, ZEROS)[16:], "there are 392"),
         (one_frame(ZEROS, 0, ZEROS)[:-1], "has 391 bytes"),
         (one_frame(ZEROS, 0, ZEROS) + b"\0", "has 393 bytes"),

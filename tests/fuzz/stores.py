@@ -1,4 +1,4 @@
-"""Whole stores, changed as an enemy would, and used in every way: ``python -m tests.fuzz.stores --count 100000``.
+"""Whole stores, changed as an attacker would, and used in every way: ``python -m tests.fuzz.stores --count 100000``.
 
 Each store is a real one with changes that get past the digests: fields of documents, what is packed, headers and frames
 of objects, keys and sizes. Whatever is done with it ends in an error of incckpt's or in a state whose memory is its
@@ -247,7 +247,7 @@ def of_a_manifest(contents: Contents, chance: Chance) -> Contents:
 
 
 def of_text(contents: Contents, chance: Chance) -> Contents:
-    """Change the text of a document, with the right check sum or digest."""
+    """Change the text of a document, with the right checksum or digest."""
     key = chance.choice([*documents(contents), *manifests(contents) * 2])
     bare = contents[key].startswith(b'{"format"')
     text = bytearray(contents[key] if bare else codec.decode_document(contents[key], 1 << 30))
@@ -309,7 +309,7 @@ ENTRY = struct.Struct("<B3sI32s")
 
 
 def of_an_object(contents: Contents, chance: Chance) -> Contents:
-    """Change the header and the frames of an object, with the check sum right; sometimes its name, too."""
+    """Change the header and the frames of an object, with the checksum right; sometimes its name, too."""
     objects = sorted(key for key in contents if key.startswith((OBJECTS, DELTAS)))
     key = chance.choice(objects)
     data = bytearray(contents[key])

@@ -1,4 +1,4 @@
-"""A full disk: freeing space needs none, and a save that found no space does not keep what there was."""
+"""A full disk: freeing space needs none, and a save that finds no space leaves nothing behind."""
 
 from __future__ import annotations
 

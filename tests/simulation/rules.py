@@ -917,7 +917,7 @@ RULES: dict[str, Rule] = {
             )
         ],
     ),
-    "a writer tells what it has put for nothing": Rule(
+    "a writer lists what it put in vain": Rule(
         "two replacements at once",
         [
             Edit(

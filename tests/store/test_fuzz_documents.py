@@ -135,7 +135,7 @@ def of_bytes(contents: dict[str, bytes], key: str, chance: random.Random) -> Non
 
 
 def of_a_value(contents: dict[str, bytes], key: str, chance: random.Random) -> None:
-    """Change a document as faulty software might, with its check sum, and a manifest's digests, right."""
+    """Change a document as faulty software might, with its checksum, and a manifest's digests, right."""
     if key.startswith((OBJECTS, DELTAS)):
         manifest = manifest_of(contents[key])
         if manifest is None:

@@ -1,4 +1,4 @@
-"""A slice of what ``make fuzz-stores`` does: whole stores, changed as an enemy would, and used in every way."""
+"""A slice of what ``make fuzz-stores`` does: whole stores, changed as an attacker would, and used in every way."""
 
 from __future__ import annotations
 

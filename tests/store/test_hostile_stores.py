@@ -1,4 +1,4 @@
-"""Manifests as an enemy writes them, one oddity each: an error of incckpt's from everything, and nothing worse."""
+"""Manifests as an attacker would write them, one oddity each: an error of incckpt's from everything, and nothing worse."""
 
 from __future__ import annotations
 
