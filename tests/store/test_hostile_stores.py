@@ -1,4 +1,4 @@
-"""Manifests as an attacker would write them, one oddity each: each use raises an error of incckpt's, and nothing worse."""
+"""Manifests as an attacker would write them, one oddity each: every use raises an error of incckpt, nothing worse."""
 
 from __future__ import annotations
 
