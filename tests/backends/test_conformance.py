@@ -129,7 +129,8 @@ def test_options_where_there_are_none_to_take(tmp_path: Path) -> None:
     [
         ("s3://bucket/run", "s3://bucket/run"),
         ("https://user:secret@host:8080/a/b?sig=secret#secret", "https://host:8080/a/b"),
-        ("sftp://user:p@ss@host/a@b", "sftp://host/a@b"),
+        ("sftp://user@host/a@b", "sftp://host/a@b"),
+        ("sftp://user:p@ss@host/a@b", "sftp://…"),  # where the password ends is not certain
         ("http://host?sig=secret", "http://host"),
         ("/plain/path@x", "/plain/path@x"),
     ],

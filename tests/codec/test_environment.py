@@ -90,7 +90,7 @@ def test_stores_written_either_way_are_read_either_way(tmp_path: Path) -> None:
 
 def test_a_coder_that_is_none() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "import incckpt"],
+        [sys.executable, "-c", "import incckpt; incckpt.load"],
         env={**os.environ, "INCCKPT_CODEC": "lz4"},
         capture_output=True,
         text=True,

@@ -70,7 +70,7 @@ def test_replaced(tmp_path: Path) -> None:
     with incckpt.CheckpointManager(other) as second:
         second.save(2, state(3)).result()
     other.rename(store)  # its run has an attempt of the same number
-    with pytest.raises(StoreReplacedError, match="another store"):
+    with pytest.raises(StoreReplacedError, match="was replaced by another"):
         manager.save(3, state(4)).result()
     with pytest.raises(SaveError):
         manager.close()
