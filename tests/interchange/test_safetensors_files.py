@@ -39,8 +39,10 @@ def is_held(value: torch.Tensor | np.ndarray[Any, Any]) -> bool:
 def plain(value: torch.Tensor | np.ndarray[Any, Any]) -> torch.Tensor:
     """Return a tensor or array as a safetensors file gives it: row-major, no flags."""
     if isinstance(value, np.ndarray):
-        value = torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
-    # As integers: a copy of booleans makes ones of all that is not zero. Flat: empty ones may have any stride.
+        value = torch.from_numpy(np.array(value, order="C"))
+    if not value.numel():
+        return torch.empty(value.shape, dtype=value.dtype)  # an empty one may have any stride
+    # As integers: a copy of booleans makes ones of all that is not zero.
     raw = raw_view(value.detach().resolve_conj().resolve_neg())
     return raw.reshape(-1).contiguous().reshape(value.shape).view(value.dtype)
 
