@@ -204,6 +204,7 @@ def test_a_forked_childs_wait_ends(tmp_path: Path) -> None:
 
 def test_ctrl_c_as_the_thread_is_started(tmp_path: Path) -> None:
     script = """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in what it runs with `&`
     def at(frame, event, argument):
         if event == "call" and frame.f_code is incckpt.threads.start.__code__:
             sys.setprofile(None)
