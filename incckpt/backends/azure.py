@@ -280,6 +280,8 @@ class AzureBackend(RemoteBackend[_Session]):
         named = getattr(exc, "error_code", None) or ""  # a member of an enumeration if the service documents it
         code = str(getattr(named, "value", named))
         status, message = exc.status_code or 0, str(exc.message).partition("\n")[0]
+        if 200 <= status < 300:  # not the success that this request has, or one that cannot be read
+            return WrongAnswer(status, message)
         if code == "BlobAlreadyExists":
             return RequestFailed(412, code, message)
         if code in ("ContainerNotFound", "ContainerDisabled", "ContainerBeingDeleted"):

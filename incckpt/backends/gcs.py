@@ -148,11 +148,18 @@ class GCSBackend(RemoteBackend[_Session]):
         async def request(session: _Session, deadline: Deadline) -> bytes:
             try:
                 async with session.call("GET", path, {"alt": "media"}, headers=wanted) as reply:
-                    return await self._read(key, reply, deadline, start, end)
+                    data = await self._read(key, reply, deadline, start, end)
+                    is_doubtful = not data and reply.status == 200 and "X-Goog-Generation" not in reply.headers
             except RequestFailed as failure:
                 if wanted and failure.status == 416:  # the value ends before `start`
                     return b""
                 raise
+            if is_doubtful and (end is None or start < end):  # an empty value, or no answer of the service
+                async with session.call("GET", path, {"fields": "size"}) as reply:
+                    size = int((await _fields(reply, "size"))["size"])
+                if size > start:
+                    raise WrongAnswer(200, f"it is empty, and the value has {size} bytes")
+            return data
 
         return self._call("get", key, request)
 

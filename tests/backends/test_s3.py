@@ -6,9 +6,12 @@ import datetime
 import ipaddress
 import os
 import ssl
+import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -268,11 +271,49 @@ def test_a_server_without_conditions_is_found_out(s3_server: dict[str, Any], buc
 # -- details ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_ignores_ranges(proxy: FaultProxy, broken: S3Backend) -> None:
-    proxy.rules = [Rule("status", times=None, method="GET", status=200, body="0123456789")]
-    assert broken.get("k", 2, 5) == b"234"
-    assert broken.get("k", 7) == b"789"
-    assert broken.get("k", 20, 30) == b""
+class _OneValue(BaseHTTPRequestHandler):
+    """Answers every GET with the server's one value, whole."""
+
+    def do_GET(self) -> None:
+        assert isinstance(self.server, _OneValueServer)
+        self.server.targets.append(self.path)
+        self.send_response(200)
+        self.send_header("ETag", '"1"')
+        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("Content-Length", str(len(self.server.value)))
+        self.end_headers()
+        self.wfile.write(self.server.value)
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing."""
+
+
+class _OneValueServer(ThreadingHTTPServer):
+    def __init__(self, value: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), _OneValue)
+        self.value = value
+        self.targets: list[str] = []
+
+
+@contextmanager
+def serving(value: bytes) -> Iterator[_OneValueServer]:
+    with _OneValueServer(value) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_server_that_ignores_ranges() -> None:
+    with serving(b"0123456789") as server:
+        options = {"key": "k", "secret": "s", "endpoint_url": f"http://127.0.0.1:{server.server_port}"}
+        with S3Backend(BUCKET, "x", options) as backend:
+            assert backend.get("k", 2, 5) == b"234"
+            assert backend.get("k", 7) == b"789"
+            assert backend.get("k", 20, 30) == b""
 
 
 def test_bulk_delete_that_is_refused(
@@ -468,12 +509,12 @@ def test_over_tls(bucket: str, s3_server: dict[str, Any], certificate: Path, mon
         assert not caught.value.transient
 
 
-def test_a_proxy_is_left_to_the_client(bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proxy of the environment is the one in front of the server: what goes by it asks for whole URLs."""
-    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.port}")
+def test_a_proxy_is_left_to_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes by the environment's proxy asks for whole URLs."""
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    with S3Backend(bucket, "x", {"key": "k", "secret": "s", "endpoint_url": "http://s3.invalid"}) as backend:
-        proxy.rules = [Rule("status", times=None, status=200, body="value")]
-        assert get_into(backend, "k", (5,)) == (5, b"value")
-    assert [seen.target.startswith("http://s3.invalid/") for seen in proxy.seen] == [True]
+    with serving(b"value") as server:
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}")
+        with S3Backend(BUCKET, "x", {"key": "k", "secret": "s", "endpoint_url": "http://s3.invalid"}) as backend:
+            assert get_into(backend, "k", (5,)) == (5, b"value")
+        assert [target.startswith("http://s3.invalid/") for target in server.targets] == [True]
