@@ -247,6 +247,7 @@ CALLS: dict[str, Callable[[Series], object]] = {
 
 def main() -> None:
     """Try the instants."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     names, how, first, stride, url, *endpoint = sys.argv[1:]
     options = None
     if endpoint:
