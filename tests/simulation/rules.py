@@ -77,7 +77,15 @@ RULES: dict[str, Rule] = {
                 - if str(key) in known.condemned:
                 + if str(key) in known.condemned and not look:
                 """,
-            )
+            ),
+            Edit(
+                Uploader,
+                "_is_there",
+                """
+                - return str(key) not in self._surely_condemned(known)
+                + return True
+                """,
+            ),
         ],
     ),
     "what is condemned is not used, even if it is found": Rule(
@@ -458,7 +466,7 @@ RULES: dict[str, Rule] = {
                 Run,
                 "seal",
                 """
-                - self.backend.put(self.seal_key(attempt), dump_document("lineage", document))
+                - self.backend.put(self.seal_key(attempt), lineage_document(attempt, list(inherited), list(abandoned)))
                 + pass
                 """,
             )

@@ -183,6 +183,9 @@ class Story:
             elif event[0] == "announced":
                 self._note_announced(event[1], event[2])
                 touched = True
+            elif event[0] == "saw none":
+                if event[1] != DELETING and event[1] in self.model.latest:
+                    raise Violation(f"{event[1]} passed for empty, and had a checkpoint")
             elif event[0] == "read":
                 _, run, name, chunks = event
                 assert isinstance(name, RefName)

@@ -221,7 +221,8 @@ class Trainer:
         """Go on from the latest checkpoint, or from that of `step`; returns its step."""
         name = self.lineage.latest if step is None else next(iter(self.lineage.at(step)), None)
         if name is None:
-            self.process.emit(("saw none", self.run))
+            if not self.lineage.live:
+                self.process.emit(("saw none", self.run))
             self.attempt = self._attempt(Origin.nothing(self.lineage))
             return None
         manifest = None
@@ -514,19 +515,18 @@ class Promises:
             check_known(server, self.needed(server))
         latest: dict[str, str] = {}
         owners: dict[object, object] = {}
-        deleting = False
+        deleting = any(isinstance(event, tuple) and event[0] == "deleting" for event in told)
         for event in told:
             if isinstance(event, Violation):
                 raise event
             assert isinstance(event, tuple)
-            if event[0] == "saw none" and any(
-                is_live(server, key) for key in self._standing if key.startswith(f"refs/{event[1]}/")
-            ):
-                raise Violation(f"{event[1]} passed for empty, and refs stand")
+            if event[0] == "saw none":
+                # Pruning leaves the latest: what began with checkpoints is never empty, whoever replaces them.
+                began = [key for key in self._standing if key.startswith(f"refs/{event[1]}/")]
+                if any(is_live(server, key) for key in began) or (began and not deleting and not spoilt):
+                    raise Violation(f"{event[1]} passed for empty, and refs stand")
             if event[0] == "unreadable":
                 self._check_excuse(event[1], spoilt)
-            if event[0] == "deleting":
-                deleting = True
             if event[0] == "pruned" and is_live(server, event[1]) and event[1] not in spoilt:
                 raise Violation(f"{event[1]} was pruned, and has come back")
             if event[0] == "superseded" and event[1] in self._undisturbed:
@@ -621,9 +621,9 @@ class Promises:
         for run in {key.split("/")[1] for key in server.values if key.startswith("refs/")}:
             try:
                 names = _visible(server, run)
-            except CorruptionError:
+            except CorruptionError as error:
                 if not spoilt:
-                    raise
+                    raise Violation(f"the lineage of {run} is an error: {error}") from error
                 continue
             if not self._replaces and len({(name.attempt, name.step) for name in names}) != len(names):
                 raise Violation(f"an attempt at {run} has a step twice: {', '.join(map(str, names))}")

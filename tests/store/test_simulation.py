@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 MORE = int(os.environ.get("INCCKPT_SIMULATION", "0"))
 LIMIT = 200_000  # far beyond what any scope has by default
 MORE_LIMIT = 300_000
-REQUESTS = 4_000 * max(1, 10 * MORE)
+REQUESTS = 6_000 * max(1, 10 * MORE)
 
 
 @pytest.fixture(autouse=True)
