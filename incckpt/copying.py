@@ -11,20 +11,20 @@ from typing import Any
 
 from incckpt.backends.base import REMOTE_REQUESTS, Backend, redact
 from incckpt.errors import CorruptionError, OptionError, StoreNotFoundError
-from incckpt.options import checked_count, checked_flag
+from incckpt.options import checked_flag
 from incckpt.retention import Mode
 from incckpt.run.attempt import Attempt, IfExists, Origin, check_if_exists
-from incckpt.run.checkpoint import Checkpoint, read_refs
+from incckpt.run.checkpoint import Checkpoint, read_refs, read_refs_at_once
 from incckpt.run.choose import choose, not_found, place
 from incckpt.run.contents import Contents
 from incckpt.run.pipeline import Pipeline
 from incckpt.run.report import SaveReport
 from incckpt.run.transfer import Transfer
-from incckpt.staging.detect import default_threads
+from incckpt.staging.detect import chosen_threads
 from incckpt.store.lineage import Lineage, Run
 from incckpt.store.location import Location, locate
 from incckpt.store.manifest import Manifest, Range
-from incckpt.store.refs import Ref, RefName, list_refs
+from incckpt.store.refs import Ref, RefName, run_names
 from incckpt.store.store import Store
 
 __all__ = ["Copied", "CopyResult", "copy"]
@@ -165,7 +165,7 @@ def copy(
     """
     check_if_exists(if_exists)
     checked_flag("verify", verify)
-    threads = default_threads() if threads is None else checked_count("threads", threads, 1)
+    threads = chosen_threads(threads)
     start, end = locate(source), locate(destination)
     if end.step is not None:
         raise OptionError(f"{redact(end.store)}: a copy keeps its steps; leave out '@{end.step}' of the destination")
@@ -176,7 +176,7 @@ def copy(
         here = stack.enter_context(Store.lent(source, start.store, source_options))
         there = stack.enter_context(Store.lent(destination, end.store, destination_options))
         here.check()
-        names = [start.run] if one_run else sorted({run for run, _, _, buried in list_refs(here.backend) if not buried})
+        names = [start.run] if one_run else run_names(here.backend)
         plans = [
             _plan(here, there, start, name, end.run if end.named else name, metric, mode, if_exists) for name in names
         ]
@@ -263,7 +263,7 @@ def _plan(
         raise not_found(owner)
     if start.step is not None:
         names = (choose(owner, lineage, start.step, metric, mode),)
-    refs = [ref for found in source.each(lambda name: read_refs(owner, lineage, [name]), names) for ref in found]
+    refs = read_refs_at_once(source, owner, lineage, names)
     try:
         destination.check()
     except StoreNotFoundError:

@@ -13,7 +13,7 @@ from incckpt.inspection.usage import needs_of
 from incckpt.options import checked_flag
 from incckpt.retention import Mode, Policy, policy_of, steps_kept, undecided
 from incckpt.run.attempt import Attempt, Origin
-from incckpt.run.checkpoint import Checkpoint, read_refs, to_record
+from incckpt.run.checkpoint import Checkpoint, read_refs, read_refs_at_once, to_record
 from incckpt.run.choose import not_found
 from incckpt.store.location import locate
 from incckpt.store.store import Store
@@ -112,9 +112,7 @@ def prune(
         store.check()
         owner = store.run(location.run)
         lineage = owner.lineage()
-        refs = [
-            ref for found in store.each(lambda name: read_refs(owner, lineage, [name]), lineage.live) for ref in found
-        ]
+        refs = read_refs_at_once(store, owner, lineage, lineage.live)
         if not refs:
             raise not_found(owner)
         left = read_refs(owner, lineage, lineage.abandoned)

@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from incckpt.backends.base import Backend
@@ -19,7 +18,7 @@ from incckpt.state.entries import TensorEntry
 from incckpt.state.tree import GeneratorRef, TensorRef, leaves
 from incckpt.store.location import locate
 from incckpt.store.manifest import Manifest
-from incckpt.store.objects import chunk_keys
+from incckpt.store.objects import chunk_keys, manifest_sizes
 from incckpt.store.refs import Ref
 from incckpt.store.store import Store
 
@@ -53,7 +52,7 @@ class TensorInfo:
     @classmethod
     def of(cls, entry: TensorEntry) -> TensorInfo:
         """Return what an entry says."""
-        return cls(entry.name, entry.kind, entry.dtype, entry.shape, prod(entry.shape) * entry.itemsize)
+        return cls(entry.name, entry.kind, entry.dtype, entry.shape, entry.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,15 +182,8 @@ def _describe(url: str, checkpoint: Checkpoint, manifest: Manifest, manifest_siz
         top = tensor.name.partition(".")[0]
         counts[top] += 1
         nbytes[top] += tensor.nbytes
-    sizes: dict[str, int] = {}
-    deltas: set[str] = set()
-    for chunk in manifest.chunks:
-        own, *bases = map(str, chunk_keys(chunk))
-        sizes[own] = chunk.size
-        for base in bases:
-            assert chunk.base is not None
-            sizes[base] = chunk.base.size
-            deltas.add(own)
+    sizes = manifest_sizes(manifest)
+    deltas = {str(chunk_keys(chunk)[0]) for chunk in manifest.chunks if chunk.base is not None}
     return Description(
         url=url,
         checkpoint=checkpoint,

@@ -10,19 +10,17 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Literal, TypeAlias
 
 from incckpt.backends.base import Backend
 from incckpt.inspection.tally import Layout, Measure, NumberTally
-from incckpt.options import checked_count
 from incckpt.retention import Mode
 from incckpt.run.checkpoint import Checkpoint
 from incckpt.run.choose import not_found
 from incckpt.run.contents import Contents
-from incckpt.run.reader import Bytes, ChunkRead, Reader
+from incckpt.run.reader import Bytes, ChunkRead, Reader, reads_for
 from incckpt.run.view import RunView
-from incckpt.staging.detect import default_threads
+from incckpt.staging.detect import chosen_threads
 from incckpt.staging.hostmem import new_buffer
 from incckpt.state.build import build
 from incckpt.state.entries import TensorEntry
@@ -38,7 +36,7 @@ from incckpt.state.tree import (
     join_name,
 )
 from incckpt.store.location import locate
-from incckpt.store.manifest import Chunk, Manifest, Range
+from incckpt.store.manifest import Chunk, Manifest
 from incckpt.store.refs import RefName
 from incckpt.store.store import Store
 
@@ -172,7 +170,7 @@ def diff(
     (ValueDifference(name='step', before='0', after='1'),)
     """
     start, end = locate(before), locate(after)
-    count = default_threads() if threads is None else checked_count("threads", threads, 1)
+    count = chosen_threads(threads)
     with (
         Store.lent(before, start.store, storage_options) as one,
         Store.lent(after, end.store, after_options or storage_options) as other,
@@ -220,15 +218,8 @@ class _Side:
         if entry.range < 0:
             return []
         span = Layout.of(entry)
-        return list(self._cut(self.manifest.ranges[entry.range], span.start, span.stop))
-
-    def _cut(self, item: Range, start: int, stop: int) -> Iterator[tuple[Chunk, int, int]]:
-        at = 0
-        for index, offset, nbytes in item.pieces:
-            low, high = max(start, at), min(stop, at + nbytes)
-            if low < high:
-                yield self.manifest.chunks[index], offset + low - at, high - low
-            at += nbytes
+        found = self.manifest.ranges[entry.range].part(span.start, span.stop)
+        return [(self.manifest.chunks[index], offset, nbytes) for index, offset, nbytes in found]
 
     def packed(self, ref: PackedRef) -> str:
         """Return text that is the same for the same packed values."""
@@ -288,14 +279,14 @@ class _Comparison:
             tensors=tuple(found[key] for key in sorted(found, key=order.__getitem__)),
             values=tuple(self._values()),
             same_tensors=len(same),
-            same_bytes=sum(map(_nbytes, same)),
+            same_bytes=sum(entry.nbytes for entry in same),
             new_bytes=_new_bytes(before.manifest, after.manifest),
         )
 
     def _is_same(self, old: TensorEntry, new: TensorEntry) -> bool:
         """Whether two entries surely hold the same, as the identities of their chunks show."""
         if Layout.of(old) != Layout.of(new):
-            return not _nbytes(new)
+            return not new.nbytes
         windows = self._windows(0, old, new)
         return all(
             window.before.identity == window.after.identity and window.before_at == window.after_at
@@ -316,7 +307,7 @@ class _Comparison:
         self, changed: Sequence[tuple[tuple[str, int], TensorEntry, TensorEntry]]
     ) -> Iterator[TensorDifference | None]:
         """Yield how tensors differ; ``None`` for one that does not, its bytes being cut or laid out otherwise."""
-        total = sum(_nbytes(entry) for _, _, entry in changed)
+        total = sum(entry.nbytes for _, _, entry in changed)
         done = 0
         tallies = [NumberTally(entry) for _, _, entry in changed]
         streamed = [Layout.of(old) == Layout.of(new) and Layout.of(new).dense for _, old, new in changed]
@@ -336,7 +327,7 @@ class _Comparison:
         for index, (_, old, new) in enumerate(changed):
             if not streamed[index]:  # other strides: the elements have to be put side by side
                 tallies[index].add_tensors(self._tensor(self._before, old), self._tensor(self._after, new))
-                done += _nbytes(new)
+                done += new.nbytes
                 self._progress(done, total)
             tally, entry = tallies[index], new
             if not tally.changed:
@@ -344,7 +335,7 @@ class _Comparison:
                 continue
             changed_bytes = tally.changed * entry.itemsize
             yield TensorDifference(
-                entry.name, "changed", entry.dtype, entry.shape, _nbytes(entry), changed_bytes, tally.measure()
+                entry.name, "changed", entry.dtype, entry.shape, entry.nbytes, changed_bytes, tally.measure()
             )
 
     def _batches(self, windows: Iterable[_Window]) -> Iterator[tuple[list[_Window], dict[str, Bytes]]]:
@@ -360,7 +351,7 @@ class _Comparison:
                 yield batch, kept
                 batch, needed = [], {}
             batch.append(window)
-            needed = {**needed, **{identity: item for identity, item in new.items() if identity not in needed}}
+            needed = new | needed
         if batch:
             yield batch, self._read(needed, kept)
 
@@ -380,17 +371,10 @@ class _Comparison:
     def _tensor(self, side: _Side, entry: TensorEntry) -> Any:
         """Return a tensor or array as a restore gives it."""
         index = side.contents.entries.index(entry)
-        item = side.manifest.ranges[entry.range]
-        buffers: list[Bytes | None] = [None] * len(side.manifest.ranges)
-        buffer = buffers[entry.range] = new_buffer(item.nbytes)
-        reads = []
-        at = 0
-        for chunk, offset, nbytes in item.pieces:
-            reads.append(
-                ChunkRead(side.manifest.chunks[chunk], pieces=[(offset, buffer[at : at + nbytes])], names=[entry.name])
-            )
-            at += nbytes
-        side.reader.read(reads)
+        ranges = side.manifest.ranges
+        buffers: list[Bytes | None] = [None] * len(ranges)
+        buffers[entry.range] = new_buffer(ranges[entry.range].nbytes)
+        side.reader.read(reads_for(side.manifest, ranges, buffers, side.contents.names()).values())
         return build(TensorRef(index), side.contents.entries, buffers)
 
     def _values(self) -> Iterator[ValueDifference]:
@@ -424,12 +408,7 @@ def _short(text: str | None) -> str | None:
 
 
 def _whole(entry: TensorEntry, change: Change) -> TensorDifference:
-    nbytes = _nbytes(entry)
-    return TensorDifference(entry.name, change, entry.dtype, entry.shape, nbytes, nbytes)
-
-
-def _nbytes(entry: TensorEntry) -> int:
-    return prod(entry.shape) * entry.itemsize
+    return TensorDifference(entry.name, change, entry.dtype, entry.shape, entry.nbytes, entry.nbytes)
 
 
 def _new_bytes(before: Manifest, after: Manifest) -> int:

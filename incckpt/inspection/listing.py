@@ -9,11 +9,11 @@ from typing import Any
 
 from incckpt.backends.base import Backend
 from incckpt.errors import CorruptionError, FormatError, OptionError
-from incckpt.run.checkpoint import Checkpoint, read_refs
+from incckpt.run.checkpoint import Checkpoint, log_unreadable, read_refs_at_once
 from incckpt.run.choose import not_found
 from incckpt.store.lineage import Run
 from incckpt.store.location import locate
-from incckpt.store.refs import Ref, RefName, list_refs
+from incckpt.store.refs import Ref, run_names
 from incckpt.store.store import Store
 
 __all__ = ["list_checkpoints", "list_runs", "refs_of"]
@@ -66,7 +66,7 @@ def list_checkpoints(
         raise OptionError(f"a list takes a store or a run; leave out '@{location.step}'")
     with Store.lent(url, location.store, storage_options) as store:
         store.check()
-        names = [location.run] if location.named else _run_names(store)
+        names = [location.run] if location.named else run_names(store.backend)
         found: list[Checkpoint] = []
         for name in names:
             try:
@@ -100,11 +100,7 @@ def list_runs(url: str | os.PathLike[str] | Backend, *, storage_options: Mapping
     location = locate(url)
     with Store.lent(url, location.store, storage_options) as store:
         store.check()
-        return _run_names(store)
-
-
-def _run_names(store: Store) -> list[str]:
-    return sorted({run for run, _, _, tombstone in list_refs(store.backend) if not tombstone})
+        return run_names(store.backend)
 
 
 def refs_of(store: Store, run: Run, *, abandoned: bool = False) -> Iterator[tuple[Ref, bool]]:
@@ -112,14 +108,5 @@ def refs_of(store: Store, run: Run, *, abandoned: bool = False) -> Iterator[tupl
     lineage = run.lineage()
     left = frozenset(lineage.abandoned if abandoned else ())
     names = sorted([*lineage.live, *left], key=lambda name: (name.step, name.attempt))
-
-    def read(name: RefName) -> list[Ref]:
-        return read_refs(run, lineage, [name], _log_unreadable)
-
-    for refs in store.each(read, names):
-        for ref in refs:
-            yield ref, ref.name in left
-
-
-def _log_unreadable(name: RefName, error: Exception) -> None:
-    log.error("the ref of step %d is unreadable: %s", name.step, error)
+    for ref in read_refs_at_once(store, run, lineage, names, log_unreadable):
+        yield ref, ref.name in left

@@ -137,7 +137,7 @@ class Usage:
 
 @dataclass
 class _Object:
-    """What is known of an object that somebody needs."""
+    """What is known of an object that a checkpoint needs."""
 
     kind: Kind
     nbytes: int
@@ -230,16 +230,21 @@ class _Tally:
             for index, (run, ref, abandoned, needed, selected) in enumerate(self.checkpoints)
             if selected
         ]
+        counts: Counter[str] = Counter(run for run, *_ in self.checkpoints)
+        states: Counter[str] = Counter()
+        for run, ref, *_ in self.checkpoints:
+            states[run] += ref.nbytes
+        asked = {checkpoint.run for checkpoint in checkpoints}
         runs = [
             RunUsage(
                 run=run,
-                checkpoints=sum(item[0] == run for item in self.checkpoints),
-                nbytes=sum(ref.nbytes for owner, ref, *_ in self.checkpoints if owner == run),
+                checkpoints=counts[run],
+                nbytes=states[run],
                 needed_bytes=sum(self._objects[key].nbytes for key in keys),
                 own_bytes=sum(self._objects[key].nbytes for key in keys if run_users[key] == 1),
             )
             for run, keys in sorted(self._runs.items())
-            if any(checkpoint.run == run for checkpoint in checkpoints)
+            if run in asked
         ]
         unneeded = {key: size for key, size in listed.items() if key not in self._objects}
         objects = [

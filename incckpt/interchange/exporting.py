@@ -23,7 +23,7 @@ from incckpt.run.choose import Which, checked_which, not_found
 from incckpt.run.contents import Contents, read_packed
 from incckpt.run.reader import Reader
 from incckpt.run.view import RunView
-from incckpt.staging.detect import default_threads
+from incckpt.staging.detect import chosen_threads
 from incckpt.state.tree import references
 from incckpt.store.location import locate
 from incckpt.store.manifest import Manifest
@@ -162,7 +162,7 @@ def export(
     with ExitStack() as stack:
         store = stack.enter_context(Store.lent(url, location.store, storage_options))
         view = stack.enter_context(
-            RunView(store, location.run, threads=threads or default_threads(), verify=verify, metric=metric, mode=mode)
+            RunView(store, location.run, threads=chosen_threads(threads), verify=verify, metric=metric, mode=mode)
         )
         _, found = view.read(location.step, partial(_export, options, progress))
         if found is None:
@@ -208,11 +208,8 @@ def _folder(beside: str | os.PathLike[str] | None, chosen: Format) -> Path | Non
 
 def _export(options: _Options, progress: OnProgress | None, reader: Reader, manifest: Manifest) -> Exported:
     contents = Contents.of(manifest, options.keys, fetch=partial(read_packed, reader, manifest))
-    tree = contents.tree
     if options.root is not None:
-        tree = subtree(tree, options.root)
-        wanted = frozenset(contents.entries[index].range for index in references(tree)) - {-1}
-        contents = replace(contents, tree=tree, wanted=wanted)
+        contents = replace(contents, tree=subtree(contents.tree, options.root))
     total = CheckpointBytes(reader, contents, lambda nbytes: None).nbytes
     source = CheckpointBytes(reader, contents, counter(progress, options.target.name, total))
     outputs = Outputs(overwrite=options.overwrite)

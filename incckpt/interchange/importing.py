@@ -21,7 +21,7 @@ from incckpt.run.attempt import Attempt, IfExists, Origin, check_if_exists, refu
 from incckpt.run.checkpoint import Checkpoint, checked_metrics
 from incckpt.run.report import SaveReport
 from incckpt.run.snapshot import Snapshot
-from incckpt.staging.detect import default_threads
+from incckpt.staging.detect import chosen_threads
 from incckpt.state.flatten import flatten
 from incckpt.store.location import locate
 from incckpt.store.refs import checked_step
@@ -132,7 +132,7 @@ def import_files(
         refuse_other_ranks()
     numbers = None if metrics is None else checked_metrics(metrics)
     steps = [source.step for source in sources] if location.step is None else [location.step]
-    threads = threads or default_threads()
+    threads = chosen_threads(threads)
     with Store.open(location.store, storage_options) as store:
         origin = Origin.latest(store.run(location.run).lineage())
         attempt = Attempt(store, location.run, origin, threads=threads, baseline=(baseline := FileBaseline()))

@@ -67,10 +67,8 @@ class CheckpointBytes:
         stop = item.nbytes if stop is None else stop
         out = np.empty(stop - start, np.uint8)
         position = 0
-        for chunk, offset, nbytes in item.pieces:
-            low, high = max(start, position), min(stop, position + nbytes)
-            if low < high:
-                out[low - start : high - start] = self._chunk(chunk)[offset + low - position : offset + high - position]
+        for chunk, offset, nbytes in item.part(start, stop):
+            out[position : position + nbytes] = self._chunk(chunk)[offset : offset + nbytes]
             position += nbytes
         return out
 
@@ -114,8 +112,8 @@ class NamedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements, each counted as often as the shape says."""
-        return int(np.prod(self.entry.shape, dtype=np.int64)) * self.entry.itemsize
+        """Bytes of its elements."""
+        return self.entry.nbytes
 
     @property
     def is_row_major(self) -> bool:

@@ -12,7 +12,7 @@ from incckpt.errors import CorruptionError, FormatError
 from incckpt.reporting.components import Component, components_of
 from incckpt.reporting.heatmap import HeatMap, HeatMapBuilder
 from incckpt.reporting.tensors import TensorTable, object_sizes
-from incckpt.run.checkpoint import Checkpoint, read_refs
+from incckpt.run.checkpoint import Checkpoint, read_refs_at_once
 from incckpt.run.choose import not_found
 from incckpt.store.lineage import Lineage, Run
 from incckpt.store.manifest import Manifest
@@ -179,10 +179,10 @@ def _outcome(ref: Ref, future: Future[_Read]) -> tuple[Ref, _Read | Exception]:
 def _refs(store: Store, run: Run, lineage: Lineage, names: Sequence[RefName], problems: list[str]) -> list[Ref]:
     """Return the contents of refs, without those that were pruned meanwhile; unreadable ones become `problems`."""
 
-    def read(name: RefName) -> list[Ref]:
-        return read_refs(run, lineage, [name], lambda name, error: problems.append(f"step {name.step}: {error}"))
+    def note(name: RefName, error: Exception) -> None:
+        problems.append(f"step {name.step}: {error}")
 
-    return [ref for found in store.each(read, names) for ref in found]
+    return read_refs_at_once(store, run, lineage, names, note)
 
 
 def _branches(store: Store, run: Run, lineage: Lineage, problems: list[str]) -> list[Branch]:

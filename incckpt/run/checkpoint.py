@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from incckpt.errors import OptionError
@@ -12,10 +13,12 @@ from incckpt.options import checked_mapping
 from incckpt.retention import Record
 from incckpt.store.lineage import Lineage, Run
 from incckpt.store.refs import Ref, RefName
+from incckpt.store.store import Store
 from incckpt.store.untrusted import RECORD_BYTES
 
-__all__ = ["Checkpoint", "checked_metrics", "read_refs", "to_record"]
+__all__ = ["Checkpoint", "checked_metrics", "log_unreadable", "read_refs", "read_refs_at_once", "to_record"]
 
+log = logging.getLogger(__name__)
 
 _MOST_METRICS = RECORD_BYTES // 2  # bytes
 
@@ -92,6 +95,23 @@ def read_refs(
             ref = found
         refs.append(ref)
     return refs
+
+
+def read_refs_at_once(
+    store: Store,
+    run: Run,
+    lineage: Lineage,
+    names: Sequence[RefName],
+    on_unreadable: Callable[[RefName, Exception], None] | None = None,
+) -> list[Ref]:
+    """Do what `read_refs` does, with many requests at once where they cross a network."""
+    found = store.each(lambda name: read_refs(run, lineage, [name], on_unreadable), names)
+    return [ref for refs in found for ref in refs]
+
+
+def log_unreadable(name: RefName, error: Exception) -> None:
+    """Log that the ref of a checkpoint cannot be read: the `on_unreadable` of lists that leave it out."""
+    log.error("the ref of step %d is unreadable: %s", name.step, error)
 
 
 def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:

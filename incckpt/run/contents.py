@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 from incckpt.errors import CorruptionError, FormatError, StateError
@@ -38,14 +39,11 @@ class Contents:
         The structure, or the part of it that was selected.
     entries
         All tensors of the checkpoint.
-    wanted
-        Indexes of the ranges that `tree` needs.
     """
 
     manifest: Manifest
     tree: Tree
     entries: Sequence[TensorEntry]
-    wanted: frozenset[int]
 
     @classmethod
     def of(cls, manifest: Manifest, keys: str | Sequence[str] | None = None, *, fetch: Fetch | None = None) -> Contents:
@@ -80,8 +78,12 @@ class Contents:
                 tree = opened(tree, fetch(names))
             if keys is not None:
                 tree = select(tree, keys)
-        wanted = frozenset(entries[index].range for index in references(tree)) - {-1}
-        return cls(manifest, tree, entries, wanted)
+        return cls(manifest, tree, entries)
+
+    @cached_property
+    def wanted(self) -> frozenset[int]:
+        """Indexes of the ranges that `tree` needs."""
+        return frozenset(self.entries[index].range for index in references(self.tree)) - {-1}
 
     def new_bytes(self, ranges: Collection[int] | None = None) -> int:
         """Return the bytes of memory that new tensors take over `ranges`, by default over those that are wanted.

@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 from incckpt.errors import CheckpointNotFoundError, CorruptionError, StoreNotFoundError
 from incckpt.options import checked_flag
 from incckpt.retention import Mode, check_ranking
-from incckpt.run.checkpoint import Checkpoint, read_refs
+from incckpt.run.checkpoint import Checkpoint, log_unreadable, read_refs
 from incckpt.run.choose import Which, checked_which, choose, place
 from incckpt.run.reader import Reader
 from incckpt.store.lineage import Lineage
@@ -113,10 +113,10 @@ class RunView:
         except StoreNotFoundError:
             return []
         lineage = self.run.lineage()
-        refs = read_refs(self.run, lineage, lineage.live, _log_unreadable)
+        refs = read_refs(self.run, lineage, lineage.live, log_unreadable)
         found = [Checkpoint.of(self.run.name, ref) for ref in refs]
         if abandoned:
-            refs = read_refs(self.run, lineage, lineage.abandoned, _log_unreadable)
+            refs = read_refs(self.run, lineage, lineage.abandoned, log_unreadable)
             found += [Checkpoint.of(self.run.name, ref, abandoned=True) for ref in refs]
         return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.attempt))
 
@@ -190,7 +190,3 @@ class RunView:
                     continue
             return None, candidate
         raise AssertionError("unreachable")
-
-
-def _log_unreadable(name: RefName, error: Exception) -> None:
-    log.error("the ref of step %d is unreadable: %s", name.step, error)

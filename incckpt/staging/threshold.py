@@ -110,7 +110,7 @@ def float_ranges(entries: Sequence[TensorEntry], nbytes: Sequence[int]) -> tuple
             continue
         names[index] = names[index] or entry.name
         kind = detect.DTYPE_CODES.get(_dtype_name(entry))
-        whole = math.prod(entry.shape) * entry.itemsize == nbytes[index]
+        whole = entry.nbytes == nbytes[index]
         code[index] = kind if kind is not None and whole and code[index] in (unknown, kind) else other
     return np.maximum(code, other), names
 

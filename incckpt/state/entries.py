@@ -117,6 +117,11 @@ class TensorEntry(NamedTuple):
         return self.numpy_dtype.itemsize
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its elements, each counted as often as the shape says."""
+        return math.prod(self.shape) * self.itemsize
+
+    @property
     def numpy_dtype(self) -> np.dtype[Any]:
         """The dtype of an array."""
         return numpy_dtype_from_text(self.dtype)

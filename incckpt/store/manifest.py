@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from incckpt.errors import CorruptionError
@@ -87,6 +87,15 @@ class Range:
     nbytes: int
     itemsize: int
     pieces: tuple[tuple[int, int, int], ...]
+
+    def part(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the pieces of the bytes ``[start, stop)``."""
+        position = 0
+        for index, offset, nbytes in self.pieces:
+            low, high = max(start, position), min(stop, position + nbytes)
+            if low < high:
+                yield index, offset + low - position, high - low
+            position += nbytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ __all__ = [
     "list_refs",
     "list_twice",
     "new_nonce",
+    "run_names",
     "validate_run",
 ]
 
@@ -345,6 +346,11 @@ def list_refs(
         if name is None and is_stray(backend, entry.key):
             continue
         yield owner, name, entry.key, entry.size == _TOMBSTONE_SIZE
+
+
+def run_names(backend: Backend) -> list[str]:
+    """Return the names of a store's runs that have checkpoints, readable or not, in alphabetical order."""
+    return sorted({run for run, _, _, tombstone in list_refs(backend) if not tombstone})
 
 
 def list_pins(backend: Backend, run: str | None = None, *, twice: bool = False) -> list[Pin]:

@@ -38,7 +38,6 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 MARKER = "incckpt.json"
-_MARKER_READS = 3
 
 
 class Store:
