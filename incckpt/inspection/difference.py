@@ -6,6 +6,7 @@ grow with the state.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from incckpt.state.tree import (
     join_name,
 )
 from incckpt.store.location import locate
-from incckpt.store.manifest import Chunk, Manifest
+from incckpt.store.manifest import Chunk, Manifest, Range
 from incckpt.store.refs import RefName
 from incckpt.store.store import Store
 
@@ -221,11 +222,35 @@ class _Side:
         found = self.manifest.ranges[entry.range].part(span.start, span.stop)
         return [(self.manifest.chunks[index], offset, nbytes) for index, offset, nbytes in found]
 
-    def packed(self, ref: PackedRef) -> str:
-        """Return text that is the same for the same packed values."""
-        item = self.manifest.packed[ref.index]
-        identities = "".join(self.manifest.chunks[index].identity[:8] for index, _, _ in item.pieces)
-        return f"a packed {ref.kind} of {item.nbytes} bytes ({identities[:8]})"
+    def place(self, ref: PackedRef) -> list[tuple[str, int, int]]:
+        """Return where a packed value lies: ``(identity of the chunk, offset, bytes)``; at one place is one content."""
+        pieces = self.manifest.packed[ref.index].pieces
+        return [(self.manifest.chunks[index].identity, offset, nbytes) for index, offset, nbytes in pieces]
+
+    def shown(self, value: _Value | None, name: str) -> tuple[str, str] | None:
+        """Return a value as text, and a digest of what the text leaves out; a packed one is read and hashed."""
+        match value:
+            case Plain(plain):
+                return repr(plain), ""
+            case Pickled(data, kind):
+                digest = hashlib.sha256(data).hexdigest()
+                return f"a pickled {kind} of {len(data)} bytes ({digest[:8]})", digest
+            case PackedRef():
+                digest = self._digest(self.manifest.packed[value.index], name)
+                nbytes = self.manifest.packed[value.index].nbytes
+                return f"a packed {value.kind} of {nbytes} bytes ({digest[:8]})", digest
+            case str():
+                return value, ""
+        return None
+
+    def _digest(self, item: Range, name: str) -> str:
+        """Return the digest of a packed value, a piece of which is in memory at a time."""
+        digest = hashlib.sha256()
+        for index, offset, nbytes in item.pieces:
+            piece = new_buffer(nbytes)
+            self.reader.read([ChunkRead(self.manifest.chunks[index], pieces=[(offset, piece)], names=[name])])
+            digest.update(piece.data)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,29 +403,35 @@ class _Comparison:
         return build(TensorRef(index), side.contents.entries, buffers)
 
     def _values(self) -> Iterator[ValueDifference]:
-        before = dict(_values(self._before, self._before.contents.tree))
-        after = dict(_values(self._after, self._after.contents.tree))
+        before, after = dict(_values(self._before.contents.tree)), dict(_values(self._after.contents.tree))
         for name in dict.fromkeys((*after, *before)):
-            if before.get(name) != after.get(name):
-                yield ValueDifference(name, _short(before.get(name)), _short(after.get(name)))
+            old, new = before.get(name), after.get(name)
+            if (
+                isinstance(old, PackedRef)
+                and isinstance(new, PackedRef)
+                and self._before.place(old) == self._after.place(new)
+            ):
+                continue  # neither needs to be read
+            was, now = self._before.shown(old, name), self._after.shown(new, name)
+            if was != now:
+                yield ValueDifference(name, _short(was and was[0]), _short(now and now[0]))
 
 
-def _values(side: _Side, tree: Tree, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the name and text of each plain value, and of each container's kind where it is not a dict or list."""
+_Value: TypeAlias = Plain | Pickled | PackedRef | str
+
+
+def _values(tree: Tree, name: str = "") -> Iterator[tuple[str, _Value]]:
+    """Yield the name of each plain value and what it is, and of each container that is no dict or list its kind."""
     match tree:
-        case Plain(value):
-            yield name, repr(value)
-        case Pickled(data, kind):
-            yield name, f"a pickled {kind} of {len(data)} bytes ({hash(data) & 0xFFFFFFFF:08x})"
-        case PackedRef():
-            yield name, side.packed(tree)
+        case Plain() | Pickled() | PackedRef():
+            yield name, tree
         case MappingNode(kind) | SequenceNode(kind):
             if kind not in ("dict", "list"):
                 yield name, kind
             elif not tree.items:
                 yield name, f"an empty {kind}"
             for key, child in children(tree):
-                yield from _values(side, child, join_name(name, key))
+                yield from _values(child, join_name(name, key))
 
 
 def _short(text: str | None) -> str | None:

@@ -150,6 +150,15 @@ def test_packed_values_and_names_that_occur_twice(tmp_path: Path) -> None:
     assert not compared(before, before, tmp_path / "same")
 
 
+def test_a_packed_value_is_compared_to_its_end_and_apart_from_its_neighbours(tmp_path: Path) -> None:
+    large, small = bytes(20 << 20), "a" * 300_000
+    before = {"large": large, "small": small, "next": small + "b"}
+    after = {"large": large[:-1] + b"x", "small": small, "next": small + "c"}
+    found = compared(before, after, tmp_path)
+    assert {value.name for value in found.values} == {"large", "next"}
+    assert all(value.before != value.after for value in found.values)
+
+
 def test_special_numbers_and_views(tmp_path: Path) -> None:
     shared = torch.arange(10.0)
     before = {
