@@ -14,6 +14,7 @@ import re
 import ssl
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote_plus
 
 import aiohttp
 import botocore.exceptions
@@ -309,7 +310,8 @@ class S3Backend(RemoteBackend[Session]):
         _check_fields(reply, "IsTruncated")
         bucket = reply.get("Name", self._bucket)  # of an access point, the name of the bucket behind it
         others = [] if bucket == self._bucket or self._bucket.endswith("-s3alias") else [f"bucket {bucket!r}"]
-        if reply.get("Prefix", begin) != begin:
+        # Ceph repeats the prefix as it is where it says that it is URL-encoded, so the client decodes it once too often.
+        if reply.get("Prefix", begin) not in (begin, unquote_plus(begin)):
             others.append(f"prefix {reply['Prefix']!r}")
         others += [found["Key"] for found in reply.get("Contents", ()) if not found["Key"].startswith(begin)][:1]
         if others:
