@@ -316,6 +316,19 @@ def test_a_server_that_ignores_ranges() -> None:
             assert backend.get("k", 20, 30) == b""
 
 
+# As Ceph answers: the keys are URL-encoded, as it says, and the prefix is repeated as it is.
+_LISTING = """<?xml version="1.0" encoding="UTF-8"?><ListBucketResult><Name>%s</Name><Prefix>x/b+=</Prefix>\
+<EncodingType>url</EncodingType><IsTruncated>false</IsTruncated><KeyCount>1</KeyCount><Contents><Key>x/b%%2B%%3Dc</Key>\
+<LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>&quot;1&quot;</ETag><Size>3</Size></Contents></ListBucketResult>"""
+
+
+def test_a_prefix_that_the_server_repeats_without_encoding_it() -> None:
+    with serving((_LISTING % BUCKET).encode()) as server:
+        options = {"key": "k", "secret": "s", "endpoint_url": f"http://127.0.0.1:{server.server_port}"}
+        with S3Backend(BUCKET, "x", options) as backend:
+            assert [(entry.key, entry.size) for entry in backend.list("b+=")] == [("b+=c", 3)]
+
+
 def test_bulk_delete_that_is_refused(
     s3_server: dict[str, Any], bucket: str, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
