@@ -136,7 +136,9 @@ class CheckpointManager:
         self._saves = PendingSaves(location.run, max_pending=max_pending, on_backlog=on_backlog)
         thresholds = Thresholds(threshold)
         if thresholds.active and not base:
-            raise OptionError("a threshold needs base=True: without a copy of what is stored nothing is near to it")
+            raise OptionError(
+                "a threshold needs base=True: without a copy of what is stored there is nothing to compare with"
+            )
         self._base = Baseline(
             chunk_bytes,
             keep=base and not read_only,

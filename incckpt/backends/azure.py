@@ -238,7 +238,7 @@ class AzureBackend(RemoteBackend[_Session]):
             stored = await blob.upload_blob(
                 body, length=len(body), overwrite=overwrite, max_concurrency=_PARALLEL_RANGES
             )
-            _check(stored.get("etag"), "nothing says that the value was stored: there is no ETag")
+            _check(stored.get("etag"), "there is no ETag, so nothing says that the value was stored")
 
         self._call(verb, key, request, len(body))
 

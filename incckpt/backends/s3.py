@@ -265,7 +265,7 @@ class S3Backend(RemoteBackend[Session]):
             with session.connections().request(signed, wait, view) as reply:
                 answer = reply.read(_LONGEST_ANSWER)
             if 200 <= reply.status < 300 and "etag" not in reply.headers:
-                raise WrongAnswer(reply.status, "nothing says that the value was stored: there is no ETag")
+                raise WrongAnswer(reply.status, "there is no ETag, so nothing says that the value was stored")
             if 200 <= reply.status < 300:
                 return True
             error = _parsed("PutObject", reply.status, reply.headers, answer)
@@ -323,7 +323,7 @@ class S3Backend(RemoteBackend[Session]):
                 objects = [{"Key": name} for name in names]
                 reply = await session.call("delete_objects", Delete={"Objects": objects})
                 if not reply.get("Deleted") and not reply.get("Errors"):
-                    raise WrongAnswer(200, "it names no key that was deleted or not")
+                    raise WrongAnswer(200, "it names neither a deleted key nor an error")
                 return reply
             except botocore.exceptions.ClientError as exc:
                 failure = self._answer(exc)

@@ -79,7 +79,7 @@ def import_command(output: Output, paths: Sequence[str], option: dict[str, Any] 
 
     *sources, url = paths
     if not sources:
-        raise click.UsageError("give the files, and behind them the URL of the store")
+        raise click.UsageError("give the files first, then the URL of the store")
     with output.progress("importing") as progress:
         done = import_files(sources, url, progress=_counts(progress), storage_options=option, **rest)
 

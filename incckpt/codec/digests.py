@@ -28,7 +28,9 @@ def _find_sha256() -> int:
         library = ctypes.CDLL(getattr(_hashlib, "__file__", None))
         address = ctypes.cast(library.SHA256, ctypes.c_void_p).value or 0
     except (ImportError, OSError, AttributeError, TypeError) as error:
-        log.info("no OpenSSL to be called directly (%s); hashing hands over the interpreter's lock once a MiB", error)
+        log.info(
+            "OpenSSL cannot be called directly (%s); hashing takes the interpreter's lock anew for each MiB", error
+        )
         return 0
     return address
 

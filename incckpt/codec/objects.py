@@ -188,7 +188,7 @@ class _Object:
             if next(_faults) == 0:
                 log.error(
                     "the chunk %s of %d bytes was coded wrongly and is stored uncoded: %s. Please report this; "
-                    "INCCKPT_CODEC=zstd does without incckpt's own coder. Further chunks like it are not logged",
+                    "INCCKPT_CODEC=zstd avoids incckpt's own coder. Further cases are not logged",
                     self.digest.identity.hex(),
                     len(self.raw),
                     fault,

@@ -225,7 +225,7 @@ def _to_torch(options: _Options, contents: Contents, source: CheckpointBytes, ou
     needs_pickle = not takes_weights_only(outputs.place(options.target))
     if needs_pickle:
         log.warning(
-            "%s holds more than tensors and plain values: torch.load takes it with weights_only=False alone",
+            "%s holds more than tensors and plain values: torch.load reads it only with weights_only=False",
             options.target,
         )
     tensors = len(references(contents.tree))

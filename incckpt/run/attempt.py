@@ -219,7 +219,7 @@ class Attempt:
 
         def skip(name: RefName, error: Exception) -> None:
             unreadable[name] = None
-            log.error("the ref of step %d is unreadable; delete that step to be rid of it: %s", name.step, error)
+            log.error("the ref of step %d is unreadable; delete that step to get rid of it: %s", name.step, error)
 
         return {ref.name: ref for ref in read_refs(self._run, lineage, names, skip)} | unreadable
 

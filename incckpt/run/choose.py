@@ -87,7 +87,7 @@ def _at(run: Run, lineage: Lineage, step: int) -> RefName:
             ", ".join(str(other.attempt) for other in others),
         )
     elif name in lineage.abandoned:
-        log.warning("step %d of %s is abandoned: a later attempt went back behind it", step, place(run))
+        log.warning("step %d of %s is abandoned: a later attempt resumed from before it", step, place(run))
     return name
 
 

@@ -175,7 +175,7 @@ class Writer:
             # A collector took this save for dead, after an outage say. Unless another writer has the run, save again.
             self._run.check_not_superseded(self._attempt)
             log.warning("the save of step %d was aborted as stale; saving again", snapshot.step)
-        raise SupersededError(f"run {self._run.name!r}: the save of step {snapshot.step} was aborted again and again")
+        raise SupersededError(f"run {self._run.name!r}: the save of step {snapshot.step} was aborted repeatedly")
 
     def _write_as(
         self, name: RefName, snapshot: Snapshot | Transfer, report: SaveReport
