@@ -310,7 +310,7 @@ class S3Backend(RemoteBackend[Session]):
         _check_fields(reply, "IsTruncated")
         bucket = reply.get("Name", self._bucket)  # of an access point, the name of the bucket behind it
         others = [] if bucket == self._bucket or self._bucket.endswith("-s3alias") else [f"bucket {bucket!r}"]
-        # Ceph repeats the prefix as it is where it says that it is URL-encoded, so the client decodes it once too often.
+        # Ceph says that the prefix is URL-encoded, but repeats it as it is; the client decodes it all the same.
         if reply.get("Prefix", begin) not in (begin, unquote_plus(begin)):
             others.append(f"prefix {reply['Prefix']!r}")
         others += [found["Key"] for found in reply.get("Contents", ()) if not found["Key"].startswith(begin)][:1]
