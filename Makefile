@@ -10,9 +10,10 @@ EXTRAS := dev,all
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 PEERS := .venv-peers
+FRAMEWORKS := .venv-frameworks
 CEPH_PORT ?= 8055
 
-.PHONY: help demo test quick test-ceph docs sanitize build/sanitized fuzz-coder fuzz-stores soak interrupt peers chaos lint types bench
+.PHONY: help demo test quick test-ceph docs sanitize build/sanitized fuzz-coder fuzz-stores soak interrupt peers chaos frameworks lint types bench
 .PHONY: wheel clean
 .DEFAULT_GOAL := help
 
@@ -88,6 +89,9 @@ chaos: $(PEERS)/installed $(VENV)/built ## ckpt-chaos: training killed at every 
 		--fail-on HARD_FAIL,SILENT_DIVERGENCE,LOST_WORK,CONTROL_FAIL \
 		-- $(PEERS)/bin/python -m tests.children.train_loop '{out}'
 
+frameworks: $(FRAMEWORKS)/installed $(VENV)/built ## The adapters for training frameworks, over the frameworks themselves
+	OMP_WAIT_POLICY=passive $(FRAMEWORKS)/bin/python -m pytest -n $(JOBS) --dist loadscope tests/integrations tests/test_docs.py
+
 lint: $(VENV)/built ## Style, formatting, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -120,7 +124,7 @@ wheel: $(WHEELS)/installed ## Source archive and wheel into dist/, and the wheel
 	$(PYTHON) tests/packaging/check_wheel.py dist/*.whl
 
 clean: ## Remove what was built or downloaded, the environment included
-	rm -rf $(VENV) $(PEERS) $(WHEELS) build dist *.egg-info .hypothesis .mypy_cache .ruff_cache .import_linter_cache .bench .demo
+	rm -rf $(VENV) $(PEERS) $(FRAMEWORKS) $(WHEELS) build dist *.egg-info .hypothesis .mypy_cache .ruff_cache .import_linter_cache .bench .demo
 	rm -f incckpt/*/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -140,6 +144,13 @@ $(PEERS)/installed: tests/peers/requirements.txt $(VENV)/installed
 	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$($(PEERS)/bin/python $(PURELIB))/over.pth"
 	$(PEERS)/bin/python -m pip install --disable-pip-version-check --quiet \
 		--constraint constraints.txt --requirement tests/peers/requirements.txt
+	touch $@
+
+$(FRAMEWORKS)/installed: tests/integrations/requirements.txt $(VENV)/installed
+	rm -rf $(FRAMEWORKS) && $(BIN)/python -m venv $(FRAMEWORKS)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$($(FRAMEWORKS)/bin/python $(PURELIB))/over.pth"
+	$(FRAMEWORKS)/bin/python -m pip install --disable-pip-version-check --quiet \
+		--constraint constraints.txt --requirement tests/integrations/requirements.txt
 	touch $@
 
 $(WHEELS)/installed: constraints.txt

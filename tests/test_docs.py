@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 import re
 from pathlib import Path
@@ -45,12 +46,15 @@ def test_examples_on_pages(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def has_examples(name: str) -> bool:
     """Whether a module's source, if it is Python, holds doctests."""
-    origin = importlib.import_module(name).__file__
+    spec = importlib.util.find_spec(name)  # does not import it: an adapter needs its framework
+    origin = None if spec is None else spec.origin
     return origin is not None and origin.endswith(".py") and ">>> " in Path(origin).read_text()
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if has_examples(name)])
 def test_examples_in_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    adapter = name.startswith("incckpt.integrations.")
+    module = pytest.importorskip(name, exc_type=ImportError) if adapter else importlib.import_module(name)
+    done = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert done.failed == 0
