@@ -13,7 +13,7 @@ PEERS := .venv-peers
 FRAMEWORKS := .venv-frameworks
 CEPH_PORT ?= 8055
 
-.PHONY: help demo test quick test-ceph docs sanitize build/sanitized fuzz-coder fuzz-stores soak interrupt peers chaos frameworks lint types bench
+.PHONY: help demo test quick thorough test-ceph docs sanitize build/sanitized fuzz-coder fuzz-stores soak interrupt peers chaos frameworks lint types bench
 .PHONY: wheel clean
 .DEFAULT_GOAL := help
 
@@ -29,6 +29,10 @@ test: lint types ## Build, lint, check types, run all tests
 quick: $(VENV)/built ## Style and the tests that take no server and no time: under a minute
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) -q -m "not slow and not server"
+
+THOROUGH := INCCKPT_SIMULATION=1 INCCKPT_FUZZ=100000 INCCKPT_KILLS=200 SAVES=60 RESTORES=15 EXAMPLES=200
+thorough: $(VENV)/built ## The tests that `make test` runs in a small number, in a large one (hours)
+	$(THOROUGH) $(BIN)/python -m pytest -n $(JOBS) --dist loadscope --timeout=0 -m slow
 
 test-ceph: $(VENV)/built ## The S3 tests against a Ceph gateway (needs its programs, see tests/servers/ceph-up.sh)
 	tests/servers/ceph-up.sh $(VENV)/ceph $(CEPH_PORT)

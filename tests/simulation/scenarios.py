@@ -39,6 +39,8 @@ class Scenario:
         Whether one of them replaces checkpoints.
     remote
         Whether answers come over a network, where they may be wrong.
+    long
+        Whether it takes most of a minute, too long for every run of the tests.
     """
 
     before: Sequence[Program | tuple[Program, str]]
@@ -50,6 +52,7 @@ class Scenario:
     undisturbed: Sequence[str] = ()
     replaces: bool = False
     remote: bool = False
+    long: bool = False
 
     @property
     def killed(self) -> bool:
@@ -249,6 +252,7 @@ SCENARIOS: dict[str, Scenario] = {
         {"r": saver((200, "c", "b1"), (300, "c", "b2"), (400, "a", "b2"), ready=0, policy=LAST)},
         {"faults": 1, "faulty": ("late",), "advances": 1},
         {"faults": 2, "faulty": ("late", "again"), "advances": 2},
+        long=True,
     ),
     "a commit that is lost again and again": Scenario(
         [first],

@@ -1,16 +1,19 @@
-"""The rules of `tests.simulation.rules` still say what the code says, and go on doing so when locals are renamed."""
+"""The rules of `tests.simulation.rules` say what the code says, whatever its locals are called, and each is needed."""
 
 from __future__ import annotations
 
 import ast
 import builtins
+import re
 
 import pytest
 
 from incckpt.run.attempt import Attempt
+from incckpt.testing.simulation import Violation
 from tests.simulation.edits import Edit, EditError
 from tests.simulation.rules import RULES, without
 from tests.simulation.scenarios import SCENARIOS
+from tests.simulation.world import simulated
 
 
 class _RenameLocals(ast.NodeTransformer):
@@ -56,3 +59,15 @@ def test_an_edit_follows_the_names_of_the_function() -> None:
 def test_an_edit_keeps_the_body_of_a_header() -> None:
     edit = Edit(Attempt, "start", "- if self._number:\n+ if True:")
     assert "if True:\n        return" in ast.unparse(edit.edited(edit.tree()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RULES)
+def test_without_a_rule_some_promise_is_broken(name: str) -> None:
+    rule = RULES[name]
+    with simulated(), without(name), pytest.raises(Violation) as caught:
+        SCENARIOS[rule.caught].explore(**{**rule.bounds, "limit": 200_000})
+    assert not re.search("(Name|Attribute|Type|Import|Assertion)Error", str(caught.value)), (
+        "the edit is wrong, not the rule"
+    )
+    print(f"without {name!r}: {str(caught.value).splitlines()[0]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -151,7 +152,7 @@ class Heartbeat:
 
 @contextmanager
 def simulated() -> Iterator[None]:
-    """Take chance, time and threads out of the library."""
+    """Take chance, time, threads and its log out of the library."""
     chance = SimpleNamespace(token_hex=lambda nbytes: current().nonce(nbytes))
     with (
         mock.patch("incckpt.store.refs.secrets", chance),
@@ -161,7 +162,11 @@ def simulated() -> Iterator[None]:
         mock.patch("incckpt.run.scrub.LOOKS", 0),  # looks that only add requests
         mock.patch("incckpt.run.upload.process_index", ChunkIndex),  # simulated processes share no memory
     ):
-        yield
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def open_store(process: Process) -> Store:

@@ -27,7 +27,7 @@ def relative(current: torch.Tensor, stored: torch.Tensor) -> float:
     return float((current.double() - base).norm() / base.norm())
 
 
-def test_a_thousand_saves_just_below_the_threshold_do_not_drift(tmp_path: Path) -> None:
+def test_many_saves_just_below_the_threshold_do_not_drift(tmp_path: Path) -> None:
     """Lesson 1 of the seed: after 200 saves at 0.9e-4 the restore was 1.8 % off."""
     threshold = 1e-4
     torch.manual_seed(0)
@@ -40,7 +40,7 @@ def test_a_thousand_saves_just_below_the_threshold_do_not_drift(tmp_path: Path) 
     step_by = {name: value.clone() * 0.9 * threshold for name, value in state.items() if value.is_floating_point()}
     backend = MemoryBackend(str(tmp_path))
     with incckpt.CheckpointManager(backend, threshold=threshold, keep_last_n=1) as manager:
-        for step in range(1, 1001):
+        for step in range(1, 401):
             for name, change in step_by.items():
                 state[name] += change
             state["count"] += 1
@@ -55,7 +55,7 @@ def test_a_thousand_saves_just_below_the_threshold_do_not_drift(tmp_path: Path) 
                 assert restored["count"] == step
         manager.wait()
         saved = sum(report.changed_bytes for report in manager.history)
-        assert saved < 0.6 * 1000 * manager.history[0].nbytes, "every other save should have skipped the floats"
+        assert saved < 0.6 * 400 * manager.history[0].nbytes, "every other save should have skipped the floats"
 
 
 @settings(max_examples=30, deadline=None)

@@ -24,6 +24,7 @@ from incckpt.backends.base import Backend
 from incckpt.backends.local import LocalBackend
 from incckpt.backends.memory import MemoryBackend
 from incckpt.backends.s3 import S3Backend
+from incckpt.backends.s3_session import Session
 from incckpt.backends.wrapper import WrapperBackend
 from incckpt.errors import BackendError, CollectionError, CorruptionError, FormatError, SaveError, SupersededError
 from incckpt.store import refs
@@ -274,13 +275,22 @@ def test_a_host_whose_clock_is_a_day_off(tmp_path: Path, offset: int) -> None:
 # ---- servers ---------------------------------------------------------------------------------------------------------
 
 
-def test_more_than_a_thousand_keys_in_every_listing(s3_server: dict[str, Any]) -> None:
+def test_more_keys_than_a_page_has_in_every_listing(s3_server: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    call, pages = Session.call, []
+
+    async def in_small_pages(session: Session, operation: str, **parameters: Any) -> Any:
+        if operation == "list_objects_v2":
+            pages.append(parameters)
+            parameters["MaxKeys"] = 50
+        return await call(session, operation, **parameters)
+
+    monkeypatch.setattr(Session, "call", in_small_pages)
     bucket = f"many-{uuid.uuid4().hex[:12]}"
     with S3Backend(bucket, "store", s3_server) as backend:
         s3fs.S3FileSystem(**s3_server).mkdir(bucket)
         save(backend, 1, run="mine", keep=None)
         values: dict[str, bytes] = {}
-        for number in range(1050):
+        for number in range(110):
             name = f"000001-{number:012d}-{number:016x}"
             values[f"refs/run{number}/{name}"] = b"EXPIRED"
             values[f"pins/run{number}/{name}"] = dump_document("pin", {})
@@ -289,8 +299,9 @@ def test_more_than_a_thousand_keys_in_every_listing(s3_server: dict[str, Any]) -
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(backend.put, values, values.values()))
         collected = Collector(Store(backend)).sweep()
-        assert len(collected.deleted) == 1050
+        assert len(collected.deleted) == 110
         assert orphans(backend) == set()
+        assert len([page for page in pages if "ContinuationToken" in page]) >= 8, "every listing has several pages"
         assert [entry.key for entry in backend.list("gc/")] == []
         assert [entry.key for entry in backend.list("pins/")] == []
         save(backend, 2, run="mine")

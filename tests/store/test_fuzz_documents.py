@@ -34,7 +34,7 @@ from incckpt.store.store import Store
 
 pytestmark = pytest.mark.slow
 
-ROUNDS = int(os.environ.get("INCCKPT_FUZZ", "10000")) // 50
+ROUNDS = int(os.environ.get("INCCKPT_FUZZ", "10000")) // 250
 RUNS = ("default", "other")
 
 
