@@ -30,7 +30,7 @@ quick: $(VENV)/built ## Style and the tests that take no server and no time: und
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) -q -m "not slow and not server"
 
-THOROUGH := INCCKPT_SIMULATION=1 INCCKPT_FUZZ=100000 INCCKPT_KILLS=200 SAVES=60 RESTORES=15 EXAMPLES=200
+THOROUGH := INCCKPT_BUILD=1 INCCKPT_SIMULATION=1 INCCKPT_FUZZ=100000 INCCKPT_KILLS=200 SAVES=60 RESTORES=15 EXAMPLES=200
 thorough: $(VENV)/built ## The tests that `make test` runs in a small number, in a large one (hours)
 	$(THOROUGH) $(BIN)/python -m pytest -n $(JOBS) --dist loadscope --timeout=0 -m slow
 
