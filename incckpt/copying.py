@@ -312,4 +312,5 @@ def _contents(manifest: Manifest) -> tuple[Any, ...]:
             for item in ranges
         ]
 
-    return manifest.structure, manifest.tensors, pieces(manifest.ranges), pieces(manifest.packed)
+    blocks = [(item.shape, item.blocks) for item in manifest.ranges]
+    return manifest.structure, manifest.tensors, pieces(manifest.ranges), blocks, pieces(manifest.packed)

@@ -51,8 +51,9 @@ class TensorTable:
         chunks = manifest.chunks
         content, alone = np.empty(len(ranges), np.int64), np.empty(len(ranges), np.bool_)
         for row, index in enumerate(ranges):
-            pieces = manifest.ranges[index].pieces
-            content[row] = hash(tuple((chunks[chunk].identity, offset, nbytes) for chunk, offset, nbytes in pieces))
+            pieces, blocks = manifest.ranges[index].pieces, manifest.ranges[index].blocks
+            where = tuple((chunks[chunk].identity, offset, nbytes) for chunk, offset, nbytes in pieces)
+            content[row] = hash((where, blocks))
             alone[row] = all(nbytes == chunks[chunk].nbytes for chunk, _, nbytes in pieces)
         measured = floating if manifest.norms is not None else np.zeros(len(ranges), np.bool_)
         return cls(names, content, alone, measured, manifest.norms or {})

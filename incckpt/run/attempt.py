@@ -18,8 +18,7 @@ from incckpt.run.checkpoint import read_refs, to_record
 from incckpt.run.discards import Discards
 from incckpt.run.pipeline import Pipeline
 from incckpt.run.report import SaveReport
-from incckpt.run.snapshot import Snapshot
-from incckpt.run.transfer import Transfer
+from incckpt.run.snapshot import Snapshot, Source
 from incckpt.run.writer import Writer
 from incckpt.staging.baseline import Baseline
 from incckpt.store.gc import Collector
@@ -257,7 +256,7 @@ class Attempt:
             "there, or save to another run"
         )
 
-    def write(self, snapshot: Snapshot | Transfer, report: SaveReport, if_exists: IfExists = "error") -> Ref:
+    def write(self, snapshot: Snapshot | Source, report: SaveReport, if_exists: IfExists = "error") -> Ref:
         """Write and commit a checkpoint, then prune and collect.
 
         Parameters
@@ -297,7 +296,7 @@ class Attempt:
             self._tidy(ref.step)
         return ref
 
-    def _after_the_replaced(self, snapshot: Snapshot | Transfer) -> Snapshot | Transfer:
+    def _after_the_replaced(self, snapshot: Snapshot | Source) -> Snapshot | Source:
         """Return the snapshot with a later time than the checkpoint it replaces; readers rely on that order."""
         times = [ref.time for ref in self._history.values() if ref is not None and ref.step == snapshot.step]
         return replace(snapshot, time=max([snapshot.time, *(math.nextafter(time, math.inf) for time in times)]))
@@ -312,6 +311,11 @@ class Attempt:
         """Leave the run to its new writer, and condemn the objects that this one wasted."""
         if self._condemn_wasted():
             self._discards.delete_spent()
+
+    def give_up(self) -> None:
+        """After a failed save of several processes: condemn what is known of it, unpin it, and sweep next time."""
+        self._sweep = True
+        self._leave()
 
     def _condemn_wasted(self) -> bool:
         try:

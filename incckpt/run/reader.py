@@ -15,13 +15,14 @@ from incckpt.codec import objects as codec
 from incckpt.errors import CodecError, CorruptionError, MissingObjectError
 from incckpt.run.pipeline import LOCAL_REQUESTS, Pipeline
 from incckpt.staging.hostmem import HostPool
+from incckpt.store.blocks import Block, row_major
 from incckpt.store.manifest import Chunk, Manifest, Range, Stored
 from incckpt.store.objects import ObjectKey, chunk_keys
 from incckpt.store.rereading import reread
 from incckpt.store.store import Store
 from incckpt.store.untrusted import MemoryLimit, reading
 
-__all__ = ["Bytes", "ChunkRead", "Reader", "reads_for"]
+__all__ = ["Bytes", "ChunkRead", "Reader", "read_box", "reads_for"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -40,6 +41,8 @@ class ChunkRead:
         The same for the full object behind a delta.
     pieces
         ``(offset in the chunk, array)``: where else to copy its parts.
+    boxes
+        ``(offset in the chunk, strides there, array)``: the same for parts that are boxes of a tensor.
     names
         Tensors that need it, for messages.
     base_damaged
@@ -51,6 +54,7 @@ class ChunkRead:
     out: Bytes | None = None
     base_out: Bytes | None = None
     pieces: list[tuple[int, Bytes]] = field(default_factory=list)
+    boxes: list[tuple[int, tuple[int, ...], Bytes]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     base_damaged: bool = False
 
@@ -211,6 +215,8 @@ class Reader:
             for offset, target in item.pieces:
                 if scratch or target is not out:
                     target[:] = out[offset : offset + target.nbytes]
+            for offset, strides, target in item.boxes:
+                target[...] = np.ndarray(target.shape, np.uint8, out, offset, strides)
 
 
 def reads_for(
@@ -231,6 +237,10 @@ def reads_for(
     for item, buffer, needed_by in zip(ranges, buffers, names, strict=True):
         if buffer is None:
             continue
+        if item.blocks:
+            whole = Block((0,) * len(item.shape), item.shape)
+            read_box(reads, manifest, item, whole, item.shape, buffer.reshape(item.shape), needed_by[:3])
+            continue
         position = 0
         for index, offset, nbytes in item.pieces:
             read = reads.get(index)
@@ -240,6 +250,42 @@ def reads_for(
             read.names += needed_by[:3]
             position += nbytes
     return reads
+
+
+def read_box(
+    reads: dict[int, ChunkRead],
+    manifest: Manifest,
+    item: Range,
+    wanted: Block,
+    shape: tuple[int, ...],
+    target: Bytes,
+    names: Sequence[str],
+) -> None:
+    """Add to `reads` what fills `target` with a box of a range.
+
+    Parameters
+    ----------
+    reads
+        By chunk index.
+    wanted, shape
+        The box, and the shape of the range as an array of bytes.
+    target
+        ``uint8`` of the box's shape, with any strides.
+    names
+        Of the tensor, for messages.
+    """
+    for index, offset, strides, (at, size) in item.boxes(wanted, shape):
+        read = reads.get(index)
+        if read is None:
+            read = reads[index] = ChunkRead(manifest.chunks[index])
+        place = tuple(slice(a - b, a - b + n) for a, b, n in zip(at, wanted.at, size, strict=True))
+        part = target[place]
+        dense = zip(size, strides, row_major(size), strict=True)
+        if part.flags.c_contiguous and all(a == b for n, a, b in dense if n > 1):
+            read.pieces.append((offset, part.reshape(-1)))
+        else:
+            read.boxes.append((offset, strides, part))
+        read.names += names
 
 
 def _sole_destination(group: Sequence[ChunkRead]) -> Bytes | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from incckpt.run.report import SaveReport
 from incckpt.staging.baseline import Baseline
@@ -15,9 +15,33 @@ from incckpt.staging.packed import NOTHING_PACKED, PackedChunks
 from incckpt.state.entries import TensorEntry, entry_to_json
 from incckpt.state.flatten import flatten
 from incckpt.store.document import Json
-from incckpt.store.manifest import Range
+from incckpt.store.manifest import Chunk, Manifest, Range
+from incckpt.store.refs import RefName
 
-__all__ = ["Snapshot", "stage"]
+if TYPE_CHECKING:
+    from incckpt.run.upload import Known, Uploader
+
+__all__ = ["Snapshot", "Source", "stage"]
+
+
+class Source(Protocol):
+    """What a writer can write besides a snapshot: a dataclass that stores its chunks itself, and makes its manifest."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def step(self) -> int:
+        """The step of the checkpoint."""
+
+    @property
+    def time(self) -> float:
+        """Seconds since the epoch."""
+
+    def store(self, uploader: Uploader, nonce: str, known: Known, report: SaveReport) -> list[Chunk]:
+        """Make sure that every chunk is stored, once the pin is put; return where."""
+
+    def manifest_as(self, run: str, name: RefName, chunks: Sequence[Chunk]) -> Manifest:
+        """Return the manifest of the checkpoint `name`."""
 
 
 @dataclass(frozen=True)

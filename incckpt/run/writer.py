@@ -18,8 +18,7 @@ from incckpt.run.discards import Discards
 from incckpt.run.pipeline import Pipeline
 from incckpt.run.report import SaveReport
 from incckpt.run.scrub import Scrubber
-from incckpt.run.snapshot import Snapshot
-from incckpt.run.transfer import Transfer
+from incckpt.run.snapshot import Snapshot, Source
 from incckpt.run.upload import Known, Uploader
 from incckpt.staging.baseline import Baseline
 from incckpt.staging.movement import MovementMeter
@@ -145,7 +144,7 @@ class Writer:
         """Release threads and memory, until the next save."""
         self._uploader.close()
 
-    def write(self, snapshot: Snapshot | Transfer, report: SaveReport) -> tuple[Ref, Manifest]:
+    def write(self, snapshot: Snapshot | Source, report: SaveReport) -> tuple[Ref, Manifest]:
         """Write a checkpoint and commit it.
 
         Returns
@@ -177,9 +176,7 @@ class Writer:
             log.warning("the save of step %d was aborted as stale; saving again", snapshot.step)
         raise SupersededError(f"run {self._run.name!r}: the save of step {snapshot.step} was aborted repeatedly")
 
-    def _write_as(
-        self, name: RefName, snapshot: Snapshot | Transfer, report: SaveReport
-    ) -> tuple[Ref, Manifest] | None:
+    def _write_as(self, name: RefName, snapshot: Snapshot | Source, report: SaveReport) -> tuple[Ref, Manifest] | None:
         started = time.perf_counter()
         report.restart()
         self._uploader.tried = []
@@ -330,9 +327,9 @@ class Writer:
         return replace(snapshot, norms=found)
 
     def _manifest(
-        self, name: RefName, snapshot: Snapshot | Transfer, chunks: Sequence[Chunk], report: SaveReport
+        self, name: RefName, snapshot: Snapshot | Source, chunks: Sequence[Chunk], report: SaveReport
     ) -> Manifest:
-        if isinstance(snapshot, Transfer):
+        if not isinstance(snapshot, Snapshot):
             return snapshot.manifest_as(self._run.name, name, chunks)
         return Manifest(
             run=self._run.name,

@@ -5,12 +5,20 @@
 
 from __future__ import annotations
 
+import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
 
 from incckpt.errors import CorruptionError
 from incckpt.messages import shown
+from incckpt.state.entries import MAX_DIMENSIONS
+from incckpt.store.blocks import Block, Int64s, cut, fault, overlap, row_major, runs
 from incckpt.store.document import (
     Fields,
     Json,
@@ -80,22 +88,89 @@ class Chunk:
     base: Stored | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Range:
-    """A byte range of tensor memory; `pieces` lists where its bytes are: ``(chunk index, offset there, bytes)``."""
+    """A byte range of tensor memory.
+
+    Attributes
+    ----------
+    nbytes, itemsize
+        Length, and element size for the codec.
+    pieces
+        Where its bytes are: ``(chunk index, offset there, bytes)``; end to end they are the range, or its blocks.
+    shape, blocks
+        Of a range that several processes wrote: an array of bytes of that shape, and its boxes, whose bytes `pieces`
+        hold one box after the other. Otherwise empty.
+    """
 
     nbytes: int
     itemsize: int
     pieces: tuple[tuple[int, int, int], ...]
+    shape: tuple[int, ...] = ()
+    blocks: tuple[Block, ...] = ()
 
     def part(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield the pieces of the bytes ``[start, stop)``."""
-        position = 0
-        for index, offset, nbytes in self.pieces:
+        if not self.blocks:
+            yield from self._stored(start, stop)
+            return
+        starts, sources, lengths = self._runs
+        for index in range(int(np.searchsorted(starts, start, "right")) - 1, int(np.searchsorted(starts, stop))):
+            first, source, nbytes = int(starts[index]), int(sources[index]), int(lengths[index])
+            low, high = max(start, first), min(stop, first + nbytes)
+            yield from self._stored(source + low - first, source + high - first)
+
+    def boxes(self, wanted: Block, shape: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[int, ...], Block]]:
+        """Yield which bytes of which chunks fill a box of the range.
+
+        Parameters
+        ----------
+        wanted
+            The box, of the range seen as an array of bytes.
+        shape
+            Of that array; if the range has blocks, theirs.
+
+        Yields
+        ------
+        chunk, offset, strides, box
+            A box of the array, and where it is in a chunk: its first byte, and the bytes between neighbours.
+        """
+        before = 0
+        for block in self.blocks or (Block((0,) * len(shape), shape),):
+            nbytes = math.prod(block.shape)
+            if overlap(block, wanted) is not None:
+                strides = row_major(block.shape)
+                position = 0
+                for chunk, offset, length in self._stored(before, before + nbytes):
+                    for at, size in cut(block.shape, position, position + length):
+                        place = Block(tuple(a + b for a, b in zip(block.at, at, strict=True)), size)
+                        inner = overlap(place, wanted)
+                        if inner is not None:
+                            steps = zip(inner.at, block.at, strides, strict=True)
+                            here = sum((a - b) * step for a, b, step in steps)
+                            yield chunk, offset + here - position, strides, inner
+                    position += length
+            before += nbytes
+
+    def _stored(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the pieces that hold bytes ``[start, stop)`` of what is stored."""
+        ends = self._ends
+        for at in range(bisect_right(ends, start), len(ends)):
+            index, offset, nbytes = self.pieces[at]
+            position = ends[at] - nbytes
+            if position >= stop:
+                return
             low, high = max(start, position), min(stop, position + nbytes)
             if low < high:
                 yield index, offset + low - position, high - low
-            position += nbytes
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(nbytes for _, _, nbytes in self.pieces))
+
+    @cached_property
+    def _runs(self) -> tuple[Int64s, Int64s, Int64s]:
+        return runs(self.shape, self.blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +248,8 @@ class Manifest:
         if self.blocked is not None:
             document["blocked"] = {phase: round(seconds, 6) for phase, seconds in self.blocked.items()}
         short = any(chunk.base is not None and chunk.base.digits != _ALL_DIGITS for chunk in self.chunks)
-        return dump_document("manifest", document, version=2 if short or self.packed else 1)
+        blocks = any(item.blocks for item in self.ranges)
+        return dump_document("manifest", document, version=2 if short or self.packed or blocks else 1)
 
     @classmethod
     def from_json(cls, data: bytes, name: str) -> Manifest:
@@ -276,7 +352,11 @@ def _chunk_from_json(item: Json, name: str) -> Chunk:
 
 
 def _range_to_json(item: Range) -> dict[str, Json]:
-    return {"bytes": item.nbytes, "item": item.itemsize, "pieces": [list(piece) for piece in item.pieces]}
+    node = {"bytes": item.nbytes, "item": item.itemsize, "pieces": [list(piece) for piece in item.pieces]}
+    if item.blocks:
+        node["shape"] = list(item.shape)
+        node["blocks"] = [[list(block.at), list(block.shape)] for block in item.blocks]
+    return node
 
 
 def _ranges_from_json(fields: Fields, field: str, chunks: tuple[Chunk, ...], name: str) -> tuple[Range, ...]:
@@ -298,4 +378,25 @@ def _range_from_json(item: Json, chunks: tuple[Chunk, ...], name: str) -> Range:
         pieces.append((chunk, offset, length))
     if sum(length for _, _, length in pieces) != nbytes:
         raise CorruptionError(f"{name}: its pieces are not {nbytes} bytes together")
-    return Range(nbytes, itemsize, tuple(pieces))
+    if "blocks" not in item:
+        return Range(nbytes, itemsize, tuple(pieces))
+    if len(fields.list("shape")) > MAX_DIMENSIONS:
+        raise CorruptionError(f"{name}: an array of {len(fields.list('shape'))} dimensions")
+    shape, blocks = _counts(fields.list("shape"), name), tuple(_block(node, name) for node in fields.list("blocks"))
+    if not shape or math.prod(shape) != nbytes:
+        raise CorruptionError(f"{name}: an array of {shown(shape)} has not {nbytes} bytes")
+    if wrong := fault(shape, blocks):
+        raise CorruptionError(f"{name}: {wrong}")
+    return Range(nbytes, itemsize, tuple(pieces), shape, blocks)
+
+
+def _block(node: Json, name: str) -> Block:
+    if not isinstance(node, list) or len(node) != 2:
+        raise CorruptionError(f"{name}: not a block: {shown(node)}")
+    return Block(_counts(node[0], name), _counts(node[1], name))
+
+
+def _counts(node: Json, name: str) -> tuple[int, ...]:
+    if not isinstance(node, list) or not all(map(is_count, node)):
+        raise CorruptionError(f"{name}: not a list of natural numbers: {shown(node)}")
+    return tuple(node)

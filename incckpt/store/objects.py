@@ -7,7 +7,7 @@ no two saves put the same key, and a late delete never hits a newer object with 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from incckpt.backends.base import Backend, ReadableBuffer
@@ -15,7 +15,17 @@ from incckpt.errors import CorruptionError, KeyNotFoundError, MissingObjectError
 from incckpt.store.manifest import DELTA_DIGITS, Chunk, Manifest
 from incckpt.store.rereading import reread
 
-__all__ = ["DELTAS", "OBJECTS", "ObjectKey", "Objects", "chunk_keys", "is_object", "manifest_keys", "manifest_sizes"]
+__all__ = [
+    "DELTAS",
+    "OBJECTS",
+    "ObjectKey",
+    "Objects",
+    "chunk_keys",
+    "chunk_sizes",
+    "is_object",
+    "manifest_keys",
+    "manifest_sizes",
+]
 
 OBJECTS = "objects/"
 DELTAS = "deltas/"
@@ -86,8 +96,13 @@ def manifest_keys(manifest: Manifest) -> frozenset[str]:
 
 def manifest_sizes(manifest: Manifest) -> dict[str, int]:
     """Return the sizes in bytes of these objects, by key."""
+    return chunk_sizes(manifest.chunks)
+
+
+def chunk_sizes(chunks: Iterable[Chunk]) -> dict[str, int]:
+    """Return the sizes in bytes of the objects that chunks are read from, by key."""
     sizes: dict[str, int] = {}
-    for chunk in manifest.chunks:
+    for chunk in chunks:
         stored = (chunk,) if chunk.base is None else (chunk, chunk.base)
         sizes.update(zip(map(str, chunk_keys(chunk)), (one.size for one in stored), strict=True))
     return sizes

@@ -1,0 +1,208 @@
+"""One process's part of a checkpoint that several processes save: what it copies, stores and tells the coordinator."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from incckpt.errors import StoreReplacedError
+from incckpt.run.report import SaveReport
+from incckpt.run.scrub import Scrubber
+from incckpt.run.snapshot import Snapshot, stage
+from incckpt.run.upload import Known, Uploader
+from incckpt.staging.baseline import Baseline
+from incckpt.store.document import Json
+from incckpt.store.manifest import Chunk, Range
+from incckpt.store.objects import chunk_sizes
+from incckpt.store.refs import Ref, RefName, new_nonce
+from incckpt.store.store import Store
+
+__all__ = ["Brief", "Shard", "ShardWriter"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Brief:
+    """What the coordinator tells every process once the pin is put.
+
+    Attributes
+    ----------
+    save
+        The number of the save, counted by every process for itself too: a plan that was cached brings an old one.
+    store
+        The store's id.
+    run
+        Name of the run.
+    previous
+        The number of the attempt's last save that was committed, and its ref.
+    """
+
+    save: int
+    store: str
+    run: str
+    previous: tuple[int, RefName] | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a process has stored.
+
+    Attributes
+    ----------
+    nodes
+        The structure's node of each value, by key.
+    tensors, ranges, packed
+        What they refer to, numbered within the shard; as in a manifest.
+    chunks
+        Where the bytes are.
+    chunk_bytes
+        The most that a chunk holds.
+    tried
+        Keys that the process has put or tried to put.
+    put_objects, put_bytes
+        What the save put.
+    """
+
+    nodes: Mapping[str, Json]
+    tensors: Sequence[Mapping[str, Json]]
+    ranges: Sequence[Range]
+    packed: Sequence[Range]
+    chunks: Sequence[Chunk]
+    chunk_bytes: int
+    tried: Sequence[str] = ()
+    put_objects: int = 0
+    put_bytes: int = 0
+
+
+class ShardWriter:
+    """Stores a process's part of one checkpoint after the other.
+
+    Nothing here is the coordinator's: neither the pin nor the ref. Each process looks for itself what may be reused,
+    after the coordinator has put the pin, and puts the rest under keys with a nonce of its own.
+
+    Parameters
+    ----------
+    store
+        Opened by this process; closed with the writer.
+    threads
+        For comparing, copying, hashing and coding.
+    chunk_bytes
+        The most that a chunk holds.
+    delta
+        Whether changed chunks may be stored as deltas.
+    """
+
+    def __init__(self, store: Store, *, threads: int, chunk_bytes: int, delta: bool = True) -> None:
+        self.store = store
+        self.base = Baseline(chunk_bytes, delta=delta, threads=threads)
+        self._uploader = Uploader(store, threads=threads, baseline=self.base)
+        self._scrubber = Scrubber(store.objects)
+        self._chunk_bytes = chunk_bytes
+        self._last: tuple[int, frozenset[str]] = 0, frozenset()
+        self.report = SaveReport()
+
+    def stage(self, values: Mapping[str, Any]) -> Snapshot:
+        """Copy what changed of `values` since the last save; after this returns, they may change.
+
+        Raises
+        ------
+        StateError
+            If one cannot be saved.
+        """
+        self.report = SaveReport()
+        return stage(0, dict(values), {}, self.report, base=self.base, allow_pickle=False)()
+
+    def put(self, snapshot: Snapshot, brief: Brief, save: int) -> Shard:
+        """Store what `stage` has made; return what the coordinator needs to know.
+
+        Parameters
+        ----------
+        brief
+            What the coordinator says; where plans are cached it may be of an earlier save.
+        save
+            The number of this save.
+
+        Raises
+        ------
+        StoreNotFoundError, StoreReplacedError
+            If this process does not reach the coordinator's store.
+        BackendError
+            If the store failed; `tried` has what was put.
+        """
+        self._uploader.tried = []
+        self._check_store(brief)
+        known = self._look_around(brief if brief.save == save else None)
+        chunks = self._uploader.store(snapshot, new_nonce(), known, self.report)
+        self.base.settle(snapshot.layout, snapshot.contents)
+        sizes = chunk_sizes(chunks)
+        self._scrubber.rely_on(sizes)
+        self._last = save, frozenset(sizes)
+        return Shard(
+            nodes=dict(snapshot.structure["dict"]),
+            tensors=snapshot.tensors,
+            ranges=snapshot.layout.ranges,
+            packed=snapshot.packed_ranges,
+            chunks=chunks,
+            chunk_bytes=self._chunk_bytes,
+            tried=self._uploader.tried,
+            put_objects=self.report.put_objects,
+            put_bytes=self.report.put_bytes,
+        )
+
+    def _check_store(self, brief: Brief) -> None:
+        self.store.check()
+        if self.store.id != brief.store:
+            raise StoreReplacedError(
+                f"{self.store.backend.url} is another store here than where the coordinator is; give a URL that leads "
+                "every process to the same"
+            )
+        self.store.create()  # which finds out whether it creates exclusively, and that it is still the same
+
+    def _look_around(self, brief: Brief | None) -> Known:
+        """Return what may be reused. What is condemned is asked twice: the coordinator may have condemned it."""
+        known_lost = self._scrubber.lost
+        looks: list[Callable[[], frozenset[str]]]
+        looks = [partial(self.store.condemned.keys, twice=True), partial(self._vouched, brief)]
+        looks += [partial(self._scrub, key) for key in self._scrubber.due()]
+        condemned, vouched, *_ = self._uploader.pipeline.together(lambda look: look(), looks)
+        lost = self._scrubber.lost
+        if lost - known_lost:
+            log.warning(
+                "%d objects are gone from %s, or not of the size that was put: the checkpoints that need them are "
+                "damaged. Their content is stored again", len(lost - known_lost), self.store.backend.url,
+            )  # fmt: skip
+        return Known(condemned | lost, vouched - lost, sure=True)
+
+    def _scrub(self, key: str) -> frozenset[str]:
+        self._scrubber.look(key)
+        return frozenset()
+
+    def _vouched(self, brief: Brief | None) -> frozenset[str]:
+        """Return the keys that this process relied on in the previous checkpoint, if its ref still lives."""
+        save, keys = self._last
+        if brief is None or brief.previous is None or brief.previous[0] != save:
+            return frozenset()
+        try:
+            found = self.store.run(brief.run).read(brief.previous[1])
+        except ValueError as error:
+            log.error("the previous ref is unreadable; what it needs is looked up one by one: %s", error)
+            return frozenset()
+        return keys if isinstance(found, Ref) else frozenset()
+
+    @property
+    def tried(self) -> Sequence[str]:
+        """Keys that the last save has put or tried to put."""
+        return self._uploader.tried
+
+    def rest(self) -> None:
+        """Let go of threads and buffers until the next save."""
+        self._uploader.close()
+
+    def close(self) -> None:
+        """Let go of connections, too."""
+        self.rest()
+        self.store.close()

@@ -1,0 +1,219 @@
+"""States saved and loaded through ``torch.distributed.checkpoint``, in this process and in several."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+import incckpt
+from incckpt.errors import OptionError, StateError, StoreNotFoundError
+from incckpt.integrations.dcp import IncrementalReader, IncrementalWriter
+from tests.integrations.sharded import same
+
+
+def _state(seed: int = 0) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    return {
+        "model": OrderedDict(
+            weight=torch.randn(5, 7),
+            column=torch.randn(6, 4).t(),
+            half=torch.randn(9).bfloat16(),
+            scalar=torch.tensor(seed + 0.5),
+            nothing=torch.empty(0, 3),
+            complex=torch.randn(3, dtype=torch.complex64),
+        ),
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0 + seed)}}, "groups": [{"lr": 0.1 * seed, "params": [0]}]},
+        "array": np.arange(4) + seed,
+        "log": [f"line {seed} {index}" for index in range(3000)],
+        "name": "run",
+        "none": None,
+    }
+
+
+def _empty(value: Any) -> Any:
+    """Return a state of the same shape without its values."""
+    if isinstance(value, torch.Tensor):
+        return torch.zeros_like(value)
+    if isinstance(value, dict):
+        return {key: _empty(item) for key, item in value.items()}
+    if isinstance(value, list) and any(isinstance(item, (dict, torch.Tensor)) for item in value):
+        return [_empty(item) for item in value]
+    return None
+
+
+def _cause(caught: pytest.ExceptionInfo[CheckpointException]) -> BaseException:
+    [(error, _)] = caught.value.failures.values()
+    return error
+
+
+def _equal(one: Any, other: Any) -> bool:
+    arrays = one.pop("array"), other.pop("array")
+    return np.array_equal(*arrays) and not same(one, other)
+
+
+def test_a_state_comes_back_through_dcp_and_without_it(tmp_path: Path) -> None:
+    """Tensors of every kind, arrays, values, a log; read by DCP, by `load`, and restored in place."""
+    store = str(tmp_path / "store")
+    with IncrementalWriter(store, step=5) as writer:
+        dcp_save(_state(1), storage_writer=writer, no_dist=True)
+    target = _empty(_state(1))
+    dcp_load(target, storage_reader=IncrementalReader(store), no_dist=True)
+    expected = _state(1)
+    expected["optimizer"]["state"] = {"0": expected["optimizer"]["state"][0]}  # DCP's names are strings
+    target["optimizer"]["state"] = {str(key): value for key, value in target["optimizer"]["state"].items()}
+    loaded = incckpt.load(store)
+    assert _equal(target, dict(expected))
+    expected["array"] = _state(1)["array"]
+    assert _equal(loaded, expected)
+
+
+def test_what_a_manager_saved_loads_under_dcp_and_the_reverse(tmp_path: Path) -> None:
+    """Views, transposed tensors and packed values included."""
+    store = str(tmp_path / "store")
+    base = torch.arange(24.0)
+    state = {**_state(2), "tied": base[:12], "view": base[6:18].reshape(3, 4), "gaps": torch.randn(8, 8)[::2, ::2]}
+    with incckpt.CheckpointManager(store) as manager:
+        manager.save(1, state).result()
+    target = _empty(state)
+    dcp_load(target, storage_reader=IncrementalReader(store, step=1), no_dist=True)
+    assert _equal(dict(target), dict(state))
+    state["tied"] = base[:12] + 1
+    with IncrementalWriter(store) as writer:
+        dcp_save(state, storage_writer=writer, no_dist=True)
+    names = {**_empty(state), "optimizer": {"state": {"0": {"step": torch.zeros(())}}, "groups": [{}]}}
+    names["optimizer"]["groups"] = [{"lr": None, "params": None}]
+    with incckpt.CheckpointManager(store) as manager:
+        assert manager.restore(names) == 2
+    assert torch.equal(names["tied"], state["tied"])
+    assert torch.equal(names["model"]["column"], state["model"]["column"])
+
+
+def test_only_what_changed_is_written(tmp_path: Path) -> None:
+    """The second save puts the changed tensor and the manifest."""
+    store = str(tmp_path / "store")
+    state = {"frozen": torch.randn(1 << 19), "learns": torch.randn(1 << 18)}
+    with IncrementalWriter(store, delta=False) as writer:
+        dcp_save(state, storage_writer=writer, no_dist=True)
+        state["learns"] += 1
+        dcp_save(state, storage_writer=writer, no_dist=True)
+        metadata = dcp_save(state, storage_writer=writer, no_dist=True)
+    assert metadata.storage_data.step == 2
+    written = [checkpoint.written for checkpoint in incckpt.list_checkpoints(store)]
+    assert written[0] > 2 << 20
+    assert (1 << 19) < written[1] < (1 << 20) + 8192
+    assert written[2] < 8192
+
+
+def test_cached_plans_are_told_from_new_ones(tmp_path: Path) -> None:
+    """A cached plan brings what the coordinator said in the first save; later saves do not rely on it."""
+    store = str(tmp_path / "store")
+    state: dict[str, Any] = {"w": torch.zeros(1000), "lr": 0.5}
+    try:
+        with IncrementalWriter(store, keep_last_n=1) as writer:
+            for step in range(5):
+                state["w"][step] += 1
+                planner = DefaultSavePlanner(enable_plan_caching=True)
+                dcp_save(state, storage_writer=writer, planner=planner, no_dist=True)
+        incckpt.collect(store, dry_run=False)
+        assert torch.equal(incckpt.load(store)["w"], state["w"])
+    finally:
+        for cache in ("save_plan", "final_save_plan", "all_plans", "global_plan", "metadata"):
+            getattr(SavePlanner, f"_cached_{cache}").clear()
+
+
+def test_a_save_in_the_background_is_of_the_moment_of_its_call(tmp_path: Path) -> None:
+    """What training writes afterwards is not in it."""
+    store = str(tmp_path / "store")
+    state: dict[str, Any] = {"w": torch.ones(1 << 16), "step": 1}
+    with IncrementalWriter(store) as writer:
+        future = async_save(state, storage_writer=writer, no_dist=True)
+        assert isinstance(future, Future)
+        state["w"].zero_()
+        future.result()
+        loaded = incckpt.load(store)
+    assert loaded["step"] == 1
+    assert torch.equal(loaded["w"], torch.ones(1 << 16))
+
+
+def test_a_part_of_a_state_loads(tmp_path: Path) -> None:
+    """With a planner that allows keys that the checkpoint lacks, and without."""
+    store = str(tmp_path / "store")
+    with IncrementalWriter(store) as writer:
+        dcp_save({"w": torch.ones(3)}, storage_writer=writer, no_dist=True)
+    target = {"w": torch.zeros(3), "new": torch.full((2,), 7.0)}
+    planner = DefaultLoadPlanner(allow_partial_load=True)
+    dcp_load(target, storage_reader=IncrementalReader(store), planner=planner, no_dist=True)
+    assert target["w"].tolist() == [1, 1, 1]
+    assert target["new"].tolist() == [7, 7]
+    with pytest.raises(CheckpointException, match="Missing key"):
+        dcp_load(target, storage_reader=IncrementalReader(store), no_dist=True)
+
+
+def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
+    """With an error of incckpt that says what to do, and nothing left in the store but what a failed save leaves."""
+    store = str(tmp_path / "store")
+    writer = IncrementalWriter(store)
+    with pytest.raises(OptionError, match="use_collectives"):
+        writer.set_up_storage_writer(True, rank=0, use_collectives=False)
+    with pytest.raises(OptionError, match="names no step"):
+        dcp_save({"w": torch.ones(1)}, checkpoint_id="final", storage_writer=writer, no_dist=True)
+    with pytest.raises(CheckpointException) as caught:
+        dcp_save({"w": torch.ones(1 << 16), "code": print}, storage_writer=writer, no_dist=True)
+    assert isinstance(_cause(caught), StateError)
+    assert not list(Path(store, "pins").rglob("*-*"))
+    assert incckpt.list_checkpoints(store) == []
+    dcp_save({"w": torch.ones(1 << 16)}, checkpoint_id="step-7", storage_writer=writer, no_dist=True)
+    with pytest.raises(CheckpointException) as caught:
+        dcp_save({"w": torch.ones(1)}, checkpoint_id="step-7", storage_writer=writer, no_dist=True)
+    assert isinstance(_cause(caught), OptionError)
+    writer.close()
+    with pytest.raises(CheckpointException) as caught:
+        dcp_load({"w": torch.ones(1)}, storage_reader=IncrementalReader(str(tmp_path / "none")), no_dist=True)
+    assert isinstance(_cause(caught), StoreNotFoundError)
+    assert [checkpoint.step for checkpoint in incckpt.list_checkpoints(store)] == [7]
+
+
+def launch(processes: int, *arguments: str, timeout: float = 120) -> str:
+    """Run `tests.integrations.sharded` under ``torchrun``; return what it prints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [*command, "-m", "tests.integrations.sharded", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_shards_of_two_processes(tmp_path: Path) -> None:
+    """FSDP2 with AdamW, loaded by the two, and by one; `python -m tests.sharding` tries other kinds and numbers."""
+    printed = launch(2, str(tmp_path), "save", "2", "--kinds", "fsdp2")
+    assert "fsdp2: saved by 2, loaded by 2: identical" in printed
+    store, expected = str(tmp_path / "fsdp2-2"), torch.load(tmp_path / "fsdp2-2.pt")
+    assert not same(expected, incckpt.load(store))
+    target = _empty(expected)
+    dcp_load(target, storage_reader=IncrementalReader(store), no_dist=True)
+    assert not same(expected, target)
+    with incckpt.CheckpointManager(store, read_only=True) as manager:
+        assert manager.restore(restored := _empty(expected)) == 2
+    assert not same(expected, restored)
+    assert incckpt.verify(store).ok
