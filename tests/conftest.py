@@ -9,6 +9,8 @@ from typing import Any
 import aiobotocore.session
 import pytest
 
+from incckpt.backends.base import Backend
+from incckpt.backends.retry import RetryBackend
 from tests.servers.installed import NotInstalled, azurite, rclone
 from tests.servers.processes import free_port, program_server, python_server
 
@@ -69,3 +71,14 @@ def rclone_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str
     with program_server([*command, "--addr", f"127.0.0.1:{port}", str(folder / "served")], port, folder / "log"):
         session = aiobotocore.session.AioSession()
         yield {"key": "test", "secret": "testtest", "endpoint_url": f"http://127.0.0.1:{port}", "session": session}
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an address that nothing answers at be given up after half a second."""
+
+    class Impatient(RetryBackend):
+        def __init__(self, inner: Backend) -> None:
+            super().__init__(inner, first_limit=0.5)
+
+    monkeypatch.setattr("incckpt.backends.registry.RetryBackend", Impatient)

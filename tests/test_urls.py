@@ -13,7 +13,6 @@ import incckpt
 from incckpt.backends.base import redact
 from incckpt.backends.memory import MemoryBackend
 from incckpt.backends.registry import open_backend
-from incckpt.backends.retry import RetryBackend
 from incckpt.errors import CheckpointNotFoundError, OptionError, StoreNotFoundError
 from incckpt.store.location import Location, locate
 
@@ -181,8 +180,7 @@ SECRETS: list[str | Path] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("url", SECRETS)
-def test_messages_show_no_secrets(url: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RetryBackend.__init__.__kwdefaults__, "first_limit", 0.5)
+def test_messages_show_no_secrets(url: Any, impatient: None) -> None:
     for call in every_way_in(url):
         with pytest.raises(incckpt.IncckptError) as caught:
             call()

@@ -13,7 +13,6 @@ import pytest
 
 import incckpt
 from incckpt import errors
-from incckpt.backends.retry import RetryBackend
 from incckpt.cli.errors import EXIT_CODES, Exit, code_of, message_of
 from tests.cli.conftest import Command
 
@@ -105,10 +104,9 @@ SECRETS = ("hunter2", "s3cr3t", "AKIAEXAMPLE")
     ],
 )
 def test_credentials_are_never_printed(
-    command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPatch, impatient: None, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(RetryBackend.__init__.__kwdefaults__, "first_limit", 0.5)
 
     for flags in ([], ["--json"]):
         done = command(*arguments, *flags)
