@@ -68,9 +68,10 @@ def test_modules_stay_readable() -> None:
 
 
 @pytest.mark.slow
-def test_import_loads_no_cloud_library() -> None:
+def test_import_loads_no_cloud_library_and_no_framework() -> None:
     program = "import sys, incckpt; print(*sorted(name.partition('.')[0] for name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "incckpt" in loaded
     assert loaded.isdisjoint({"s3fs", "botocore", "aiobotocore", "aiohttp", "gcsfs", "adlfs", "azure", "google"})
+    assert loaded.isdisjoint({"accelerate", "lightning", "peft", "transformers"})
