@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from incckpt.run.verify import Verified, VerifyResult, verify
     from incckpt.state.rng import RngState
     from incckpt.store.plan import CollectionPlan
+    from incckpt.tiers.local import LocalTier
 
 __version__ = "0.2.0.dev0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "KeepBest",
     "KeepEvery",
     "KeepLast",
+    "LocalTier",
     "PruningPlan",
     "RecoveryPlan",
     "RngState",
@@ -102,6 +104,7 @@ _HOMES = {
     "run.verify": ("Verified", "VerifyResult", "verify"),
     "state.rng": ("RngState",),
     "store.plan": ("CollectionPlan",),
+    "tiers.local": ("LocalTier",),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, SupportsIndex
+from typing import Any, Self, SupportsIndex, get_args
 
 from incckpt.backends.base import Backend
 from incckpt.errors import IncckptError, OptionError, ReadOnlyError
-from incckpt.options import checked_flag
+from incckpt.options import check_choice, checked_flag
 from incckpt.retention import Mode, Policy, policy_of
 from incckpt.run.attempt import IfExists, check_if_exists, refuse_other_ranks
 from incckpt.run.calls import OneAtATime, one_at_a_time
@@ -31,6 +32,9 @@ from incckpt.store.location import locate
 from incckpt.store.refs import checked_step
 from incckpt.store.store import Store
 from incckpt.threads import Future
+from incckpt.tiers.local import LocalTier, Tier, local_tier
+from incckpt.tiers.position import TieredPosition
+from incckpt.tiers.view import TieredView
 
 __all__ = ["CheckpointManager"]
 
@@ -55,6 +59,9 @@ class CheckpointManager:
         `Backend`, which is closed with the manager.
     run
         Name of the run, in place of the fragment; ``"default"`` where neither is given.
+    local
+        A folder on a local disk, or a `LocalTier`. Saves go there, and are copied to `url` in the background; restores
+        take the newest checkpoint that either has.
     keep_last_n, keep_best_n, metric, mode
         Which checkpoints to keep: the last `keep_last_n`, and the `keep_best_n` with the lowest (``mode="min"``) or
         highest (``"max"``) value of `metric`. All of them where neither is given, and until `keep_best_n` checkpoints
@@ -103,6 +110,7 @@ class CheckpointManager:
         url: str | os.PathLike[str] | Backend,
         *,
         run: str | None = None,
+        local: str | os.PathLike[str] | LocalTier | None = None,
         keep_last_n: int | None = None,
         keep_best_n: int | None = None,
         metric: str | None = None,
@@ -151,10 +159,28 @@ class CheckpointManager:
             if isinstance(url, Backend)
             else Store.open(location.store, storage_options, max_bytes=max_bytes)
         )
-        self._view = RunView(self._store, location.run, threads=threads, verify=verify, metric=metric, mode=mode)
-        self._position = Position(
-            self._store, self._view, policy=policy, threads=threads, baseline=self._base, read_only=read_only
-        )
+        view = RunView(self._store, location.run, threads=threads, verify=verify, metric=metric, mode=mode)
+        self._view: RunView | TieredView = view
+        self._position: Position | TieredPosition
+        if local is None:
+            self._position = Position(
+                self._store, view, policy=policy, threads=threads, baseline=self._base, read_only=read_only
+            )
+        else:
+            self._position = TieredPosition(
+                local_tier(local),
+                self._store,
+                view,
+                policy=policy,
+                threads=threads,
+                baseline=self._base,
+                read_only=read_only,
+                verify=verify,
+                max_bytes=max_bytes,
+                metric=metric,
+                mode=mode,
+            )
+            self._view = self._position.view
         self._calls = OneAtATime(self._saves.works_here)
 
     # -- restoring
@@ -363,9 +389,20 @@ class CheckpointManager:
         self.wait()
         return self._position.delete(checked_step(step))
 
-    def wait(self) -> None:
-        """Wait until no save is pending; failures show at the next `save` or `close`."""
+    def wait(self, tier: Tier | None = None) -> None:
+        """Wait until no save is pending; failures show at the next `save` or `close`.
+
+        Parameters
+        ----------
+        tier
+            ``"bucket"`` to wait until everything is copied there, too. By default saves are waited for until they are
+            durable where they go first: in the local tier, if there is one.
+        """
+        if tier is not None:
+            check_choice("tier", tier, get_args(Tier))
         self._saves.wait()
+        if tier == "bucket" and isinstance(self._position, TieredPosition):
+            self._position.copies.wait()
 
     # -- inspecting
 
@@ -413,7 +450,7 @@ class CheckpointManager:
         Raises
         ------
         SaveError, SupersededError
-            If a save failed and no call has reported it yet.
+            If a save failed and no call has reported it yet, or the bucket does not have the newest checkpoint.
         """
         if self._calls.closed or self._calls.forked:  # what there is to let go of is the parent's
             return
@@ -422,11 +459,11 @@ class CheckpointManager:
 
     @one_at_a_time
     def _close(self) -> None:
-        self._saves.stop()
-        self._position.close()
-        self._view.close()
-        self._store.close()
-        self._calls.closed = True
+        with ExitStack() as stack:
+            for close in (self._store.close, self._view.close, self._position.close):  # the last one first
+                stack.callback(close)
+            self._saves.stop()
+            self._calls.closed = True
 
     def __enter__(self) -> Self:
         return self

@@ -13,7 +13,7 @@ from incckpt.run.checkpoint import read_refs, to_record
 from incckpt.store.lineage import Lineage, Run
 from incckpt.store.refs import Ref, RefName, checked_step
 
-__all__ = ["Which", "checked_which", "choose", "not_found", "place"]
+__all__ = ["Which", "best_step", "checked_which", "choose", "listed", "not_found", "place"]
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,11 @@ def _standing(run: Run, name: RefName) -> RefName:
 
 
 def _best(run: Run, lineage: Lineage, metric: str | None, mode: Mode) -> RefName:
-    refs = read_refs(run, lineage, lineage.live)
+    return lineage.at(best_step(read_refs(run, lineage, lineage.live), run, metric, mode))[0]
+
+
+def best_step(refs: Sequence[Ref], run: Run, metric: str | None, mode: Mode) -> int:
+    """Return the step of the best of some checkpoints of `run`; see `choose`."""
     if metric is None:
         metrics = sorted({key for ref in refs for key in ref.metrics})
         if not metrics:
@@ -114,7 +118,7 @@ def _best(run: Run, lineage: Lineage, metric: str | None, mode: Mode) -> RefName
     record = best([to_record(ref) for ref in refs], metric, mode)
     if record is None:
         raise CheckpointNotFoundError(f"no checkpoint of {place(run)} has a metric {metric!r}")
-    return lineage.at(record.step)[0]
+    return record.step
 
 
 def not_found(run: Run) -> CheckpointNotFoundError:
@@ -130,10 +134,11 @@ def place(run: Run) -> str:
 
 
 def _steps(lineage: Lineage) -> str:
-    return "; abandoned: ".join(_listed(names) for names in (lineage.live, lineage.abandoned) if names)
+    return "; abandoned: ".join(listed(names) for names in (lineage.live, lineage.abandoned) if names)
 
 
-def _listed(names: Sequence[RefName]) -> str:
+def listed(names: Sequence[RefName]) -> str:
+    """Return the steps of checkpoints for a message; only some of them, where they are many."""
     return f"{'step' if len(names) == 1 else 'steps'} {_shown([str(name.step) for name in names])}"
 
 

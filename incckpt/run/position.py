@@ -14,6 +14,7 @@ from incckpt.run.choose import Which, checked_which
 from incckpt.run.reader import Reader
 from incckpt.run.report import SaveReport
 from incckpt.run.snapshot import Snapshot
+from incckpt.run.transfer import Transfer
 from incckpt.run.view import RunView
 from incckpt.staging.baseline import Baseline
 from incckpt.store.lineage import Lineage
@@ -70,7 +71,7 @@ class Position:
             lineage, found = Lineage.empty(), None
         if not self._read_only:
             nothing = Origin.nothing(lineage)
-            self._use(nothing if found is None else Origin.restored(self._view.run, lineage, *found[:2]))
+            self.go_on_from(nothing if found is None else Origin.restored(self._view.run, lineage, *found[:2]))
         return None if found is None else (found[0], found[2])
 
     def existing(self, step: int) -> Ref | None:
@@ -82,7 +83,25 @@ class Position:
         attempt = self._attempt or self._with_attempt(lambda attempt: attempt)
         attempt.check_step(step, if_exists, pending)
 
-    def write(self, snapshot: Snapshot, report: SaveReport, if_exists: IfExists) -> Ref:
+    @property
+    def placed(self) -> bool:
+        """Whether it is known where to go on from."""
+        return self._attempt is not None
+
+    def holds(self, step: int) -> bool:
+        """Whether there is a checkpoint of `step` in what the attempt continues, as far as is known."""
+        return self._attempt is not None and self._attempt.holds(step)
+
+    def take_over(self) -> int:
+        """Start the attempt, if it has not; return its number. See `Attempt.start`."""
+
+        def start(attempt: Attempt) -> int:
+            attempt.start()
+            return attempt.number
+
+        return self._with_attempt(start)
+
+    def write(self, snapshot: Snapshot | Transfer, report: SaveReport, if_exists: IfExists) -> Ref:
         """Write and commit a checkpoint; see `Attempt.write`."""
         return self._with_attempt(lambda attempt: attempt.write(snapshot, report, if_exists))
 
@@ -106,10 +125,10 @@ class Position:
 
     def _with_attempt_here(self, act: Callable[[Attempt], _T]) -> _T:
         with self._turn:
-            return act(self._attempt or self._use(Origin.latest(self._view.run.lineage())))
+            return act(self._attempt or self.go_on_from(Origin.latest(self._view.run.lineage())))
 
-    def _use(self, origin: Origin) -> Attempt:
-        """Make an attempt that goes on from `origin`; it takes the run over when its first save is written."""
+    def go_on_from(self, origin: Origin) -> Attempt:
+        """Return a new attempt that goes on from `origin`; it takes the run over when its first save is written."""
         self.close()
         self._attempt = Attempt(
             self._store,

@@ -133,7 +133,15 @@ class Reader:
         self.close()
 
     def _read(self, group: Sequence[ChunkRead]) -> None:
-        reread(lambda: self._read_once(group))
+        reread(lambda: self._read_or_doubt(group))
+
+    def _read_or_doubt(self, group: Sequence[ChunkRead]) -> None:
+        try:
+            self._read_once(group)
+        except CorruptionError:
+            for key in chunk_keys(group[0].chunk):
+                self._store.objects.doubt(key)
+            raise
 
     def _read_once(self, group: Sequence[ChunkRead]) -> None:
         chunk = group[0].chunk

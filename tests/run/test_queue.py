@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def test_a_callback_that_would_wait_for_itself(tmp_path: Path, call: str) -> Non
 
     def callback(_: object) -> None:
         ready.wait()
-        calls = {
+        calls: dict[str, Callable[[], object]] = {
             "wait": manager.wait,
             "save": lambda: manager.save(3, {"x": 3}),
             "restore": lambda: manager.restore({"x": 3}),
