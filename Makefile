@@ -93,6 +93,10 @@ chaos: $(PEERS)/installed $(VENV)/built ## ckpt-chaos: training killed at every 
 		--fail-on HARD_FAIL,SILENT_DIVERGENCE,LOST_WORK,CONTROL_FAIL \
 		-- $(PEERS)/bin/python -m tests.children.train_loop '{out}'
 
+sharding: $(VENV)/built ## Sharded models saved and loaded by 1 to 4 processes, and ranks killed in 50 saves
+	$(BIN)/python -m tests.sharding
+	$(BIN)/python -m tests.sharding --kills 50
+
 frameworks: $(FRAMEWORKS)/installed $(VENV)/built ## The adapters for training frameworks, over the frameworks themselves
 	OMP_WAIT_POLICY=passive $(FRAMEWORKS)/bin/python -m pytest -n $(JOBS) --dist loadscope tests/integrations tests/test_docs.py
 

@@ -98,3 +98,10 @@ def test_save_benchmark_runs(tmp_path: Path) -> None:
     benchmark = ROOT / "benchmarks" / "bench_save.py"
     output = run(benchmark, "--scale", 0.001, "--rounds", 1, "--folder", tmp_path, cwd=tmp_path)
     assert output.count("async_save cached") >= 5
+
+
+def test_the_sharded_example(tmp_path: Path) -> None:
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    printed = run(*command, ROOT / "examples/fsdp.py", tmp_path / "store", "--steps", 5, cwd=tmp_path)
+    assert "checkpoints [5]" in printed
+    assert set(incckpt.load(str(tmp_path / "store"))) == {"model", "optimizer"}

@@ -9,6 +9,7 @@ saves a model of each kind at `FOLDER`, with its whole state beside it; and load
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import incckpt
-from incckpt.integrations.dcp import IncrementalReader, IncrementalWriter
+from incckpt.integrations.dcp import DistributedCheckpointManager, IncrementalReader, IncrementalWriter
 
 KINDS = ("fsdp2", "tp", "2d", "hsdp", "ddp")
 WIDTH = 24
@@ -147,11 +148,35 @@ def load(folder: Path, world: int, kinds: Sequence[str]) -> None:
             print(f"{kind}: saved by {world}, loaded by {dist.get_world_size()}: identical", flush=True)
 
 
+def _say(line: str) -> None:
+    os.write(1, f"{line}\n".encode())  # at once: the ranks share a pipe
+
+
+def endless(store: Path) -> None:
+    """Restore, and save step after step, the weights of each being its number, until killed."""
+    torch.manual_seed(0)
+    rank = dist.get_rank()
+    _say(f"pid {os.getpid()}")
+    model = Net()
+    fully_shard(model)
+    with DistributedCheckpointManager(str(store), keep_last_n=3, threads=1) as manager:
+        state = {"model": model.state_dict()}
+        restored = manager.restore(state) or 0
+        for step in range(restored + 1, 1 << 20):
+            for tensor in state["model"].values():
+                tensor.fill_(step)
+            if rank == 0:
+                _say(f"saving {step}")
+            manager.save(step, state).result()
+            if rank == 0:
+                _say(f"saved {step}")
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("action", choices=("save", "load"))
+    parser.add_argument("action", choices=("save", "load", "train"))
     parser.add_argument("worlds", type=int, nargs="*")
     parser.add_argument("--kinds", nargs="+", default=KINDS)
     arguments = parser.parse_args()
@@ -160,6 +185,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     if arguments.action == "save":
         save(arguments.folder, arguments.kinds)
+    if arguments.action == "train":
+        endless(arguments.folder)
     for world in arguments.worlds:
         load(arguments.folder, world, arguments.kinds)
     dist.destroy_process_group()

@@ -21,8 +21,12 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 import incckpt
-from incckpt.errors import OptionError, StateError, StoreNotFoundError
-from incckpt.integrations.dcp import IncrementalReader, IncrementalWriter
+from incckpt.errors import OptionError, SaveError, StateError, StoreNotFoundError
+from incckpt.integrations.dcp import DistributedCheckpointManager, IncrementalReader, IncrementalWriter
+from incckpt.run.shards import ShardWriter
+from incckpt.store.objects import manifest_keys
+from incckpt.store.refs import Ref
+from incckpt.store.store import Store
 from tests.integrations.sharded import same
 
 
@@ -217,3 +221,74 @@ def test_shards_of_two_processes(tmp_path: Path) -> None:
         assert manager.restore(restored := _empty(expected)) == 2
     assert not same(expected, restored)
     assert incckpt.verify(store).ok
+
+
+def test_a_manager_of_one_process_goes_on_from_what_it_restored(tmp_path: Path) -> None:
+    """Rewinding abandons what came later, pruning keeps what it is told, and a damaged checkpoint is passed over."""
+    store = str(tmp_path / "store")
+    state: dict[str, Any] = {"w": torch.zeros(1000), "epoch": 0}
+    with DistributedCheckpointManager(store, keep_last_n=3) as manager:
+        assert manager.restore(state) is None
+        for step in range(1, 6):
+            state["w"] += 1
+            saved = manager.save(step, state | {"epoch": step}, {"loss": 1 / step})
+            state["w"] += 0.5
+            assert saved.result().step == step
+        assert [checkpoint.step for checkpoint in manager.checkpoints()] == [3, 4, 5]
+        assert manager.delete(3)
+        assert manager.agree(True)
+        assert not manager.agree(False)
+    with DistributedCheckpointManager(store) as manager:
+        assert manager.restore(state, step=4) == 4
+        assert state["epoch"] == 4
+        assert state["w"][0] == 5.5
+        manager.save(6, state).result()
+        assert [checkpoint.step for checkpoint in manager.checkpoints()] == [4, 6]
+        refused = manager.save(6, state)
+        with pytest.raises(OptionError, match="step 6 already"):
+            manager.wait()
+        assert isinstance(refused.exception(), OptionError)
+        state["w"] += 1
+        manager.save(7, state).result()
+    [latest] = [chunk for chunk in Path(store, "refs").rglob("*-000000000007-*")]
+    latest.write_bytes(latest.read_bytes().replace(b'"bytes"', b'"bites"'))
+    with DistributedCheckpointManager(store) as manager:
+        assert manager.restore(state) == 6
+
+
+def test_a_failed_save_leaves_no_pin_and_the_next_one_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a rank's part fails with, the cause comes out, nothing is committed, and what was put is collected."""
+    store = str(tmp_path / "store")
+    state = {"w": torch.randn(1 << 16)}
+    with DistributedCheckpointManager(store) as manager:
+        manager.save(1, state).result()
+        state["w"] += 1
+        original = ShardWriter.put
+
+        def put(self: ShardWriter, *arguments: Any) -> Any:
+            original(self, *arguments)
+            raise ValueError("a bug")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ShardWriter, "put", put)
+            with pytest.raises(SaveError, match="a bug"):
+                manager.save(2, state)
+                manager.wait()
+        assert not list(Path(store, "pins").rglob("*-*"))
+        state["w"] += 1
+        manager.save(2, state).result()
+        assert torch.equal(incckpt.load(store, step=2)["w"], state["w"])
+        objects = {path.name for path in Path(store).rglob("*.*") if "objects" in path.parts or "deltas" in path.parts}
+        listed = {name for found in incckpt.list_checkpoints(store) for name in _objects(store, found.step)}
+        assert objects == listed
+
+
+def _objects(store: str, step: int) -> set[str]:
+    """Return the names of the objects that a checkpoint needs, its manifest among them."""
+    with Store.open(store) as opened:
+        lineage = opened.run("default").lineage()
+        [name] = [name for name in lineage.live if name.step == step]
+        ref = opened.run("default").read(name)
+        assert isinstance(ref, Ref)
+        keys = manifest_keys(opened.manifest(ref)) | {ref.manifest}
+        return {key.rpartition("/")[2] for key in keys}

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
-from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from incckpt.errors import IncckptError, OptionError, SaveError, StateError
@@ -139,6 +139,7 @@ class IncrementalWriter(StorageWriter, AsyncStager):
         self._shards: ShardWriter | None = None
         self._store: Store | None = None  # of the attempt, on the coordinator
         self._attempt: Attempt | None = None
+        self._origin: Origin | None = None
         self._open: OpenSave | None = None
         self._previous: tuple[int, RefName] | None = None
         self._count = 0
@@ -170,7 +171,7 @@ class IncrementalWriter(StorageWriter, AsyncStager):
         if kwargs.get("use_collectives", True) is False:
             raise OptionError("use_collectives=False makes a checkpoint of every rank's part; leave it out")
         self._count += 1
-        self._give_up(SaveError("the save before did not end, and was given up"))
+        self.give_up(SaveError("the save before did not end, and was given up"))
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Return the plan as it is."""
@@ -262,12 +263,24 @@ class IncrementalWriter(StorageWriter, AsyncStager):
             if self._store is None:
                 self._store = Store.open(self._url, self._options)
             self._store.create()
-            origin = Origin.latest(self._store.run(self._run).lineage())
+            origin = self._origin or Origin.latest(self._store.run(self._run).lineage())
             self._attempt = Attempt(self._store, self._run, origin, policy=self._policy, threads=self._threads)
         assert self._store is not None
         return self._attempt, self._store
 
-    def _give_up(self, error: BaseException) -> None:
+    def go_on_from(self, origin: Origin) -> None:
+        """Let the next save, on the coordinator, continue what was restored."""
+        if self._attempt is not None:
+            self._attempt.close()
+        self._attempt, self._origin = None, origin
+
+    def delete(self, step: int) -> bool:
+        """Delete all checkpoints of `step`, on the coordinator; return whether there were any."""
+        attempt, _ = self._started_or_new()
+        return attempt.delete(step)
+
+    def give_up(self, error: BaseException) -> None:
+        """End a save in flight, because of `error`, where DCP has not called `finish`."""
         if self._open is not None:
             save, self._open = self._open, None
             save.abort(error)
@@ -276,7 +289,7 @@ class IncrementalWriter(StorageWriter, AsyncStager):
 
     def stage(self, state_dict: Any) -> Any:
         """Return a copy of the state in host memory, for ``dcp.async_save``."""
-        return _copied(state_dict)
+        return BlockingAsyncStager().stage(state_dict)
 
     def synchronize_staging(self) -> None:
         """Return at once: `stage` has made the copy."""
@@ -284,7 +297,7 @@ class IncrementalWriter(StorageWriter, AsyncStager):
 
     def close(self) -> None:
         """Give up a save in flight, and let go of memory, threads and connections."""
-        self._give_up(SaveError("the writer was closed"))
+        self.give_up(SaveError("the writer was closed"))
         if self._attempt is not None:
             self._attempt.close()
             self._attempt = None
@@ -386,15 +399,3 @@ def _picklable(error: BaseException) -> IncckptError:
         where = "".join(traceback.format_exception(error))
         return SaveError(f"{type(error).__name__}: {error}\n{where}")
     return error if type(copy) is type(error) else SaveError(f"{type(error).__name__}: {error}")
-
-
-def _copied(value: Any) -> Any:
-    """Return a copy of nested dicts and lists with copies of the tensors in host memory."""
-    if isinstance(value, torch.Tensor):
-        with torch.no_grad():
-            return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    return value
