@@ -22,6 +22,7 @@ __all__ = [
     "Place",
     "Pointer",
     "file_exists",
+    "find",
     "make_folder",
     "place_of",
     "read_pointer",
@@ -124,11 +125,18 @@ def read_state(place: Place, *, map_location: MapLocation = None, **options: Any
         If it is damaged.
     """
     with CheckpointManager(place.store, run=place.run, read_only=True, **options) as manager:
-        found = _find(manager, place)
+        found = find(manager, place)
         return manager.load(found.ref, map_location=map_location), found
 
 
-def _find(manager: CheckpointManager, place: Place) -> Checkpoint:
+def find(manager: CheckpointManager, place: Place) -> Checkpoint:
+    """Return the checkpoint at `place`, which is in the manager's run.
+
+    Raises
+    ------
+    StoreNotFoundError, CheckpointNotFoundError
+        If there is none.
+    """
     there = manager.checkpoints(abandoned=True)
     live = [checkpoint for checkpoint in there if not checkpoint.abandoned]
     where = f"run {place.run!r} at {redact(place.store)}"

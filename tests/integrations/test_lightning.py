@@ -13,14 +13,14 @@ import torch
 
 lightning = pytest.importorskip("lightning", exc_type=ImportError)
 
-from lightning.fabric import Fabric  # noqa: E402
-from lightning.pytorch import LightningModule, Trainer, seed_everything  # noqa: E402
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
-from lightning.pytorch.plugins.io import AsyncCheckpointIO  # noqa: E402
+from lightning.fabric import Fabric
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-import incckpt  # noqa: E402
-from incckpt.errors import CheckpointNotFoundError, OptionError, SaveError  # noqa: E402
-from incckpt.integrations.lightning import (  # noqa: E402
+import incckpt
+from incckpt.errors import CheckpointNotFoundError, OptionError, SaveError
+from incckpt.integrations.lightning import (
     IncrementalCheckpointIO,
     RandomState,
     load_checkpoint,
