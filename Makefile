@@ -14,7 +14,7 @@ FRAMEWORKS := .venv-frameworks
 CEPH_PORT ?= 8055
 
 .PHONY: help demo test quick thorough test-ceph docs sanitize build/sanitized fuzz-coder fuzz-stores soak interrupt peers chaos frameworks lint types bench
-.PHONY: wheel clean
+.PHONY: wheel clean sharding
 .DEFAULT_GOAL := help
 
 help: ## Show this list

@@ -54,6 +54,7 @@ def kill(folder: Path, kills: int, seconds: float) -> None:
     """Kill a rank at random while a job of four saves, start the job again, and so on; read every checkpoint."""
     store, started, done = folder / "store", time.monotonic(), 0
     announced: set[int] = set()
+    found: list[int] = []
     dice = random.Random(0)
     while done < kills and time.monotonic() - started < seconds:
         job = subprocess.Popen(

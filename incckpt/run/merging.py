@@ -10,7 +10,8 @@ from typing import Any
 from incckpt.errors import CorruptionError, FormatError, StateError
 from incckpt.run.contents import Contents
 from incckpt.run.shards import Shard
-from incckpt.state.entries import TensorEntry, entry_from_json, entry_to_json
+from incckpt.state.entries import TensorEntry, entry_to_json
+from incckpt.state.flatten import no_garbage_collection
 from incckpt.state.plain import encode_key
 from incckpt.state.tree import join_name
 from incckpt.store.blocks import Block, fault
@@ -124,9 +125,10 @@ def merge(leaves: Sequence[Leaf], shards: Sequence[Shard]) -> Merged:
     """
     merger = _Merger(shards)
     root: dict[Any, Any] = {}
-    for leaf in leaves:
-        node = merger.value(leaf) if leaf.shape is None else merger.tensor(leaf, leaf.shape)
-        _place(root, leaf.path, node)
+    with no_garbage_collection():
+        for leaf in leaves:
+            node = merger.value(leaf) if leaf.shape is None else merger.tensor(leaf, leaf.shape)
+            _place(root, leaf.path, node)
     return Merged(
         structure=_structure(root),
         tensors=tuple(merger.tensors),
@@ -179,23 +181,26 @@ class _Merger:
                     f"tensor {_name(leaf)!r}: a process has stored {one.dtype}{list(one.shape)} where {entry.dtype}"
                     f"{list(part.shape)} was planned"
                 )
-            if not one.nbytes:
+            if one.range < 0:
                 continue
-            blocks.append(_in_bytes(part, itemsize))
+            block = _in_bytes(part, itemsize)
             stored = self._shards[part.process].ranges[one.range]
             component = stored.itemsize
             before = self._first[part.process]
-            pieces += [(before + c, o, n) for c, o, n in stored.part(one.offset, one.offset + one.nbytes)]
+            part_nbytes = math.prod(block.shape)
+            whole = stored.pieces if stored.nbytes == part_nbytes else stored.part(one.offset, one.offset + part_nbytes)
+            blocks.append(block)
+            pieces += [(before + c, o, n) for c, o, n in whole]
         nbytes = math.prod(shape) * itemsize
         index = -1
         if nbytes:
-            whole = (*shape[:-1], shape[-1] * itemsize)
-            if wrong := fault(whole, blocks):
+            array = (*shape[:-1], shape[-1] * itemsize)
+            if wrong := fault(array, blocks):
                 raise StateError(f"tensor {_name(leaf)!r} is not whole: {wrong} (the last dimension in bytes)")
             while nbytes % component:
                 component //= 2
             index = len(self.ranges)
-            self.ranges.append(Range(nbytes, component, tuple(pieces), whole, tuple(blocks)))
+            self.ranges.append(Range(nbytes, component, tuple(pieces), array, tuple(blocks)))
         stride = [1] * len(shape)
         for axis in range(len(shape) - 1, 0, -1):
             stride[axis - 1] = stride[axis] * max(shape[axis], 1)
@@ -206,7 +211,7 @@ class _Merger:
         node = self._node(leaf, part)
         if not isinstance(node, dict) or "tensor" not in node:
             raise StateError(f"{_name(leaf)!r} is no tensor on process {part.process}")
-        return entry_from_json(self._shards[part.process].tensors[node["tensor"]])
+        return self._shards[part.process].tensors[node["tensor"]]
 
     def _node(self, leaf: Leaf, part: Part) -> Json:
         nodes = self._shards[part.process].nodes
@@ -228,7 +233,7 @@ class _Merger:
         shard = self._shards[part.process]
         for member in ("tensor", "torch.Generator"):
             if member in node:
-                entry = entry_from_json(shard.tensors[node[member]])
+                entry = shard.tensors[node[member]]
                 local = join_name("", part.key)
                 entry = entry._replace(name=_name(leaf) + entry.name.removeprefix(local))
                 if entry.range >= 0:

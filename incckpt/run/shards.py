@@ -14,6 +14,7 @@ from incckpt.run.scrub import Scrubber
 from incckpt.run.snapshot import Snapshot, stage
 from incckpt.run.upload import Known, Uploader
 from incckpt.staging.baseline import Baseline
+from incckpt.state.entries import TensorEntry
 from incckpt.store.document import Json
 from incckpt.store.manifest import Chunk, Range
 from incckpt.store.objects import chunk_sizes
@@ -56,7 +57,7 @@ class Shard:
     nodes
         The structure's node of each value, by key.
     tensors, ranges, packed
-        What they refer to, numbered within the shard; as in a manifest.
+        What they refer to, numbered within the shard.
     chunks
         Where the bytes are.
     chunk_bytes
@@ -68,7 +69,7 @@ class Shard:
     """
 
     nodes: Mapping[str, Json]
-    tensors: Sequence[Mapping[str, Json]]
+    tensors: Sequence[TensorEntry]
     ranges: Sequence[Range]
     packed: Sequence[Range]
     chunks: Sequence[Chunk]
@@ -143,7 +144,7 @@ class ShardWriter:
         self._last = save, frozenset(sizes)
         return Shard(
             nodes=dict(snapshot.structure["dict"]),
-            tensors=snapshot.tensors,
+            tensors=snapshot.entries,
             ranges=snapshot.layout.ranges,
             packed=snapshot.packed_ranges,
             chunks=chunks,

@@ -25,7 +25,7 @@ from incckpt.state.ranges import ByteRange, TensorTable
 from incckpt.state.targets import is_stateful
 from incckpt.state.tree import DEFAULT_FACTORIES, join_name, named_tuple_type
 
-__all__ = ["ByteRange", "FlatState", "flatten"]
+__all__ = ["ByteRange", "FlatState", "flatten", "no_garbage_collection"]
 
 
 @dataclasses.dataclass(slots=True)
@@ -93,7 +93,7 @@ def flatten(state: object, *, allow_pickle: bool = False) -> FlatState:
         If it can be saved only with `allow_pickle`.
     """
     walker = _Walker(allow_pickle)
-    with _no_garbage_collection():
+    with no_garbage_collection():
         try:
             structure = walker.node(state, "")
         except _Refused as refused:
@@ -103,7 +103,7 @@ def flatten(state: object, *, allow_pickle: bool = False) -> FlatState:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Turn Python's cycle collector off: flattening makes many small objects, none of them garbage, and so set off full
     collections, which took two thirds of the time.
     """

@@ -17,6 +17,8 @@ __all__ = ["Block", "cut", "fault", "overlap", "row_major", "runs"]
 
 Int64s = npt.NDArray[np.int64]
 
+_MOST = 2**62
+
 
 class Block(NamedTuple):
     """A box of an array of bytes.
@@ -43,27 +45,36 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 def fault(shape: Sequence[int], blocks: Sequence[Block]) -> str:
     """Return why `blocks` do not cover an array of `shape` exactly once, or an empty string if they do."""
-    total = 0
+    rank = len(shape)
     for block in blocks:
-        if len(block.at) != len(shape) or len(block.shape) != len(shape):
+        if len(block.at) != rank or len(block.shape) != rank:
             return f"block {block.at} has another number of dimensions than {tuple(shape)}"
-        for first, size, limit in zip(block.at, block.shape, shape, strict=True):
-            if first < 0 or size <= 0 or first + size > limit:
-                return f"block {block.at} of {block.shape} is outside {tuple(shape)}"
-        total += math.prod(block.shape)
+    if max((*shape, *(n for block in blocks for part in block for n in part)), default=0) > _MOST:
+        return f"an array of {tuple(shape)} is too large"
+    at = np.array([block.at for block in blocks], np.int64).reshape(len(blocks), rank)
+    size = np.array([block.shape for block in blocks], np.int64).reshape(len(blocks), rank)
+    outside = ((at < 0) | (size <= 0) | (at + size > np.array(shape, np.int64))).any(axis=1)
+    if outside.any():
+        block = blocks[int(np.argmax(outside))]
+        return f"block {block.at} of {block.shape} is outside {tuple(shape)}"
+    total = sum(map(math.prod, size.tolist()))
     if total != math.prod(shape):
         return f"its blocks have {total} bytes together, not {math.prod(shape)}"
-    pair = _overlapping(blocks)
+    pair = _overlapping(blocks, at, size)
     return "" if pair is None else f"blocks {pair[0].at} and {pair[1].at} overlap"
 
 
-def _overlapping(blocks: Sequence[Block]) -> tuple[Block, Block] | None:
+def _overlapping(blocks: Sequence[Block], at: Int64s, size: Int64s) -> tuple[Block, Block] | None:
     """Return two blocks that overlap, if any do: sweep along the dimension in which they begin at the most places."""
     if len(blocks) < 2:
         return None
-    axis = max(range(len(blocks[0].at)), key=lambda axis: len({block.at[axis] for block in blocks}))
+    axis = max(range(at.shape[1]), key=lambda axis: len(np.unique(at[:, axis])))
+    order = np.argsort(at[:, axis], kind="stable")
+    first, end = at[order, axis], at[order, axis] + size[order, axis]
+    if (first[1:] >= end[:-1]).all():
+        return None
     active: list[Block] = []
-    for block in sorted(blocks, key=lambda block: block.at[axis]):
+    for block in (blocks[index] for index in order.tolist()):
         active = [other for other in active if other.at[axis] + other.shape[axis] > block.at[axis]]
         for other in active:
             if overlap(block, other) is not None:

@@ -250,7 +250,7 @@ def test_a_manager_of_one_process_goes_on_from_what_it_restored(tmp_path: Path) 
         assert isinstance(refused.exception(), OptionError)
         state["w"] += 1
         manager.save(7, state).result()
-    [latest] = [chunk for chunk in Path(store, "refs").rglob("*-000000000007-*")]
+    [latest] = Path(store, "refs").rglob("*-000000000007-*")
     latest.write_bytes(latest.read_bytes().replace(b'"bytes"', b'"bites"'))
     with DistributedCheckpointManager(store) as manager:
         assert manager.restore(state) == 6
@@ -271,8 +271,8 @@ def test_a_failed_save_leaves_no_pin_and_the_next_one_sweeps(tmp_path: Path, mon
 
         with monkeypatch.context() as patch:
             patch.setattr(ShardWriter, "put", put)
+            manager.save(2, state)
             with pytest.raises(SaveError, match="a bug"):
-                manager.save(2, state)
                 manager.wait()
         assert not list(Path(store, "pins").rglob("*-*"))
         state["w"] += 1
