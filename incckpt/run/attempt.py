@@ -183,7 +183,7 @@ class Attempt:
             [ref or name for name, ref in abandoned.items()],
         )
         self._history, self._abandoned = history, abandoned
-        self._writer.begin(number)
+        self._writer.begin(number, takes_up=unfinished)
         self._continue_latest()
         self._number = number
 

@@ -60,6 +60,8 @@ class Uploader:
         Keys that this save has put or tried to put.
     look_up
         Whether to look in the store for content that this process does not know about.
+    takes_up
+        Whether a save that another process left unfinished may have put deltas that this one would put again.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Uploader:
     ) -> None:
         self.tried: list[str] = []
         self.look_up = True
+        self.takes_up = False
         self._store = store
         self._baseline = baseline
         # A put to a local disk keeps a core busy, syncing included; more threads than cores would gain nothing.
@@ -115,7 +118,9 @@ class Uploader:
             content.stored = self._reusable(content, known)
             if content.stored is not None or isinstance(content, TextContent):
                 return None
-            return self._base(content, snapshot.layout, index, known)
+            full = self._base(content, snapshot.layout, index, known)
+            content.stored = self._left_delta(content, full, known)
+            return full
 
         def store_batch(batch: Sequence[int]) -> None:
             held: list[Content] = []
@@ -235,6 +240,19 @@ class Uploader:
         full = None if self._baseline is None else self._baseline.full(layout, index)
         stored = None if full is None else full.base_of(content, index)
         return full if stored is not None and self._usable(stored, known) else None
+
+    def _left_delta(self, content: Content, full: Content | None, known: Known) -> Chunk | None:
+        """Return a delta of the content against `full`, which may be relied on, that an unfinished save has put."""
+        if full is None or not self.takes_up or not self._store.backend.exclusive:
+            return None
+        assert full.stored is not None
+        base = Stored(full.stored.identity, full.stored.nonce, full.stored.size)
+        for key, size in self._store.objects.find_deltas(content.identity, base.identity):
+            if self._is_there(key, size, known):
+                assert key.base is not None
+                against = replace(base, digits=len(key.base))
+                return Chunk(content.identity, content.nbytes, content.itemsize, key.nonce, size, against)
+        return None
 
     def _put_all(
         self,

@@ -118,9 +118,16 @@ class Writer:
         self._scrubber = Scrubber(store.objects)
         self._unsettled: list[tuple[Ref, Manifest, list[str]]] = []
 
-    def begin(self, attempt: int) -> None:
-        """Write as `attempt` from now on."""
+    def begin(self, attempt: int, *, takes_up: bool) -> None:
+        """Write as `attempt` from now on.
+
+        Parameters
+        ----------
+        takes_up
+            Whether another process has left a save unfinished, whose objects the first save looks for.
+        """
         self._attempt = attempt
+        self._uploader.takes_up = takes_up
 
     def continue_from(self, name: RefName, manifest: Manifest) -> None:
         """Take a checkpoint of the lineage as the previous one, whose chunks need not be put again."""
@@ -213,7 +220,7 @@ class Writer:
             self._discards.waste(self._uploader.tried)
             return None
         self._rely_on(name, manifest)
-        self._uploader.look_up = False
+        self._uploader.look_up = self._uploader.takes_up = False
         self._movement.settle()
         if self._baseline is not None and isinstance(snapshot, Snapshot):
             self._baseline.settle(snapshot.layout, snapshot.contents)

@@ -166,6 +166,32 @@ RULES: dict[str, Rule] = {
             )
         ],
     ),
+    "what an unfinished save has put is not used if it is condemned": Rule(
+        "an unfinished save of a delta is taken up, beside a collector",
+        [
+            Edit(
+                Uploader,
+                "_left_delta",
+                """
+                - if self._is_there(key, size, known):
+                + if True:
+                """,
+            )
+        ],
+    ),
+    "a copy uses nothing that is condemned": Rule(
+        "a copy of what is garbage here, beside a collector",
+        [
+            Edit(
+                Uploader,
+                "find",
+                """
+                - if self._usable(candidate, known):
+                + if True:
+                """,
+            )
+        ],
+    ),
     "the ref comes last": Rule(
         "a writer and its replacement",
         [

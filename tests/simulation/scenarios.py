@@ -10,7 +10,7 @@ from unittest import mock
 from incckpt.retention import KeepLast
 from incckpt.testing.exploration import Explored, Explorer
 from incckpt.testing.simulation import Program, Server, SimulatedBackend, run_alone
-from tests.simulation.world import Promises, collector, deleter, is_live, looker, reader, recoverer, saver
+from tests.simulation.world import Promises, collector, copier, deleter, is_live, looker, reader, recoverer, saver
 
 TIMED = ("pins/", "gc/", "refs/", "probe/")
 
@@ -226,6 +226,29 @@ SCENARIOS: dict[str, Scenario] = {
         {"r": saver((200, "a", "c"), (300, "d", "c"), ready=0), "gc": collector(3)},
         {"advances": 1},
         {"advances": 2, "faults": 1},
+    ),
+    "an unfinished save of a delta is taken up, beside a collector": Scenario(
+        [first, (saver((200, "a", "b1")), "create refs/")],
+        {"r": saver((200, "a", "b1")), "gc": collector()},
+        {"switches": 3},
+        {"faults": 1, "advances": 1},
+    ),
+    "a copy of what is garbage here, beside a collector": Scenario(
+        [first, (saver((200, "a", "b1")), "create refs/")],
+        {"copy": copier((100, "a", "b"), (200, "a", "b1")), "gc": collector()},
+        {"switches": 3},
+        {"faults": 1, "advances": 1},
+        long=True,
+    ),
+    "a copy, and the one that replaces it": Scenario(
+        [(copier((100, "a", "b"), (200, "a", "b1")), "create refs/")],
+        {
+            "old": copier((100, "a", "b"), (200, "a", "b1"), ready=0),
+            "new": copier((100, "a", "b"), (200, "a", "b1"), (300, "c", "b1"), policy=LAST),
+        },
+        {"switches": 2},
+        {"switches": 3, "faults": 1},
+        long=True,
     ),
     "a reader while there is pruning": Scenario(
         [first],

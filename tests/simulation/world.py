@@ -34,6 +34,7 @@ from incckpt.run.reader import ChunkRead, Reader
 from incckpt.run.recovery import Recoverer, RecoveryPlan
 from incckpt.run.report import SaveReport
 from incckpt.run.snapshot import Snapshot
+from incckpt.run.transfer import Transfer
 from incckpt.run.verify import Checker
 from incckpt.staging.baseline import Baseline, Slot
 from incckpt.staging.content import Content
@@ -255,9 +256,22 @@ class Trainer:
     def save(self, step: int, *chunks: str, if_exists: IfExists = "error") -> bool:
         """Save a checkpoint of these chunks, and tell how it ended."""
         contents = [self._content(index, name) for index, name in enumerate(chunks)]
+        return self._write(
+            Snapshot(step, {}, self._time(), None, (), Layout.of([], [], 1 << 20), contents), chunks, if_exists
+        )
+
+    def copy(self, source: Store, ref: Ref) -> bool:
+        """Copy a checkpoint of another store, and tell how it ended."""
+        manifest = source.manifest(ref)
+        chunks = tuple(_names[chunk.identity] for chunk in manifest.chunks)
+        return self._write(Transfer(source, manifest, ref.step, self._time()), chunks, "error")
+
+    def _time(self) -> float:
         self._saves += 1
-        time = -float(self._saves)  # its clock goes backwards
-        snapshot = Snapshot(step, {}, time, None, (), Layout.of([], [], 1 << 20), contents)
+        return -float(self._saves)  # its clock goes backwards
+
+    def _write(self, snapshot: Snapshot | Transfer, chunks: tuple[str, ...], if_exists: IfExists) -> bool:
+        step = snapshot.step
         try:
             self.start()
             self.process.emit(("saving", self.run, self.attempt.number, step, chunks))
@@ -344,6 +358,44 @@ def saver(
         trainer.close()
 
     return surviving(program)
+
+
+def copier(*saves: Sequence[object], ready: int | None = None, policy: Policy | None = None) -> Program:
+    """Return a program that copies checkpoints, ``(step, chunk, ...)`` each, from a store that only it uses.
+
+    Parameters
+    ----------
+    ready
+        Pause before the copy of this number, with the run taken over. Without this it pauses before everything.
+    """
+
+    def program(process: Process) -> None:
+        if ready is None:
+            process.pause()
+        source, refs = _source(tuple(map(tuple, saves)))
+        trainer = Trainer(process, policy=policy)
+        trainer.restore()
+        for number, ref in enumerate(refs):
+            if number == ready:
+                trainer.start()
+                process.pause()
+            if ref.step > (trainer.attempt.last_step or 0):
+                trainer.copy(source, ref)
+        trainer.close()
+
+    return surviving(program)
+
+
+@functools.cache
+def _source(saves: Sequence[Sequence[object]]) -> tuple[Store, list[Ref]]:
+    """Return a store with these checkpoints, which a simulated process reads without being stopped."""
+    server = Server(timed=())
+    run_alone(server, saver(*saves), number=0xC)
+    store = Store(SimulatedBackend(server.perform))
+    run = store.run(RUN)
+    refs = [run.read(name) for name in run.lineage().live]
+    assert len(refs) == len(saves)
+    return store, [ref for ref in refs if isinstance(ref, Ref)]
 
 
 def looker(step: int | None = None) -> Program:
