@@ -329,6 +329,10 @@ class Backend(ABC):
         """
         return nullcontext()
 
+    def room(self) -> int | None:
+        """Return how many more bytes can be put, as far as is known; ``None`` if nothing is, as of most servers."""
+        return None
+
     def leftovers(self) -> Iterator[Leftover]:
         """Yield what interrupted processes left below this root besides keys; by default nothing."""
         return iter(())

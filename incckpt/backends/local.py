@@ -23,7 +23,7 @@ from urllib.parse import quote
 from incckpt.backends.base import FULL, Backend, Entry, Leftover, ReadableBuffer, is_key, validate_key, validate_prefix
 from incckpt.backends.folders import NO_SUCH_CALL, Folders
 from incckpt.backends.reserve import Reserve
-from incckpt.backends.system import NativeCalls, SystemCalls, UnsyncedCalls
+from incckpt.backends.system import ADVICE, NativeCalls, SystemCalls, UnsyncedCalls
 from incckpt.errors import (
     BackendError,
     BackendPermissionError,
@@ -47,17 +47,6 @@ _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _MAY_PASS = frozenset(
     {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
 )
-_ADVICE = {
-    errno.ENOSPC: "the file system is full: free space, or prune checkpoints",
-    errno.EDQUOT: "the disk quota is used up: free space, or prune checkpoints",
-    errno.EROFS: "the file system is mounted read-only: to read, make the manager with read_only=True",
-    errno.EIO: "the device failed: look at the system's log before trusting it again",
-    errno.EACCES: "the process may not use this path",
-    errno.EPERM: "the process may not use this path",
-    errno.EISDIR: "a folder is in the way",
-    errno.ENOTDIR: "a file is in the way of a folder",
-    errno.ENOENT: "the folder was removed meanwhile",
-}
 _LIST_PASSES = 4
 
 
@@ -234,6 +223,12 @@ class LocalBackend(Backend):
 
     def freeing(self) -> AbstractContextManager[None]:
         return self._reserve.freeing(self._calls)
+
+    def room(self) -> int | None:
+        try:
+            return self._calls.room(self._root)
+        except OSError:  # no such folder yet, or a file system that does not say
+            return None
 
     def leftovers(self) -> Iterator[Leftover]:
         pending = [self._root]
@@ -512,7 +507,7 @@ class LocalBackend(Backend):
         code = exc.errno if exc.errno is not None else errno.EIO
         if code in _GONE and missing_is_key:
             return self._missing(key, path)
-        advice = f" ({_ADVICE[code]})" if code in _ADVICE else ""
+        advice = f" ({ADVICE[code]})" if code in ADVICE else ""
         message = f"{self.url}: cannot {verb} {key!r}: {os.strerror(code)}{advice}"
         if code in _REFUSED:
             return BackendPermissionError(code, message, path)

@@ -9,16 +9,30 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 
 from incckpt.backends import _files
 
-__all__ = ["COMPOSED", "NativeCalls", "SystemCalls", "UnsyncedCalls"]
+__all__ = ["ADVICE", "COMPOSED", "NativeCalls", "SystemCalls", "UnsyncedCalls"]
 
 COMPOSED = frozenset({"make_folder", "read_folder", "sync_folder", "write_new", "write_over"})
 """The methods of `SystemCalls` that combine others."""
+
+ADVICE = {
+    errno.ENOSPC: "the file system is full: free space, or prune checkpoints",
+    errno.EDQUOT: "the disk quota is used up: free space, or prune checkpoints",
+    errno.EROFS: "the file system is mounted read-only: to read, make the manager with read_only=True",
+    errno.EIO: "the device failed: look at the system's log before trusting it again",
+    errno.EACCES: "the process may not use this path",
+    errno.EPERM: "the process may not use this path",
+    errno.EISDIR: "a folder is in the way",
+    errno.ENOTDIR: "a file is in the way of a folder",
+    errno.ENOENT: "the folder was removed meanwhile",
+}
+"""What an `errno` means for the user, and what to do."""
 
 _AT_FDCWD = -100
 _LINUX_NOREPLACE = 1
@@ -121,6 +135,11 @@ class SystemCalls:
     def rmdir(self, path: str) -> None:
         """Remove a folder, if it is empty."""
         os.rmdir(path)
+
+    def room(self, path: str) -> int | None:
+        """Return the bytes left for files in folder `path`; ``None`` where the file system has no size."""
+        found = shutil.disk_usage(path)
+        return found.free if found.total else None
 
     def scandir(self, path: str) -> list[os.DirEntry[str]]:
         """Read a folder's entries."""

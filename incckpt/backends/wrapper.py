@@ -70,6 +70,9 @@ class WrapperBackend(Backend):
     def freeing(self) -> AbstractContextManager[None]:
         return self.inner.freeing()
 
+    def room(self) -> int | None:
+        return self.inner.room()
+
     def leftovers(self) -> Iterator[Leftover]:
         return self.inner.leftovers()
 

@@ -19,6 +19,7 @@ from incckpt.run.discards import Discards
 from incckpt.run.pipeline import Pipeline
 from incckpt.run.report import SaveReport
 from incckpt.run.snapshot import Snapshot, Source
+from incckpt.run.space import SpaceGuard
 from incckpt.run.writer import Writer
 from incckpt.staging.baseline import Baseline
 from incckpt.store.gc import Collector
@@ -116,6 +117,7 @@ class Attempt:
         self._said: set[str] = set()  # why nothing was pruned; each reason is told once
         self._discards = Discards(store.backend)
         self._writer = Writer(store, self._run, self._discards, threads=threads, baseline=baseline, pipeline=pipeline)
+        self._space = SpaceGuard(store.backend)
         self._collector = Collector(store, discard=self._discards.spend)
 
     @property
@@ -283,6 +285,9 @@ class Attempt:
                 self._expire([ref.name])
         self.check_step(snapshot.step, if_exists)
         try:
+            if isinstance(snapshot, Snapshot):
+                contents = [*snapshot.contents, *snapshot.packed.contents]
+                self._space.check(snapshot.step, contents, first=not self._history)
             ref, manifest = self._writer.write(self._after_the_replaced(snapshot), report)
         except SupersededError:
             self._leave()
@@ -294,6 +299,7 @@ class Attempt:
         self._take_up(ref, manifest)
         with self._store.backend.freeing():
             self._tidy(ref.step)
+        self._space.learn(report)
         return ref
 
     def _after_the_replaced(self, snapshot: Snapshot | Source) -> Snapshot | Source:

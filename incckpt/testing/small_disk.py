@@ -53,6 +53,10 @@ class SmallDisk(SystemCalls):
         self._take(_blocks(size + len(data)) - _blocks(size))
         return super().write(fd, data)
 
+    def room(self, path: str) -> int:
+        """Return `free`."""
+        return self.free
+
     def mkdir(self, path: str) -> None:
         """Make a folder, if it fits."""
         self._take(1, path)
