@@ -1,0 +1,180 @@
+"""What a local tier costs and saves, and what a restart uploads again, against an S3 server on this machine.
+
+python benchmarks/bench_tiers.py resume --size 1000    # cut an upload off at 60 %, and go on in a new process
+python benchmarks/bench_tiers.py local --size 64       # saves while the bucket takes 5 MB/s, and while it hangs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import s3fs
+import torch
+
+import incckpt
+from tests.servers.processes import python_server
+
+KEYS = {"key": "test", "secret": "testtest"}
+RATE = 5 << 20  # bytes per second
+CHANGES = 0.05  # of the state, by save
+
+
+def state_of(megabytes: int) -> dict[str, torch.Tensor]:
+    """Return random tensors of 10 MB, which no coder makes smaller."""
+    chance = np.random.default_rng(1)
+    return {
+        f"w{index}": torch.from_numpy(chance.integers(0, 256, 10 << 20, np.uint8)) for index in range(megabytes // 10)
+    }
+
+
+def save_all(url: str, endpoint: str, megabytes: int) -> None:
+    """Save once, in a process of its own; print what was put."""
+    with incckpt.CheckpointManager(url, storage_options={**KEYS, "endpoint_url": endpoint}) as manager:
+        manager.save(1, state_of(megabytes)).result()
+        (report,) = manager.history
+    print(json.dumps({"put_bytes": report.put_bytes, "nbytes": report.nbytes}))
+
+
+@contextmanager
+def s3() -> Iterator[tuple[int, Any]]:
+    """Yield the port of an S3 server with a bucket `bench`, and a file system that looks into it."""
+    with python_server("s3_server") as port:
+        files = s3fs.S3FileSystem(**KEYS, endpoint_url=f"http://127.0.0.1:{port}", use_listings_cache=False)
+        files.mkdir("bench")
+        yield port, files
+
+
+def resume(megabytes: int) -> None:
+    """Kill a process when 60 % of its state are in the bucket; let another one save the same."""
+    with s3() as (port, files):
+        endpoint = f"http://127.0.0.1:{port}"
+        command = [sys.executable, __file__, "child", "--endpoint", endpoint, "--size", str(megabytes)]
+        total = megabytes // 10 * (10 << 20)
+        first = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tempfile.mkdtemp())
+        put = 0
+        while put < 0.6 * total and first.poll() is None:
+            time.sleep(0.05)
+            put = files.du("bench/run") if files.exists("bench/run") else 0
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        put = files.du("bench/run")
+        second = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=tempfile.mkdtemp())
+        again = json.loads(second.stdout)["put_bytes"]
+        print(
+            f"killed with {put / total:.0%} of {total >> 20} MiB in the bucket; the next start put {again / total:.0%}"
+        )
+
+
+@contextmanager
+def slowed(port: int) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield the port of a relay to a server, and its rate in bytes per second, 0 to hang."""
+    limit: dict[str, float] = {"rate": RATE}
+    lock, due = threading.Lock(), [time.monotonic()]
+
+    def wait(nbytes: int) -> None:
+        while not limit["rate"]:
+            time.sleep(0.1)
+        with lock:
+            due[0] = max(due[0], time.monotonic()) + nbytes / limit["rate"]
+            until = due[0]
+        time.sleep(max(0.0, until - time.monotonic()))
+
+    def pump(source: socket.socket, target: socket.socket, slow: bool) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                if slow:
+                    wait(len(data))
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            source.close()
+            target.close()
+
+    def accept() -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", port))
+            threading.Thread(target=pump, args=(client, server, True), daemon=True).start()
+            threading.Thread(target=pump, args=(server, client, False), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield listener.getsockname()[1], limit
+
+
+def saves(manager: incckpt.CheckpointManager, megabytes: int, count: int) -> tuple[float, float]:
+    """Save a state that changes; return medians of the seconds that a save blocked, and until it was durable."""
+    state = state_of(megabytes)
+    durable = []
+    for step in range(1, count + 1):
+        for tensor in list(state.values())[: max(1, int(len(state) * CHANGES))]:
+            tensor += 1
+        started = time.perf_counter()
+        manager.save(step, state).result()
+        durable.append(time.perf_counter() - started)
+    return statistics.median(report.blocked_seconds for report in list(manager.history)[1:]), statistics.median(
+        durable[1:]
+    )
+
+
+def local(megabytes: int, count: int) -> None:
+    """Compare a local store with a local tier whose bucket is slow, and hangs."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder, s3() as (port, _):
+        plain = incckpt.CheckpointManager(Path(folder) / "plain")
+        print("a local store: blocked {:.3f} s, durable after {:.3f} s".format(*saves(plain, megabytes, count)))
+        plain.close()
+        for name, rate in (("takes 5 MB/s", RATE), ("hangs", 0)):
+            with slowed(port) as (relay, limit):
+                options = {**KEYS, "endpoint_url": f"http://127.0.0.1:{relay}"}
+                manager = incckpt.CheckpointManager(
+                    f"s3://bench/{rate}", local=Path(folder) / str(rate), storage_options=options
+                )
+                limit["rate"] = rate
+                figures = saves(manager, megabytes, count)
+                states = [report.tiers["bucket"].state for report in manager.history]
+                print("a bucket that {}: blocked {:.3f} s, durable after {:.3f} s".format(name, *figures), states)
+                limit["rate"] = 1 << 40
+                manager.close()
+            with incckpt.CheckpointManager(
+                f"s3://bench/{rate}", storage_options={**KEYS, "endpoint_url": f"http://127.0.0.1:{port}"}
+            ) as reader:
+                assert reader.latest is not None
+                print(f"    once it goes on, the bucket's latest is step {reader.latest.step} of {count}")
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["resume", "local", "child"])
+    parser.add_argument("--size", type=int, default=100, help="of the state, MB")
+    parser.add_argument("--saves", type=int, default=8)
+    parser.add_argument("--endpoint", default="")
+    options = parser.parse_args()
+    if options.what == "child":
+        save_all("s3://bench/run", options.endpoint, options.size)
+    elif options.what == "resume":
+        resume(options.size)
+    else:
+        local(options.size, options.saves)
+
+
+if __name__ == "__main__":
+    main()
