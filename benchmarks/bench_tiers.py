@@ -27,6 +27,8 @@ import s3fs
 import torch
 
 import incckpt
+from incckpt.backends import open_backend
+from incckpt.testing.faults import Call, Fault, FaultyBackend, kill_process
 from tests.servers.processes import python_server
 
 KEYS = {"key": "test", "secret": "testtest"}
@@ -42,9 +44,11 @@ def state_of(megabytes: int) -> dict[str, torch.Tensor]:
     }
 
 
-def save_all(url: str, endpoint: str, megabytes: int) -> None:
-    """Save once, in a process of its own; print what was put."""
-    with incckpt.CheckpointManager(url, storage_options={**KEYS, "endpoint_url": endpoint}) as manager:
+def save_all(url: str, endpoint: str, megabytes: int, kill_at: int) -> None:
+    """Save once, in a process of its own; print what was put. It dies when object `kill_at` is put, if that is not 0."""
+    backend = open_backend(url, {**KEYS, "endpoint_url": endpoint})
+    kill = Fault("put", "objects/*", nth=kill_at, do=Call(kill_process, after_work=True))
+    with incckpt.CheckpointManager(FaultyBackend(backend, [kill]) if kill_at else backend) as manager:
         manager.save(1, state_of(megabytes)).result()
         (report,) = manager.history
     print(json.dumps({"put_bytes": report.put_bytes, "nbytes": report.nbytes}))
@@ -65,14 +69,10 @@ def resume(megabytes: int) -> None:
         endpoint = f"http://127.0.0.1:{port}"
         command = [sys.executable, __file__, "child", "--endpoint", endpoint, "--size", str(megabytes)]
         total = megabytes // 10 * (10 << 20)
-        first = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tempfile.mkdtemp())
-        put = 0
-        while put < 0.6 * total and first.poll() is None:
-            time.sleep(0.05)
-            put = files.du("bench/run") if files.exists("bench/run") else 0
-        first.send_signal(signal.SIGKILL)
-        first.wait()
-        put = files.du("bench/run")
+        kill_at = str(int(0.6 * megabytes / 10))
+        first = subprocess.run([*command, "--kill-at", kill_at], stdout=subprocess.DEVNULL, cwd=tempfile.mkdtemp())
+        assert first.returncode == -signal.SIGKILL
+        put = sum(entry["size"] for entry in files.find("bench/run", detail=True).values())
         second = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=tempfile.mkdtemp())
         again = json.loads(second.stdout)["put_bytes"]
         print(
@@ -167,9 +167,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=100, help="of the state, MB")
     parser.add_argument("--saves", type=int, default=8)
     parser.add_argument("--endpoint", default="")
+    parser.add_argument("--kill-at", type=int, default=0)
     options = parser.parse_args()
     if options.what == "child":
-        save_all("s3://bench/run", options.endpoint, options.size)
+        save_all("s3://bench/run", options.endpoint, options.size, options.kill_at)
     elif options.what == "resume":
         resume(options.size)
     else:
