@@ -1,0 +1,49 @@
+"""`assert_exact_resume`: it finds what is not restored, and passes what is; the recipes of its page are exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import incckpt
+from incckpt.errors import OptionError, StateMismatchError
+from incckpt.testing import assert_exact_resume
+from tests.testing import exact_trainings
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_forgotten_generator_is_found() -> None:
+    with pytest.raises(AssertionError, match=r"from step 5 on \(after the resume at step 4\), in .*model"):
+        assert_exact_resume(exact_trainings.without_random_state, steps=6, kill_at=[4])
+
+
+@pytest.mark.parametrize("kill_at", [[], [0], [3]])
+def test_steps_that_are_none_are_refused(kill_at: list[int]) -> None:
+    with pytest.raises(OptionError, match="from 1 to 2"):
+        assert_exact_resume(exact_trainings.that_raises, steps=3, kill_at=kill_at)
+
+
+def test_what_cannot_be_checked_is_refused() -> None:
+    with pytest.raises(OptionError, match="steps"):
+        assert_exact_resume(exact_trainings.that_raises, steps=1)
+    with pytest.raises(OptionError, match="function of a module"):
+        assert_exact_resume(lambda: exact_trainings.that_raises(), steps=3)
+
+
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_a_compiled_model_and_a_plain_one_are_told_how_to_share_checkpoints(
+    compiled_first: bool, tmp_path: Any
+) -> None:
+    plain: Any = torch.nn.Linear(2, 2)
+    compiled: Any = torch.compile(torch.nn.Linear(2, 2), backend="eager")
+    saved, target = (compiled, plain) if compiled_first else (plain, compiled)
+    with incckpt.CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"model": saved})
+        with pytest.raises(StateMismatchError, match=r"torch\.compile"):
+            manager.restore({"model": target})
+        if not compiled_first:
+            manager.restore({"model": target._orig_mod})
+            assert torch.equal(target._orig_mod.weight, plain.weight)
