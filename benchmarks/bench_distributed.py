@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 4 benchmarks/bench_distributed.py saves  # beside FileSystemWriter, in one run
 
 `coordinator` makes what ranks would report, 10 MB a shard, and measures the processor time of everything between the
-reports and the commit: putting them together, checking that they cover every tensor, and making the manifest. Nothing is
+reports and the commit: putting them together, checking that they cover every tensor, making the manifest. Nothing is
 put anywhere.
 """
 

@@ -50,10 +50,12 @@ def main() -> None:
             if step % 5 == 0:
                 weights, moments = get_state_dict(model, optimizer)
                 manager.save(step, {"model": weights, "optimizer": moments}, {"loss": loss.item()})
+                if dist.get_rank() == 0:
+                    print(f"step {step}: loss {loss.item():.4f}", flush=True)
         manager.wait()
         saved = [checkpoint.step for checkpoint in manager.checkpoints()]
         if dist.get_rank() == 0:
-            print(f"step {step}: loss {loss.item():.4f}, checkpoints {saved}", flush=True)
+            print(f"step {step}: checkpoints {saved}", flush=True)
     dist.destroy_process_group()
 
 

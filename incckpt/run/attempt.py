@@ -468,7 +468,8 @@ def refuse_other_ranks() -> None:
         raise DistributedError(
             f"rank {rank} of a torch.distributed job would write to the same run as rank 0. Save on rank 0 alone, if "
             f"its state is whole; or give each rank a run of its own, as run='rank{rank}' or '#rank{rank}' in the URL. "
-            "To read on every rank, pass read_only=True. Sharded state is not supported yet"
+            "To read on every rank, pass read_only=True. For sharded state there is "
+            "incckpt.integrations.dcp.DistributedCheckpointManager"
         )
 
 

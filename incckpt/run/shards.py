@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from incckpt.errors import StoreReplacedError
+from incckpt.run.pipeline import Pipeline
 from incckpt.run.report import SaveReport
 from incckpt.run.scrub import Scrubber
 from incckpt.run.snapshot import Snapshot, stage
@@ -95,12 +96,16 @@ class ShardWriter:
         The most that a chunk holds.
     delta
         Whether changed chunks may be stored as deltas.
+    pipeline
+        Hashes, encodes and puts chunks; by default a new one with 256 MiB in flight.
     """
 
-    def __init__(self, store: Store, *, threads: int, chunk_bytes: int, delta: bool = True) -> None:
+    def __init__(
+        self, store: Store, *, threads: int, chunk_bytes: int, delta: bool = True, pipeline: Pipeline | None = None
+    ) -> None:
         self.store = store
         self.base = Baseline(chunk_bytes, delta=delta, threads=threads)
-        self._uploader = Uploader(store, threads=threads, baseline=self.base)
+        self._uploader = Uploader(store, threads=threads, baseline=self.base, pipeline=pipeline)
         self._scrubber = Scrubber(store.objects)
         self._chunk_bytes = chunk_bytes
         self._last: tuple[int, frozenset[str]] = 0, frozenset()

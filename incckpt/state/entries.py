@@ -369,7 +369,7 @@ def _place(pieces: Json) -> tuple[int, int]:
         return -1, 0
     piece = dict(pieces[0])
     if len(pieces) > 1 or "at" in piece:
-        raise FormatError(f"it is stored in {len(pieces)} pieces, as sharded states are, which needs a later incckpt")
+        raise FormatError(f"it is stored in {len(pieces)} pieces, which needs a later incckpt")
     place = _natural(piece.pop("range", None)), _natural(piece.pop("offset", 0))
     if piece:
         raise FormatError(f"unknown fields of a piece: {shown(sorted(piece), 200)}")

@@ -298,7 +298,7 @@ def _tensor_subclass(tensor: torch.Tensor) -> str:
     name = type_name(tensor)
     match type(tensor).__name__:
         case "DTensor" | "ShardedTensor":
-            return f"a {name} is sharded over processes; save sharded state through torch.distributed.checkpoint"
+            return f"a {name} is sharded over processes; save sharded state with incckpt.integrations.dcp"
         case "UninitializedParameter" | "UninitializedBuffer":
             return f"a {name} has no shape yet; run the module once before saving it"
         case "FakeTensor":

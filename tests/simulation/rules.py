@@ -9,6 +9,7 @@ from typing import Any
 
 from incckpt.run.attempt import Attempt
 from incckpt.run.recovery import Recoverer
+from incckpt.run.shards import ShardWriter
 from incckpt.run.upload import Uploader
 from incckpt.run.writer import Writer
 from incckpt.store import objects, refs, rereading
@@ -50,6 +51,19 @@ RULES: dict[str, Rule] = {
                 + self._run.pin(name)
                 - known = self._look_around(name)
                 + known = Known(condemned, self._look_around(name).vouched)
+                """,
+            )
+        ],
+    ),
+    "every rank looks for itself what is condemned, once the pin is put": Rule(
+        "two ranks under one pin, beside a run of one content that is pruned",
+        [
+            Edit(
+                ShardWriter,
+                "put",
+                """
+                - known = self._look_around(brief if brief.save == save else None)
+                + known = Known(frozenset(), self._look_around(brief if brief.save == save else None).vouched, sure=True)
                 """,
             )
         ],

@@ -190,6 +190,14 @@ SCENARIOS: dict[str, Scenario] = {
         {},
         {"faults": 1, "advances": 1},
     ),
+    "two ranks under one pin, beside a run of one content that is pruned": Scenario(
+        [first],
+        {
+            "r": saver((200, "c", "d"), ready=0, policy=LAST),
+            "q": saver((10, "a", "b"), (11, "a", "b"), run="q", joint=True),
+        },
+        {"switches": 2},
+    ),
     "two runs that prune one content": Scenario(
         [first, saver((10, "a", "b"), run="q")],
         {

@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from types import SimpleNamespace, TracebackType
 from typing import TypeVar
 from unittest import mock
@@ -33,15 +34,17 @@ from incckpt.run.inventory import lineage_or_damage
 from incckpt.run.reader import ChunkRead, Reader
 from incckpt.run.recovery import Recoverer, RecoveryPlan
 from incckpt.run.report import SaveReport
-from incckpt.run.snapshot import Snapshot
+from incckpt.run.shards import Brief, ShardWriter
+from incckpt.run.snapshot import Snapshot, Source
 from incckpt.run.transfer import Transfer
+from incckpt.run.upload import Known, Uploader
 from incckpt.run.verify import Checker
 from incckpt.staging.baseline import Baseline, Slot
 from incckpt.staging.content import Content
 from incckpt.staging.layout import Layout
 from incckpt.store.gc import Collector
 from incckpt.store.lineage import Lineage, Run
-from incckpt.store.manifest import Manifest
+from incckpt.store.manifest import Chunk, Manifest
 from incckpt.store.objects import DELTAS, OBJECTS, manifest_keys
 from incckpt.store.refs import CondemnedLists, Ref, RefName, Tombstone
 from incckpt.store.store import Store
@@ -256,9 +259,7 @@ class Trainer:
     def save(self, step: int, *chunks: str, if_exists: IfExists = "error") -> bool:
         """Save a checkpoint of these chunks, and tell how it ended."""
         contents = [self._content(index, name) for index, name in enumerate(chunks)]
-        return self._write(
-            Snapshot(step, {}, self._time(), None, (), Layout.of([], [], 1 << 20), contents), chunks, if_exists
-        )
+        return self._write(self._snapshot(step, self._time(), contents), chunks, if_exists)
 
     def copy(self, source: Store, ref: Ref) -> bool:
         """Copy a checkpoint of another store, and tell how it ended."""
@@ -270,7 +271,7 @@ class Trainer:
         self._saves += 1
         return -float(self._saves)  # its clock goes backwards
 
-    def _write(self, snapshot: Snapshot | Transfer, chunks: tuple[str, ...], if_exists: IfExists) -> bool:
+    def _write(self, snapshot: Snapshot | Source, chunks: tuple[str, ...], if_exists: IfExists) -> bool:
         step = snapshot.step
         try:
             self.start()
@@ -295,6 +296,9 @@ class Trainer:
     def close(self) -> None:
         self.attempt.close()
 
+    def _snapshot(self, step: int, time: float, contents: Sequence[Content]) -> Snapshot | Source:
+        return Snapshot(step, {}, time, None, (), Layout.of([], [], 1 << 20), contents)
+
     def _content(self, index: int, name: str) -> Content:
         slot = self._base.slots[index]
         raw = chunk_bytes(name)
@@ -310,6 +314,65 @@ class Trainer:
             self._base.slots[index].full = Content.of_full(chunk_bytes(_names[full]), chunk)
 
 
+class JointTrainer(Trainer):
+    """The coordinator of two ranks, which store the first half of the chunks and the second one.
+
+    The ranks' requests come one after the other, between those of other processes: no two of them concern one key.
+    """
+
+    def __init__(self, process: Process, run: str = RUN, policy: Policy | None = None) -> None:
+        super().__init__(process, run, policy)
+        self._number = 0
+        self._previous: tuple[int, RefName] | None = None
+        self._ranks = [
+            ShardWriter(open_store(process), threads=1, chunk_bytes=1 << 20, delta=False, pipeline=Inline())  # type: ignore[arg-type]
+            for _ in range(2)
+        ]
+
+    def save(self, step: int, *chunks: str, if_exists: IfExists = "error") -> bool:
+        self._number += 1
+        saved = super().save(step, *chunks, if_exists=if_exists)
+        if saved:
+            name = max((name for name in self.attempt._history), key=lambda name: name.step)
+            self._previous = self._number, name
+        else:
+            self.attempt.give_up()
+        return saved
+
+    def _snapshot(self, step: int, time: float, contents: Sequence[Content]) -> Snapshot | Source:
+        return _Joint(step, time, tuple(contents), self)
+
+    def stored(self, contents: Sequence[Content], tried: list[str]) -> list[Chunk]:
+        """Let each rank store its half, as it does once the coordinator's pin is put."""
+        chunks: list[Chunk] = []
+        brief = Brief(self._number, self.store.id, self.run, self._previous)
+        for rank, half in zip(
+            self._ranks, (contents[: len(contents) // 2], contents[len(contents) // 2 :]), strict=True
+        ):
+            part = Snapshot(0, {}, 0.0, {"dict": []}, (), Layout.of([], [], 1 << 20), half)
+            try:
+                chunks += rank.put(part, brief, self._number).chunks
+            finally:
+                tried += rank.tried
+        return chunks
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """What the ranks of a `JointTrainer` save."""
+
+    step: int
+    time: float
+    contents: tuple[Content, ...]
+    trainer: JointTrainer
+
+    def store(self, uploader: Uploader, nonce: str, known: Known, report: SaveReport) -> list[Chunk]:
+        return self.trainer.stored(self.contents, uploader.tried)
+
+    def manifest_as(self, run: str, name: RefName, chunks: Sequence[Chunk]) -> Manifest:
+        return Manifest(run, name.attempt, name.step, name.nonce, self.time, {}, 1 << 20, None, (), (), tuple(chunks))
+
+
 def saver(
     *saves: Sequence[object],
     run: str = RUN,
@@ -319,6 +382,7 @@ def saver(
     restored: bool = False,
     restores: bool = True,
     if_exists: IfExists = "error",
+    joint: bool = False,
 ) -> Program:
     """Return a program that restores, and saves: ``(step, chunk, ...)`` each.
 
@@ -334,13 +398,15 @@ def saver(
         Whether it restores at all, or appends.
     if_exists
         Of its saves.
+    joint
+        Whether two ranks save, and the process is their coordinator.
     """
 
     def program(process: Process) -> None:
         pauses = (ready,) if isinstance(ready, int) else ready
         if not pauses and not restored:
             process.pause()
-        trainer = Trainer(process, run, policy)
+        trainer = (JointTrainer if joint else Trainer)(process, run, policy)
         if restores:
             trainer.restore(step)
         else:
