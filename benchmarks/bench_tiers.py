@@ -45,7 +45,7 @@ def state_of(megabytes: int) -> dict[str, torch.Tensor]:
 
 
 def save_all(url: str, endpoint: str, megabytes: int, kill_at: int) -> None:
-    """Save once, in a process of its own; print what was put. It dies when object `kill_at` is put, if that is not 0."""
+    """Save once, and print what was put; die when object `kill_at` is put, if that is not 0."""
     backend = open_backend(url, {**KEYS, "endpoint_url": endpoint})
     kill = Fault("put", "objects/*", nth=kill_at, do=Call(kill_process, after_work=True))
     with incckpt.CheckpointManager(FaultyBackend(backend, [kill]) if kill_at else backend) as manager:

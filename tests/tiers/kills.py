@@ -104,6 +104,7 @@ def main() -> None:
     """Kill, look, and tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="stop after this time, with fewer kills")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     chance = random.Random(options.seed)
@@ -113,7 +114,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="incckpt-tiers-") as folder:
         life = Round(Path(folder))
         least = 0
-        while done["kills"] < options.kills:
+        while done["kills"] < options.kills and time.monotonic() - began < options.seconds:
             done["kills"] += life.live(saves=chance.randint(1, 4), kill_at=chance.randint(1, 60))
             done["lives"] += 1
             least = max(least, life.announced)
