@@ -10,18 +10,11 @@ from tests.testing import exact_trainings
 pytestmark = pytest.mark.slow
 
 RECIPES = ["with_a_sampler", "with_accumulation", "with_amp_and_ema", "compiled"]
-LOADERS = ["with_a_stateful_loader", "with_a_stateful_loader_and_workers"]
 
 
 @pytest.mark.parametrize("make", RECIPES)
 def test_a_recipe(make: str) -> None:
     assert_exact_resume(getattr(exact_trainings, make), steps=13)
-
-
-@pytest.mark.parametrize("make", LOADERS)
-def test_a_recipe_for_loaders(make: str) -> None:
-    pytest.importorskip("torchdata", exc_type=ImportError)
-    assert_exact_resume(getattr(exact_trainings, make), steps=13, kill_at=[4, 6])
 
 
 def test_a_sampler_that_was_left_out_is_found() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import random
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 import incckpt
@@ -16,6 +18,8 @@ EXAMPLES = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
 
 
 def make_model() -> torch.nn.Module:
+    random.seed(0)  # every generator that is a part of the state
+    np.random.seed(0)
     torch.manual_seed(0)
     normal = torch.nn.BatchNorm1d(8)
     return torch.nn.Sequential(torch.nn.Linear(4, 8), normal, torch.nn.Dropout(0.2), torch.nn.Linear(8, 1))
@@ -152,31 +156,6 @@ def compiled() -> Training:
             yield
 
     return state, train
-
-
-def with_a_stateful_loader(workers: int = 0) -> Training:
-    """The loader of torchdata, with a generator of its own: making an iterator draws from it."""
-    from torchdata.stateful_dataloader import StatefulDataLoader
-
-    model = make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    generator = torch.Generator().manual_seed(1)
-    loader = StatefulDataLoader(EXAMPLES, batch_size=4, shuffle=True, generator=generator, num_workers=workers)
-    state = {"model": model, "optimizer": optimizer, "loader": loader, "rng": incckpt.RngState()}
-
-    def train(done: int) -> Iterator[None]:
-        while True:
-            for batch in loader:
-                model(batch).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                yield
-
-    return state, train
-
-
-def with_a_stateful_loader_and_workers() -> Training:
-    return with_a_stateful_loader(workers=2)
 
 
 def that_ends_early() -> Training:
