@@ -2,55 +2,68 @@
 
 Each store is a real one with changes that get past the digests: fields of documents, what is packed, headers and frames
 of objects, keys and sizes. Whatever is done with it ends in an error of incckpt's or in a state whose memory is its
-own; it ends soon, takes no more memory than allowed, deletes nothing that an intact checkpoint needs, and touches
-nothing outside its folder. A number names a store: ``--first N --count 1`` repeats it.
+own; it ends soon, runs no code of the store's, takes no more memory than allowed, deletes nothing that an intact
+checkpoint needs or an unreadable one may need, and touches nothing outside its folder. Some stores are only damaged,
+with digests that are wrong: what is read of them is what was saved. A number names a store: ``--first N --count 1``
+repeats it; ``python -m tests.fuzz.power`` shows which checks would be missed.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
 import contextlib
 import copy
+import ctypes
+import errno
+import hashlib
 import json
 import logging
 import os
+import pickle
 import random
 import resource
 import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zlib
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
 import incckpt
-from incckpt.backends.base import Backend, is_key
+from incckpt.backends.base import Backend, Entry, ReadableBuffer, is_key, validate_key, validate_prefix
 from incckpt.backends.local import LocalBackend
 from incckpt.backends.memory import MemoryBackend
 from incckpt.codec import objects as codec
-from incckpt.errors import IncckptError
+from incckpt.errors import IncckptError, KeyExistsError, KeyNotFoundError
+from incckpt.run.pipeline import Pipeline
 from incckpt.store.manifest import Manifest
 from incckpt.store.objects import DELTAS, OBJECTS, ObjectKey, manifest_keys
-from incckpt.store.refs import CondemnedLists, Ref, RefName, list_refs
+from incckpt.store.refs import CondemnedLists, Ref, RefName, Tombstone, list_refs
 from incckpt.store.store import Store
-from tests.hostile import Contents, fields_of, filled, rewrite, with_manifest
+from tests.hostile import Contents, fields_of, rewrite, with_manifest
 
-__all__ = ["check_store", "main"]
+__all__ = ["CHANGES", "alarm_raises_in", "check_store", "main", "prepared"]
 
 MAX_BYTES = 64 << 20  # that a store may take; checked by the address space's limit, which is a little wider
 SECONDS = 60  # that one use may take, on a machine that does other things as well
 ON_DISK = 40  # one store in so many lies in a folder
+BY_THREADS = 16  # one in so many is read by a pipeline's threads: to start them takes longer than the rest
+RAM_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 Chance = random.Random
+Change = Callable[[Contents, Chance], Contents]
 Point = collections.namedtuple("Point", "x y")
 
 
@@ -107,6 +120,44 @@ def module_state(step: int) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "rng": incckpt.RngState(), "epoch": step}
 
 
+class Held(Backend):
+    """Keys in a dict: as fast to fill as to drop."""
+
+    remote = False
+    url = "memory://fuzzed"
+
+    def __init__(self, contents: Contents) -> None:
+        self.contents = dict(contents)
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        return self._value(key)[start:end]
+
+    def put(self, key: str, data: ReadableBuffer) -> None:
+        self.contents[validate_key(key)] = bytes(data)
+
+    def create(self, key: str, data: ReadableBuffer) -> None:
+        if validate_key(key) in self.contents:
+            raise KeyExistsError(errno.EEXIST, f"key {key!r} exists")
+        self.contents[key] = bytes(data)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self.contents.pop(validate_key(key), None)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        validate_prefix(prefix)
+        return iter([Entry(key, len(data), 0.0) for key, data in self.contents.items() if key.startswith(prefix)])
+
+    def head(self, key: str) -> Entry:
+        return Entry(key, len(self._value(key)), 0.0)
+
+    def _value(self, key: str) -> bytes:
+        try:
+            return self.contents[validate_key(key)]
+        except KeyError:
+            raise KeyNotFoundError(errno.ENOENT, f"no key {key!r}") from None
+
+
 STATES: list[Callable[[int], dict[Any, Any]]] = [plain_state, packed_state, module_state]
 
 
@@ -126,6 +177,30 @@ def seed(number: int) -> Contents:
     CondemnedLists(backend).put([f"{OBJECTS}ab/{'c' * 62}.{'0' * 16}"])
     return {entry.key: backend.get(entry.key) for entry in backend.list()}
 
+
+@lru_cache(maxsize=64)
+def document_of(data: bytes) -> bytes:
+    """Return the document of a manifest object."""
+    return codec.decode_document(data, 1 << 30)
+
+
+def ran(*arguments: object) -> None:
+    """Take note that a store has run code."""
+    happened.append("code of the store has run")
+
+
+happened: list[str] = []
+"""What went wrong where no exception would reach us."""
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return ran, ()
+
+
+EVIL = {"pickle": base64.b64encode(pickle.dumps(Evil())).decode(), "type": "builtins.set"}
 
 # ---- changes ---------------------------------------------------------------------------------------------------------
 
@@ -159,7 +234,7 @@ def odd_value(chance: Chance, old: Any) -> Any:
         case 1:
             return chance.choice(ODD_NUMBERS)
         case 2:
-            return chance.choice([None, True, False, [], {}, [[]], [None], {"a": 1}, [0, 0, 0]])
+            return chance.choice([None, True, False, [], {}, [[]], [None], {"a": 1}, [0, 0, 0], EVIL])
         case 3:
             deep: Any = old
             for _ in range(chance.choice([1, 2, 70, 250])):
@@ -242,7 +317,7 @@ def of_a_document(contents: Contents, chance: Chance) -> Contents:
 def of_a_manifest(contents: Contents, chance: Chance) -> Contents:
     """Change a manifest, and name it anew."""
     key = chance.choice(manifests(contents))
-    document = codec.decode_document(contents[key], 1 << 30)
+    document = document_of(contents[key])
     return with_manifest(contents, key, rewrite(document, lambda fields: change_fields(chance, fields)))
 
 
@@ -250,7 +325,7 @@ def of_text(contents: Contents, chance: Chance) -> Contents:
     """Change the text of a document, with the right checksum or digest."""
     key = chance.choice([*documents(contents), *manifests(contents) * 2])
     bare = contents[key].startswith(b'{"format"')
-    text = bytearray(contents[key] if bare else codec.decode_document(contents[key], 1 << 30))
+    text = bytearray(contents[key] if bare else document_of(contents[key]))
     for _ in range(chance.randint(1, 3)):
         at = chance.randrange(len(text))
         some = [
@@ -277,7 +352,7 @@ def of_text(contents: Contents, chance: Chance) -> Contents:
 def of_chunks(contents: Contents, chance: Chance) -> Contents:
     """Change the raw bytes of a chunk, and store them as the codec does: what is packed, tensors."""
     key = chance.choice(manifests(contents))
-    document = codec.decode_document(contents[key], 1 << 30)
+    document = document_of(contents[key])
     fields = json.loads(document)
     packed = {piece[0] for item in fields.get("packed", []) for piece in item["pieces"]}
     full = [index for index, chunk in enumerate(fields["chunks"]) if "base" not in chunk]
@@ -349,7 +424,7 @@ def of_an_object(contents: Contents, chance: Chance) -> Contents:
                     node.update(id=identity, size=len(changed))
 
     for manifest in manifests(contents):
-        document = codec.decode_document(contents[manifest], 1 << 30)
+        document = document_of(contents[manifest])
         if old.identity.encode() in document:
             result = with_manifest(result, manifest, rewrite(document, rename))
     return result
@@ -381,8 +456,31 @@ def of_a_size(contents: Contents, chance: Chance) -> Contents:
     return contents | {key: changed}
 
 
-CHANGES = [of_a_manifest, of_a_manifest, of_a_manifest, of_chunks, of_chunks, of_an_object, of_an_object, of_a_document,
-           of_a_document, of_text, of_a_name, of_a_size]  # fmt: skip
+def of_bytes(contents: Contents, chance: Chance) -> Contents:
+    """Change bytes of a value, or put those of another in its place, and mend nothing."""
+    key = chance.choice(sorted(contents))
+    data = bytearray(contents[key])
+    match chance.randrange(4):
+        case 0:
+            alike = sorted(other for other in contents if other.split("/")[0] == key.split("/")[0])
+            data = bytearray(contents[chance.choice(alike)])
+        case 1 if len(data) > 48:  # a header's, or a short document's
+            at = chance.randrange(48)
+            data[at] ^= 1 << chance.randrange(8)
+        case _ if data:
+            at = chance.randrange(len(data))
+            data[at : at + 4] = chance.choice([bytes([data[at] ^ (1 << chance.randrange(8))]), b"0000", b"9", b""])
+    return contents | {key: bytes(data)}
+
+
+DAMAGE: list[Change] = [of_bytes, of_a_name, of_a_size]
+"""Changes that the digests and names show."""
+
+CHANGES: list[Change] = [
+    *[of_a_manifest] * 3,
+    *[of_chunks, of_an_object, of_a_document, of_bytes] * 2,
+    *[of_text, of_a_name, of_a_size],
+]
 
 
 # ---- use -------------------------------------------------------------------------------------------------------------
@@ -424,72 +522,220 @@ def attempted(action: Callable[[], Any]) -> Any:
         return error
 
 
-def use(backend: Backend, state: Callable[[int], dict[Any, Any]], chance: Chance) -> None:
-    """Use a store in one way."""
+Fingerprint = tuple[Any, ...]
+
+
+def fingerprint(value: Any) -> Any:
+    """Return what tells a state from others, to be compared."""
+    if isinstance(value, torch.Tensor):
+        raw = value.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+        return str(value.dtype), tuple(value.shape), hashlib.sha256(raw.numpy().tobytes()).digest()
+    if isinstance(value, torch.Generator):
+        return fingerprint(value.get_state())
+    if isinstance(value, np.ndarray | np.generic):
+        return str(value.dtype), value.shape, value.tobytes()
+    if isinstance(value, torch.nn.Module | torch.optim.Optimizer):
+        return fingerprint(value.state_dict())
+    if isinstance(value, incckpt.RngState):  # the process's own
+        return "rng"
+    if isinstance(value, dict):
+        return tuple((repr(key), fingerprint(item)) for key, item in value.items())
+    if isinstance(value, list | tuple | collections.deque):
+        return tuple(map(fingerprint, value))
+    return sorted(map(repr, value)) if isinstance(value, set | frozenset) else repr(value)
+
+
+@cache
+def saved(kind: int, restored: bool) -> dict[int, Any]:
+    """Return the fingerprint of each state that was saved, by step, as `load` or `restore` gives it."""
+    found = {}
+    backend = Held(seed(kind))
+    for step, run in ((2, "default"), (3, "other"), (5, "default")):
+        if restored:
+            target = STATES[kind](0)
+            with incckpt.CheckpointManager(backend, run=run, threads=1, read_only=True) as manager:
+                manager.restore(target, step=step)
+            found[step] = fingerprint(target)
+        else:
+            found[step] = fingerprint(incckpt.load(backend, run=run, step=step, progress=False, threads=1))
+    return found
+
+
+@cache
+def listed(kind: int) -> frozenset[Any]:
+    """Return what is to be known of the checkpoints of a store."""
+    backend = Held(seed(kind))
+    found = set()
+    for run in ("default", "other"):
+        with incckpt.CheckpointManager(backend, run=run, read_only=True) as manager:
+            found |= {facts(checkpoint) for checkpoint in manager.checkpoints(abandoned=True)}
+    return frozenset(found)
+
+
+def facts(checkpoint: Any) -> tuple[Any, ...]:
+    """Return what is to be known of a checkpoint."""
+    metrics = tuple(sorted(checkpoint.metrics.items()))
+    return checkpoint.step, checkpoint.ref, checkpoint.time, metrics, checkpoint.nbytes
+
+
+def check_state(kind: int, state: Any, step: Any, *, restored: bool) -> None:
+    """Check that a state is one that was saved, and of the step that was asked for."""
+    known = saved(kind, restored)
+    found = fingerprint(state)
+    wanted = [known[step]] if step in known else list(known.values())
+    assert any(found == one for one in wanted), f"damage has changed what is read of step {step}"
+
+
+def use(backend: Backend, kind: int, chance: Chance, *, damaged: bool) -> None:
+    """Use a store in one way; of one that is only `damaged`, what is read is what was saved."""
     run = chance.choice(["default", "default", "other"])
-    match chance.randrange(10):
-        case 0 | 1 | 2:
-            location = chance.choice([None, None, None, "cpu", "meta", {"cpu": "cpu"}])
-            keys = chance.choice([None, None, None, "*", "w*", ["list", "model.*", "optimizer*"]])
-            step = chance.choice([None, None, 2, 3, 5, "best"])
-            found = attempted(
-                lambda: incckpt.load(
-                    backend, run=run, step=step, keys=keys, map_location=location, verify=chance.random() < 0.5,
-                    progress=False, threads=1, max_bytes=MAX_BYTES,
-                )
-            )  # fmt: skip
-            if not isinstance(found, IncckptError):
-                touch(found)
-        case 3 | 4 | 5:
-            target = state(0)
-
-            def restore() -> None:
-                verified = chance.random() < 0.5
-                with incckpt.CheckpointManager(
-                    backend, run=run, threads=1, verify=verified, read_only=chance.random() < 0.5, max_bytes=MAX_BYTES
-                ) as manager:
-                    manager.restore(target, step=chance.choice([None, None, 3]))
-
-            attempted(restore)
-        case 6 | 7:
-            level: Any = chance.choice(["list", "sizes", "hashes", "hashes"])
-            attempted(lambda: incckpt.verify(backend, run=run, level=level, threads=1, max_bytes=MAX_BYTES))
-        case 8:
-
-            def browse() -> None:
-                with incckpt.CheckpointManager(backend, run=run, read_only=True) as manager:
-                    for checkpoint in manager.checkpoints(abandoned=True):
-                        repr(checkpoint)
-                    repr((manager.latest, attempted(lambda: manager.best)))
-
-            attempted(browse)
-            attempted(lambda: list(incckpt.list_checkpoints(backend)))
-            attempted(lambda: str(incckpt.describe(backend, run=run)))
-            attempted(lambda: str(incckpt.usage(backend)))
-        case _:
-            before = standing(backend)
-            found = attempted(lambda: incckpt.collect(backend, dry_run=chance.random() < 0.2, min_age=0))
-            str(found)
-            there = {entry.key for entry in backend.list()}
-            for ref, needed in standing(backend).items():
-                lost = (before.get(ref, frozenset()) & needed) - there
-                assert not lost, f"{ref} stands, and lost {sorted(lost)[:3]}"
-            assert before.keys() <= standing(backend).keys(), "a collection has removed a checkpoint"
+    most = chance.choice([MAX_BYTES, MAX_BYTES, MAX_BYTES, 200_000, 8_000])
+    with allocations_watched(most):
+        match chance.randrange(10):
+            case 0 | 1 | 2:
+                use_load(backend, kind, chance, run, most, damaged=damaged)
+            case 3 | 4 | 5:
+                use_restore(backend, kind, chance, run, most, damaged=damaged)
+            case 6 | 7:
+                level: Any = chance.choice(["list", "sizes", "hashes", "hashes"])
+                found = attempted(lambda: incckpt.verify(backend, run=run, level=level, threads=1, max_bytes=most))
+                str(found)
+            case 8:
+                use_listing(backend, kind, run, damaged=damaged)
+            case _:
+                use_collection(backend, chance)
 
 
-def standing(backend: Backend) -> dict[str, frozenset[str]]:
-    """Return, by the key of each ref whose manifest is intact, which of the objects that it needs are there."""
+def use_load(backend: Backend, kind: int, chance: Chance, run: str, most: int, *, damaged: bool) -> None:
+    """Load a state."""
+    location = chance.choice([None, None, None, "cpu", "meta", {"cpu": "cpu"}])
+    keys = chance.choice([None, None, None, "*", "w*", ["list", "model.*", "optimizer*"]])
+    step = chance.choice([None, None, 2, 3, 5, "best"])
+    verify = chance.random() < 0.6
+    found = attempted(
+        lambda: incckpt.load(
+            backend, run=run, step=step, keys=keys, map_location=location, verify=verify, progress=False, threads=1,
+            max_bytes=most,
+        )
+    )  # fmt: skip
+    if not isinstance(found, IncckptError):
+        touch(found)
+        if damaged and verify and keys is None and location != "meta":
+            check_state(kind, found, step, restored=False)
+
+
+def use_restore(backend: Backend, kind: int, chance: Chance, run: str, most: int, *, damaged: bool) -> None:
+    """Restore into a state."""
+    target = STATES[kind](0)
+    verify, step = chance.random() < 0.6, chance.choice([None, None, 3])
+    read_only = chance.random() < 0.8
+
+    def restore() -> None:
+        with incckpt.CheckpointManager(
+            backend, run=run, threads=1, verify=verify, read_only=read_only, max_bytes=most
+        ) as manager:
+            manager.restore(target, step=step)
+
+    found = attempted(restore)
+    if not isinstance(found, IncckptError) and damaged and verify:
+        check_state(kind, target, step, restored=True)
+
+
+def use_listing(backend: Backend, kind: int, run: str, *, damaged: bool) -> None:
+    """Look at a store."""
+
+    def browse() -> None:
+        with incckpt.CheckpointManager(backend, run=run, read_only=True) as manager:
+            for checkpoint in manager.checkpoints(abandoned=True):
+                repr(checkpoint)
+                assert not damaged or facts(checkpoint) in listed(kind), f"damage has changed {checkpoint}"
+            repr((manager.latest, attempted(lambda: manager.best)))
+
+    attempted(browse)
+    attempted(lambda: list(incckpt.list_checkpoints(backend)))
+    attempted(lambda: str(incckpt.describe(backend, run=run)))
+    attempted(lambda: str(incckpt.usage(backend)))
+
+
+def use_collection(backend: Backend, chance: Chance) -> None:
+    """Collect."""
+    before, readable = standing(backend)
+    values = held(backend)
+    str(attempted(lambda: incckpt.collect(backend, dry_run=chance.random() < 0.2, min_age=0)))
+    there = held(backend)
+    if not values.items() <= there.items():
+        gone = values.keys() - there.keys()
+        assert readable or not any(key.startswith((OBJECTS, DELTAS)) for key in gone), (
+            "a collection has deleted objects where a ref cannot be read"
+        )
+        after, _ = standing(backend)
+        for ref, needed in after.items():
+            lost = (before.get(ref, frozenset()) & needed) - there.keys()
+            assert not lost, f"{ref} stands, and lost {sorted(lost)[:3]}"
+        assert before.keys() <= after.keys(), "a collection has removed a checkpoint"
+
+
+def held(backend: Backend) -> Contents:
+    """Return what a store holds, as far as it can be read."""
+    if isinstance(backend, Held):
+        return dict(backend.contents)
+    return {entry.key: backend.get(entry.key) for entry in backend.list()}
+
+
+def standing(backend: Backend) -> tuple[dict[str, frozenset[str]], bool]:
+    """Return what intact checkpoints need, and whether there are no others.
+
+    Returns
+    -------
+    needed
+        By the key of each ref whose manifest is intact, which of the objects that it needs are there.
+    readable
+        Whether every ref can be read, and its manifest.
+    """
     store = Store(backend, max_bytes=MAX_BYTES)
     there = {entry.key for entry in backend.list()}
-    found: dict[str, frozenset[str]] = {}
+    needed: dict[str, frozenset[str]] = {}
+    readable = True
     for run, name, key, tombstone in list_refs(backend):
-        if name is None or tombstone:
+        if tombstone:
+            readable &= backend.get(key) in [one.value for one in Tombstone]
             continue
-        ref = attempted(lambda: store.run(run).read(name))  # noqa: B023 -- called at once
+        ref = attempted(lambda: store.run(run).read(name)) if name is not None else None  # noqa: B023 -- called at once
         manifest = attempted(lambda: store.manifest(ref)) if isinstance(ref, Ref) else None  # noqa: B023
-        if isinstance(manifest, Manifest):
-            found[key] = frozenset(there & (manifest_keys(manifest) | {ref.manifest}))
-    return found
+        if isinstance(ref, Ref) and isinstance(manifest, Manifest):
+            needed[key] = frozenset(there & (manifest_keys(manifest) | {ref.manifest}))
+        else:
+            readable = False
+    return needed, readable
+
+
+@contextlib.contextmanager
+def allocations_watched(most: int) -> Iterator[None]:
+    """Note in `happened` if a buffer of more than `most` bytes is taken for what a store says."""
+
+    def watched(function: Callable[..., Any], own: int) -> Callable[..., Any]:
+        def call(shape: Any, *arguments: Any, **options: Any) -> Any:
+            if isinstance(shape, int) and shape - own > most:
+                happened.append(f"{shape} bytes were taken where {most} are allowed")
+                raise MemoryError
+            return function(shape, *arguments, **options)
+
+        return call
+
+    with mock.patch("incckpt.staging.hostmem.np.empty", watched(np.empty, 1 << 17)):
+        yield
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """Have pipelines work in the caller's thread."""
+
+    def each(self: Pipeline, items: Iterable[Any], weight: Callable[[Any], int], work: Callable[[Any], None]) -> None:
+        for item in items:
+            work(item)
+
+    with mock.patch.object(Pipeline, "each", each):
+        yield
 
 
 def snapshot(folder: Path) -> list[tuple[str, int, int]]:
@@ -501,8 +747,21 @@ class TooSlow(BaseException):
     """A use took too long."""
 
 
-def check_store(number: int) -> str:
+def prepared() -> None:
+    """Make what all stores begin with, and what is known of it."""
+    for kind in range(len(STATES)):
+        listed(kind)
+        saved(kind, restored=False)
+        saved(kind, restored=True)
+
+
+def check_store(number: int, change: Change | None = None) -> str:
     """Make store `number`, use it, and return how it was changed.
+
+    Parameters
+    ----------
+    change
+        How to change it; by default in a way that the number draws.
 
     Raises
     ------
@@ -512,32 +771,39 @@ def check_store(number: int) -> str:
     chance = random.Random(number)
     kind = chance.randrange(len(STATES))
     contents = seed(kind)
-    change = chance.choice(CHANGES)
+    drawn = chance.choice(CHANGES)
+    change = change or drawn
     changed = change(contents, chance)
+    damaged = change in DAMAGE
     if chance.random() < 0.15:
         with contextlib.suppress(LookupError, ValueError, TypeError, AttributeError):  # the first has broken too much
             changed = chance.choice(CHANGES)(changed, chance)
-    if number % ON_DISK == 0:
-        with tempfile.TemporaryDirectory(prefix="incckpt-fuzz-") as outside:
-            inside = Path(outside, "a", "store")
-            for key, data in changed.items():
-                path = inside / key
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if not path.is_dir():
-                    attempted_write(path, data)
-            Path(outside, "sentinel").write_text("as it was")
-            around = [item for item in snapshot(Path(outside)) if not item[0].startswith(f"{inside}")]
-            with LocalBackend(inside) as local:
-                use(local, STATES[kind], chance)
-            after = [item for item in snapshot(Path(outside)) if not item[0].startswith(f"{inside}")]
-            assert around == after, "something outside the folder was changed"
-    else:
-        backend = filled(changed)
-        try:
-            use(backend, STATES[kind], chance)
-        finally:
-            backend.delete([entry.key for entry in backend.list()])
+            damaged = False
+    happened.clear()
+    with contextlib.nullcontext() if number % BY_THREADS == 0 else in_turn():
+        if number % ON_DISK == 0:
+            use_on_disk(changed, kind, chance, damaged=damaged)
+        else:
+            use(Held(changed), kind, chance, damaged=damaged)
+    assert not happened, happened[0]
     return change.__name__
+
+
+def use_on_disk(contents: Contents, kind: int, chance: Chance, *, damaged: bool) -> None:
+    """Use a store in a folder, and look around it afterwards."""
+    with tempfile.TemporaryDirectory(prefix="incckpt-fuzz-", dir=RAM_DISK) as outside:
+        inside = Path(outside, "a", "store")
+        for key, data in contents.items():
+            path = inside / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.is_dir():
+                attempted_write(path, data)
+        Path(outside, "sentinel").write_text("as it was")
+        around = [item for item in snapshot(Path(outside)) if not item[0].startswith(f"{inside}")]
+        with LocalBackend(inside) as local:
+            use(local, kind, chance, damaged=damaged)
+        after = [item for item in snapshot(Path(outside)) if not item[0].startswith(f"{inside}")]
+        assert around == after, "something outside the folder was changed"
 
 
 def attempted_write(path: Path, data: bytes) -> None:
@@ -557,27 +823,39 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     logging.disable()
     torch.set_num_threads(1)
-
-    def too_slow(signum: int, frame: object) -> None:
-        raise TooSlow(f"more than {SECONDS} s")
-
-    signal.signal(signal.SIGALRM, too_slow)
-    for kind in range(len(STATES)):
-        seed(kind)
+    prepared()
     if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # whose shadow takes terabytes of addresses
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30),) * 2)
+    failed: list[int] = []
+    # In the main thread, every call of a manager would start another thread: see `incckpt.threads`.
+    worker = threading.Thread(target=lambda: failed.append(check_stores(given.first, given.count, given.seconds)))
+    alarm_raises_in(worker)
+    worker.start()
+    worker.join()
+    return failed[0] if failed else 1
+
+
+def alarm_raises_in(worker: threading.Thread) -> None:
+    """Have an alarm raise `TooSlow` in `worker`; signals reach only the main thread."""
+
+    def too_slow(signum: int, frame: object) -> None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident or 0), ctypes.py_object(TooSlow))
+
+    signal.signal(signal.SIGALRM, too_slow)
+
+
+def check_stores(first: int, count: int, seconds: float) -> int:
+    """Check stores, and say what is wrong; return with how many something was."""
     started, failed, done = time.monotonic(), 0, 0
     changes: collections.Counter[str] = collections.Counter()
-    for number in range(given.first, given.first + given.count):
-        if time.monotonic() - started > given.seconds:
+    for number in range(first, first + count):
+        if time.monotonic() - started > seconds:
             break
         signal.alarm(SECONDS)
         try:
             changes[check_store(number)] += 1
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
+        except BaseException as error:  # noqa: BLE001 -- whatever it is, it is the finding
             failed += 1
             print(f"store {number} FAILED: {type(error).__name__}: {error!s:.300}", flush=True)
             traceback.print_exc(limit=-6)
@@ -585,9 +863,8 @@ def main(arguments: list[str] | None = None) -> int:
             signal.alarm(0)
         done += 1
         if done % 1000 == 0:
-            seconds = time.monotonic() - started
-            print(f"{done} stores from {given.first}, {failed} failed, {seconds:.0f} s", flush=True)
-    print(f"{done} stores from {given.first}, {failed} failed; changes: {dict(changes)}", flush=True)
+            print(f"{done} stores from {first}, {failed} failed, {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{done} stores from {first}, {failed} failed; changes: {dict(changes)}", flush=True)
     return failed
 
 

@@ -22,6 +22,7 @@ def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         raise KeyError(f"of store {number}")
 
     monkeypatch.setattr("tests.fuzz.stores.check_store", fault)
+    monkeypatch.setattr("tests.fuzz.stores.prepared", lambda: None)
     monkeypatch.setattr("resource.setrlimit", lambda *arguments: None)
     monkeypatch.setattr("signal.signal", lambda *arguments: None)
     monkeypatch.setattr("logging.disable", lambda *arguments: None)

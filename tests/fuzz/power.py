@@ -1,0 +1,227 @@
+"""Which of the reader's checks the fuzzer would miss: ``python -m tests.fuzz.power``.
+
+One check at a time is taken out, and stores are fuzzed until one is caught or `--stores` have passed. `reading` turns
+whatever a guard lets through into an error of incckpt's, so a check that is not missed alone is taken out with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import importlib
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+from tests.fuzz import stores
+from tests.simulation.edits import Edit, EditError
+
+__all__ = ["CHECKS", "READING", "Check", "caught_by", "without"]
+
+
+class Check(NamedTuple):
+    """A check of the reader's.
+
+    Attributes
+    ----------
+    what
+        What it is about.
+    place
+        Where it is: ``module:function`` or ``module:class.function``.
+    statement
+        A part of its condition, of its call, or of the errors that it catches (``except …``).
+    change
+        The change of `tests.fuzz.stores` that it is for: the stores tried are changed in this way, to be sparing.
+    why
+        Why nothing misses it, where nothing does: what else refuses the same stores.
+    """
+
+    what: str
+    place: str
+    statement: str
+    change: str = "of_a_manifest"
+    why: str = ""
+
+
+READING = Check("errors that are not ours, at the border", "store.untrusted:reading", "")
+
+CHECKS = [
+    Check("an object's identity", "codec.objects:decode", "header.identity != identity", "of_bytes"),
+    Check("an object's identity, read in place", "codec.objects:decode_in_place", "header.identity != identity",
+          "of_bytes"),
+    Check("a frame's digest", "codec.objects:decode_frames", "verify and hashlib", "of_bytes"),
+    Check("the header's checksum", "codec.header:read_header", "zlib.crc32", "of_bytes",
+          "digests and lengths cover what it covers; it only says sooner what is wrong"),
+    Check("the header's element size and flags", "codec.header:read_header", "itemsize not in", "of_an_object"),
+    Check("a frame's way and size", "codec.header:read_header", "way >= len(WAYS)", "of_an_object"),
+    Check("raw bytes of a chunk and of its object", "codec.objects:decode_frames", "len(target) != end - origin",
+          "of_an_object"),
+    Check("an object's length and its header's", "codec.objects:decode", "header.offsets[-1] != len(view)",
+          "of_an_object"),
+    Check("the base of a delta", "codec.objects:_base_of", "base.identity != header.base", "of_an_object"),
+    Check("the base's length", "codec.objects:_base_of", "len(view) != nbytes", "of_an_object"),
+    Check("an object's size", "store.objects:_check_size", "found != size", "of_a_size",
+          "digests refuse the same bytes; it says what happened to them"),
+    Check("a range's pieces within chunks", "store.manifest:_range_from_json", "chunk >= len(chunks)"),
+    Check("a range's pieces fill it", "store.manifest:_range_from_json", "sum("),
+    Check("a chunk's identity", "store.manifest:_identity", "fullmatch"),
+    Check("a nonce", "store.manifest:_nonce", "fullmatch"),
+    Check("a ref's name and key", "store.refs:Ref.from_json", "rpartition", "of_a_name"),
+    Check("a ref's manifest is its own", "store.store:Store._read_manifest", "found != ref.name", "of_a_document"),
+    Check("a document's checksum", "store.document:parse_document", "zlib.crc32", "of_bytes"),
+    Check("a document is an object", "store.document:as_mapping", "isinstance(value, dict)", "of_a_document"),
+    Check("a metric is a number", "store.document:decode_float", "except OverflowError", "of_a_document"),
+    Check("JSON that Python refuses", "store.document:parse_document", "except (ValueError, Rec", "of_text"),
+    Check("the limit on memory", "store.untrusted:MemoryLimit.check", "nbytes > limit"),
+    Check("the limit on packed values", "run.contents:read_packed", "reader.memory.check"),
+    Check("the limit on states", "run.restore:load_state", "reader.memory.check"),
+    Check("the limit on chunks", "run.reader:Reader.read", "self.memory.check"),
+    Check("strides and offsets within the range", "state.entries:_fault", "entry.offset + low < 0"),
+    Check("a packed tensor fills its range", "state.entries:_fault", "entry.offset or math.prod"),
+    Check("a tensor's sizes in 64 bits", "state.entries:_fault", "max(nbytes"),
+    Check("negative strides", "state.entries:_fault", "step < 0"),
+    Check("dimensions and strides", "state.entries:_fault", "len(shape) != len(stride)"),
+    Check("tensors agree how a range is packed", "state.entries:check_entries", "packings.setdefault"),
+    Check("which dtypes there are", "state.entries:_dtype", "not in TORCH_DTYPES"),
+    Check("nesting", "state.tree:_Parser.tree", "MAX_DEPTH"),
+    Check("tensors named once, and there", "state.tree:_Parser._tensor", "not 0 <="),
+    Check("packed values named once, and there", "state.tree:_Parser.packed", "not 0 <="),
+    Check("default factories", "state.tree:_factory", "DEFAULT_FACTORIES"),
+    Check("values that Python refuses", "state.tree:_Parser.tree", "except (ValueError, TypeError", "of_a_manifest"),
+    Check("packed values that are malformed", "state.packing:unpack", "except Malformed", "of_chunks"),
+    Check("packed text", "state.packing:_value_of", "except UnicodeDecodeError", "of_chunks"),
+    Check("devices that torch lacks", "state.plain:decode_device", "except RuntimeError"),
+    Check("a generator's state", "state.build:set_generator_state", "except RuntimeError", "of_chunks"),
+    Check("what cannot be built", "state.build:Builder.value", "except IncckptError"),
+    Check("pickles", "state.build:Builder._unpickle", "self._allow_pickle"),
+    Check("a collection stops at a name that is no ref's", "store.gc:Collector._look", "name is None", "of_a_name"),
+    Check("a collection stops at an unreadable ref", "store.gc:Collector._read_needs", "stop", "of_a_size"),
+    Check("condemned keys are text", "store.refs:CondemnedLists.parse", "isinstance", "of_a_document"),
+]  # fmt: skip
+
+
+class _Removal(Edit):
+    """A function without the statement whose condition, call or handler contains `diff`."""
+
+    def edited(self, tree: ast.Module) -> ast.Module:
+        found = []
+        for node in ast.walk(tree):
+            for field in ("body", "orelse"):
+                body = getattr(node, field, None)
+                if isinstance(body, list):
+                    found += [(body, at) for at, one in enumerate(body) if self.diff in _head(one)]
+        if len(found) != 1:
+            raise EditError(f"{self.name} has {len(found)} times: {self.diff}")
+        body, at = found[0]
+        removed = body[at]
+        body[at : at + 1] = (
+            removed.body if isinstance(removed, ast.Try)
+            else removed.orelse if isinstance(removed, ast.If) and removed.orelse
+            else [ast.Pass()]
+        )  # fmt: skip
+        return tree
+
+
+def _head(statement: ast.stmt) -> str:
+    """Return the part of a statement that tells what it checks."""
+    if isinstance(statement, ast.If):
+        return ast.unparse(statement.test)
+    if isinstance(statement, ast.Expr):
+        return ast.unparse(statement.value)
+    if isinstance(statement, ast.Try):
+        return " ".join(f"except {ast.unparse(one.type)}" for one in statement.handlers if one.type is not None)
+    return ""
+
+
+@contextmanager
+def without(*checks: Check) -> Iterator[None]:
+    """Take checks out for a while."""
+    with ExitStack() as stack:
+        for check in checks:
+            module_name, _, path = check.place.partition(":")
+            owner: object = importlib.import_module(f"incckpt.{module_name}")
+            *classes, name = path.split(".")
+            for one in classes:
+                owner = getattr(owner, one)
+            if check is READING:
+                original = owner.reading  # type: ignore[attr-defined]
+                for key, module in list(sys.modules.items()):
+                    if key.startswith("incckpt.") and getattr(module, "reading", None) is original:
+                        stack.enter_context(mock.patch.object(module, "reading", return_value=contextlib.nullcontext()))
+            elif check.statement == "stop":  # deletes as if an unreadable ref needed nothing
+                stack.enter_context(_Stopless(owner, name, "").made())
+            else:
+                stack.enter_context(_Removal(owner, name, check.statement).made())
+        yield
+
+
+class _Stopless(Edit):
+    """A function that returns ``None`` where it raised what it caught."""
+
+    def edited(self, tree: ast.Module) -> ast.Module:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ExceptHandler):
+                node.body = [ast.Return(ast.Constant(None)) if isinstance(one, ast.Raise) else one for one in node.body]
+        return tree
+
+
+def caught_by(checks: tuple[Check, ...], first: int, count: int, seconds: int = 60) -> tuple[int, str] | None:
+    """Return the first store that shows that `checks` are gone, and what it shows; ``None`` if none does."""
+    with without(*checks):
+        for number in range(first, first + count):
+            signal.alarm(seconds)
+            try:
+                stores.check_store(number, getattr(stores, checks[0].change))
+            except BaseException as error:  # noqa: BLE001 -- whatever it is, it is the finding
+                return number, f"{type(error).__name__}: {error}".partition("\n")[0]
+            finally:
+                signal.alarm(0)
+    return None
+
+
+def table(count: int, only: str) -> int:
+    """Print which checks are missed; return how many are not, and have no reason."""
+    silent = 0
+    print(f"{'taken out':48} store  shows", flush=True)
+    for check in [READING, *CHECKS]:
+        if only not in check.what:
+            continue
+        found, how = caught_by((check,), 0, count), ""
+        if found is None and check is not READING:
+            found, how = caught_by((check, READING), 0, count), "with `reading`: "
+        if found is None:
+            why = "the guards before it leave it nothing" if check is READING else check.why
+            silent += not why
+            print(f"{check.what:48}     -  {why or 'NOTHING'}", flush=True)
+        else:
+            print(f"{check.what:48} {found[0]:5}  {how}{found[1]:.90}", flush=True)
+    return silent
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stores", type=int, default=3000, help="to try for each check (3000)")
+    parser.add_argument("--only", default="", help="checks whose description contains this")
+    given = parser.parse_args()
+    logging.disable()
+    torch.set_num_threads(1)
+    stores.prepared()
+    result: list[int] = []
+    worker = threading.Thread(target=lambda: result.append(table(given.stores, given.only)))
+    stores.alarm_raises_in(worker)
+    worker.start()
+    worker.join()
+    return result[0] if result else 1
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 100))
