@@ -456,14 +456,21 @@ def of_a_size(contents: Contents, chance: Chance) -> Contents:
     return contents | {key: changed}
 
 
+def chunks_of(contents: Contents) -> dict[str, int]:
+    """Return the raw bytes of each object that is no manifest, by key."""
+    objects = {key for key in contents if key.startswith((OBJECTS, DELTAS))} - set(manifests(contents))
+    return {key: codec.read_header(contents[key]).nbytes for key in objects}
+
+
 def of_bytes(contents: Contents, chance: Chance) -> Contents:
     """Change bytes of a value, or put those of another in its place, and mend nothing."""
-    key = chance.choice(sorted(contents))
+    objects = chunks_of(contents) if chance.random() < 0.7 else {}
+    key = chance.choice(sorted(objects or contents))
     data = bytearray(contents[key])
     match chance.randrange(4):
-        case 0:
-            alike = sorted(other for other in contents if other.split("/")[0] == key.split("/")[0])
-            data = bytearray(contents[chance.choice(alike)])
+        case 0:  # an object's as long: only what it is tells them apart
+            alike = [other for other in objects or contents if objects.get(other) == objects.get(key) and other != key]
+            data = bytearray(contents[chance.choice(sorted(alike) or [key])])
         case 1 if len(data) > 48:  # a header's, or a short document's
             at = chance.randrange(48)
             data[at] ^= 1 << chance.randrange(8)
@@ -589,9 +596,9 @@ def check_state(kind: int, state: Any, step: Any, *, restored: bool) -> None:
 def use(backend: Backend, kind: int, chance: Chance, *, damaged: bool) -> None:
     """Use a store in one way; of one that is only `damaged`, what is read is what was saved."""
     run = chance.choice(["default", "default", "other"])
-    most = chance.choice([MAX_BYTES, MAX_BYTES, MAX_BYTES, 200_000, 8_000])
+    most = chance.choice([MAX_BYTES, MAX_BYTES, MAX_BYTES, MAX_BYTES if damaged else 200_000, 8_000])
     with allocations_watched(most):
-        match chance.randrange(10):
+        match chance.randrange(10) if not damaged else chance.choice([0, 1, 2, 3, 4, 5, 0, 3, 6, 8, 9]):
             case 0 | 1 | 2:
                 use_load(backend, kind, chance, run, most, damaged=damaged)
             case 3 | 4 | 5:
@@ -609,9 +616,9 @@ def use(backend: Backend, kind: int, chance: Chance, *, damaged: bool) -> None:
 def use_load(backend: Backend, kind: int, chance: Chance, run: str, most: int, *, damaged: bool) -> None:
     """Load a state."""
     location = chance.choice([None, None, None, "cpu", "meta", {"cpu": "cpu"}])
-    keys = chance.choice([None, None, None, "*", "w*", ["list", "model.*", "optimizer*"]])
+    keys = None if damaged else chance.choice([None, None, None, "*", "w*", ["list", "model.*", "optimizer*"]])
     step = chance.choice([None, None, 2, 3, 5, "best"])
-    verify = chance.random() < 0.6
+    verify = damaged or chance.random() < 0.6
     found = attempted(
         lambda: incckpt.load(
             backend, run=run, step=step, keys=keys, map_location=location, verify=verify, progress=False, threads=1,
@@ -627,7 +634,7 @@ def use_load(backend: Backend, kind: int, chance: Chance, run: str, most: int, *
 def use_restore(backend: Backend, kind: int, chance: Chance, run: str, most: int, *, damaged: bool) -> None:
     """Restore into a state."""
     target = STATES[kind](0)
-    verify, step = chance.random() < 0.6, chance.choice([None, None, 3])
+    verify, step = damaged or chance.random() < 0.6, chance.choice([None, None, 3])
     read_only = chance.random() < 0.8
 
     def restore() -> None:
