@@ -11,7 +11,6 @@ import ast
 import contextlib
 import importlib
 import logging
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -173,17 +172,14 @@ class _Stopless(Edit):
         return tree
 
 
-def caught_by(checks: tuple[Check, ...], first: int, count: int, seconds: int = 60) -> tuple[int, str] | None:
+def caught_by(checks: tuple[Check, ...], first: int, count: int) -> tuple[int, str] | None:
     """Return the first store that shows that `checks` are gone, and what it shows; ``None`` if none does."""
     with without(*checks):
         for number in range(first, first + count):
-            signal.alarm(seconds)
             try:
                 stores.check_store(number, getattr(stores, checks[0].change))
             except BaseException as error:  # noqa: BLE001 -- whatever it is, it is the finding
                 return number, f"{type(error).__name__}: {error}".partition("\n")[0]
-            finally:
-                signal.alarm(0)
     return None
 
 

@@ -4,8 +4,8 @@ Each store is a real one with changes that get past the digests: fields of docum
 of objects, keys and sizes. Whatever is done with it ends in an error of incckpt's or in a state whose memory is its
 own; it ends soon, runs no code of the store's, takes no more memory than allowed, deletes nothing that an intact
 checkpoint needs or an unreadable one may need, and touches nothing outside its folder. Some stores are only damaged,
-with digests that are wrong: what is read of them is what was saved. A number names a store: ``--first N --count 1``
-repeats it; ``python -m tests.fuzz.power`` shows which checks would be missed.
+with digests that are wrong: what is read of them is what was saved. A number names a change: ``--first N --count 1``
+repeats it, of a store whose nonces and times are others; ``python -m tests.fuzz.power`` shows which checks are missed.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from tests.fuzz.power import CHECKS, READING, Check, without
 from tests.fuzz.stores import CHANGES, check_store, main
 
 COUNT = int(os.environ.get("INCCKPT_FUZZ", "10000")) // 100
@@ -28,3 +29,9 @@ def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.setattr("logging.disable", lambda *arguments: None)
     assert main(["--first", "7", "--count", "1"]) == 1
     assert "store 7 FAILED: KeyError" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("check", [READING, *CHECKS], ids=lambda check: check.what)
+def test_a_check_can_be_taken_out(check: Check) -> None:
+    with without(check):
+        pass
