@@ -4,8 +4,8 @@ Each store is a real one with changes that get past the digests: fields of docum
 of objects, keys and sizes. Whatever is done with it ends in an error of incckpt's or in a state whose memory is its
 own; it ends soon, runs no code of the store's, takes no more memory than allowed, deletes nothing that an intact
 checkpoint needs or an unreadable one may need, and touches nothing outside its folder. Some stores are only damaged,
-with digests that are wrong: what is read of them is what was saved. A number names a change: ``--first N --count 1``
-repeats it, of a store whose nonces and times are others; ``python -m tests.fuzz.power`` shows which checks are missed.
+with digests that are wrong: what is read of them is what was saved. A number names a store: ``--first N --count 1``
+repeats it; ``python -m tests.fuzz.power`` shows which checks are missed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import collections
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import errno
 import hashlib
 import json
@@ -164,6 +165,30 @@ STATES: list[Callable[[int], dict[Any, Any]]] = [plain_state, packed_state, modu
 @cache
 def seed(number: int) -> Contents:
     """Return a store with two runs, an abandoned checkpoint, deltas, a tombstone, a pin and a condemned list."""
+    with always_alike(number):
+        return made(number)
+
+
+@contextlib.contextmanager
+def always_alike(number: int) -> Iterator[None]:
+    """Have what is saved be the same in every process, nonces and times included."""
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+    nonces = random.Random(number)
+    to_json = Manifest.to_json
+    with (
+        mock.patch("secrets.token_hex", lambda nbytes: nonces.randbytes(nbytes).hex()),
+        mock.patch.dict(Store.__init__.__kwdefaults__, clock=lambda: 1.0e9),
+        mock.patch.object(
+            Manifest, "to_json", lambda self: to_json(dataclasses.replace(self, time=1.0e9, blocked=None))
+        ),
+    ):
+        yield
+
+
+def made(number: int) -> Contents:
+    """Make what `seed` returns."""
     state = STATES[number]
     backend = MemoryBackend(f"seed{number}")
     for run in ("default", "other"):
