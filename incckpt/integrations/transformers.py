@@ -95,7 +95,7 @@ class IncrementalTrainerMixin:
     checkpoint_options: Mapping[str, Any] = {}
     whole_model: bool = False
 
-    # What the `Trainer` beside this class has.
+    # What the `Trainer` beside this class has. Its subclasses may use any other name, so ours have a prefix.
     args: Any
     accelerator: Any
     model: Any
@@ -128,17 +128,17 @@ class IncrementalTrainerMixin:
             raise OptionError(
                 f"checkpoints go to a run; step {location.step!r} is for resume_from_checkpoint, not here"
             )
-        self._store_url, self._base_run = absolute(location.store, self.checkpoint_url), location.run
-        self._manager: CheckpointManager | None = None
-        self._manager_run = ""
-        self._captured: dict[str, Any] | None = None
-        self._resumed: Resumed | None = None
-        self._in_train = False
+        self._incckpt_store_url, self._incckpt_base_run = absolute(location.store, self.checkpoint_url), location.run
+        self._incckpt_manager: CheckpointManager | None = None
+        self._incckpt_manager_run = ""
+        self._incckpt_captured: dict[str, Any] | None = None
+        self._incckpt_resumed: Resumed | None = None
+        self._incckpt_in_train = False
         super().__init__(*args, **kwargs)
-        self._check_supported()
-        self._ranks = Ranks(self.args.process_index, self.args.world_size)
+        self._incckpt_check_supported()
+        self._incckpt_ranks = Ranks(self.args.process_index, self.args.world_size)
 
-    def _check_supported(self) -> None:
+    def _incckpt_check_supported(self) -> None:
         """Refuse what this cannot save, before anything is computed."""
         if getattr(self.args, "enable_jit_checkpoint", False):
             raise OptionError(
@@ -165,34 +165,34 @@ class IncrementalTrainerMixin:
     # -- saving
 
     def _save_checkpoint(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        self._captured = {}
+        self._incckpt_captured = {}
         try:
             super()._save_checkpoint(model, *args, **kwargs)  # type: ignore[misc]
-            captured = self._captured
+            captured = self._incckpt_captured
         finally:
-            self._captured = None
+            self._incckpt_captured = None
         if self.args.process_index == 0:
-            self._commit(args[0] if args else kwargs.get("trial"), captured)
+            self._incckpt_commit(args[0] if args else kwargs.get("trial"), captured)
 
-    def _commit(self, trial: Any, captured: dict[str, Any]) -> None:
-        step, run = self.state.global_step, self._run_of(trial)
+    def _incckpt_commit(self, trial: Any, captured: dict[str, Any]) -> None:
+        step, run = self.state.global_step, self._incckpt_run_of(trial)
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX}-{step}"
-        write_pointer(folder, Source(self._store_url, run, step))
-        app = {**self._weights(), **captured}
+        write_pointer(folder, Source(self._incckpt_store_url, run, step))
+        app = {**self._incckpt_weights(), **captured}
         files = read_files(folder)
         app["trainer"] = {"parts": sorted(app), "world_size": self.args.world_size, "files": files}
-        self._manager_of(run).save(step, app, self._metrics(), if_exists="replace")
-        if not self._in_train:
-            self._close()
+        self._incckpt_manager_of(run).save(step, app, self._incckpt_metrics(), if_exists="replace")
+        if not self._incckpt_in_train:
+            self._incckpt_close()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         pushed = self.args.push_to_hub and self.args.hub_strategy != "end"  # from this folder: with its weights
-        if self._captured is None or pushed:
+        if self._incckpt_captured is None or pushed:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_configuration(self._bare_model(), folder)
+            save_configuration(self._incckpt_bare_model(), folder)
             collator = getattr(self, "data_collator", None)
             processing = getattr(self, "processing_class", None) or getattr(collator, "tokenizer", None)
             if processing is not None:
@@ -200,38 +200,38 @@ class IncrementalTrainerMixin:
             torch.save(self.args, folder / "training_args.bin")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._captured is None:
+        if self._incckpt_captured is None:
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
-        self._captured["optimizer"] = _bare_optimizer(self.optimizer)
-        self._captured["scheduler"] = self.lr_scheduler
+        self._incckpt_captured["optimizer"] = _bare_optimizer(self.optimizer)
+        self._incckpt_captured["scheduler"] = self.lr_scheduler
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None:
-            self._captured["scaler"] = scaler
+            self._incckpt_captured["scaler"] = scaler
 
     def _save_scaler(self, output_dir: str) -> None:
-        if self._captured is None:
+        if self._incckpt_captured is None:
             super()._save_scaler(output_dir)  # type: ignore[misc]
 
     def _save_rng_state(self, output_dir: str) -> None:
-        if self._captured is None:
+        if self._incckpt_captured is None:
             super()._save_rng_state(output_dir)  # type: ignore[misc]
             return
         os.makedirs(output_dir, exist_ok=True)
-        states = self._ranks.gather(RngState().state_dict())
-        self._captured["rng"] = {str(rank): state for rank, state in enumerate(states)}
+        states = self._incckpt_ranks.gather(RngState().state_dict())
+        self._incckpt_captured["rng"] = {str(rank): state for rank, state in enumerate(states)}
 
-    def _weights(self) -> dict[str, Any]:
+    def _incckpt_weights(self) -> dict[str, Any]:
         """Return the part of the state that holds the weights: of the adapters alone, or of the model."""
-        model = self._bare_model()
+        model = self._incckpt_bare_model()
         adapters = None if self.whole_model else adapters_of(model)
         if adapters is not None and adapters.covers_training():
             return {"adapters": adapters}
-        if adapters is not None and self._manager is None:
+        if adapters is not None and self._incckpt_manager is None:
             log.warning("the whole model is saved, not only its adapters: more of it is trained than they hold")
         return {"model": model}
 
-    def _metrics(self) -> dict[str, float]:
+    def _incckpt_metrics(self) -> dict[str, float]:
         """Return what was logged at this step, and which step was the best so far."""
         metrics: dict[str, float] = {}
         for entry in reversed(self.state.log_history):
@@ -267,38 +267,41 @@ class IncrementalTrainerMixin:
             If the last saves failed.
         """
         trial = args[0] if args else kwargs.get("trial")
-        self._in_train = True
+        self._incckpt_in_train = True
         try:
-            sources, plain = self._ranks.on_first(partial(self._sources, resume_from_checkpoint or None, trial))
+            sources, plain = self._incckpt_ranks.on_first(
+                partial(self._incckpt_sources, resume_from_checkpoint or None, trial)
+            )
             result = None
             if not sources:
                 result = super().train(plain, *args, **kwargs)  # type: ignore[misc]
             for number, source in enumerate(sources, 1):
                 try:
-                    self._resumed = self._prepare(source, trial)
-                    result = super().train(self._resumed.folder, *args, **kwargs)  # type: ignore[misc]
+                    self._incckpt_resumed = self._incckpt_prepare(source, trial)
+                    result = super().train(self._incckpt_resumed.folder, *args, **kwargs)  # type: ignore[misc]
                     break
                 except CorruptionError as damage:
-                    if number == len(sources) or (self._resumed is not None and self._resumed.restored):
+                    if number == len(sources) or (self._incckpt_resumed is not None and self._incckpt_resumed.restored):
                         raise
                     log.error("%s cannot be read, falling back to the one before it: %s", source, damage)
         except BaseException:
-            if self._manager is not None:
-                self._manager.__exit__(*sys.exc_info())
-                self._manager = None
+            if self._incckpt_manager is not None:
+                self._incckpt_manager.__exit__(*sys.exc_info())
+                self._incckpt_manager = None
             raise
         finally:
-            self._in_train, self._resumed = False, None
-        self._close()
+            self._incckpt_in_train, self._incckpt_resumed = False, None
+        self._incckpt_close()
         return result
 
-    def _sources(self, resume: Any, trial: Any) -> tuple[list[Source], Any]:
+    def _incckpt_sources(self, resume: Any, trial: Any) -> tuple[list[Source], Any]:
         """Return the checkpoints of stores to resume from, in the order to try; or else what the `Trainer` is given."""
-        run = self._run_of(trial)
+        run = self._incckpt_run_of(trial)
+        place = f"run {run!r} at {redact(self._incckpt_store_url)}"
         if resume is None and str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) == "no":
             return [], None
-        steps = [found.step for found in reversed(self._manager_of(run).checkpoints())]
-        own = [Source(self._store_url, run, step) for step in steps]
+        steps = [found.step for found in reversed(self._incckpt_manager_of(run).checkpoints())]
+        own = [Source(self._incckpt_store_url, run, step) for step in steps]
         plain: Any = None
         sources: list[Source] = []
         if resume is True:
@@ -308,29 +311,27 @@ class IncrementalTrainerMixin:
                 sources = own
             elif folder is None:
                 raise CheckpointNotFoundError(
-                    f"resume_from_checkpoint=True: run {run!r} at {redact(self._store_url)} has no checkpoint, and "
-                    f"{output} has none either"
+                    f"resume_from_checkpoint=True: {place} has no checkpoint, and {output} has none either"
                 )
             else:
                 plain = folder
         elif resume is not None:
-            found = named(resume, self._store_url, self._reader)
+            found = named(resume, self._incckpt_store_url, self._incckpt_reader)
             sources, plain = ([found], None) if isinstance(found, Source) else ([], found)
-        going_on = bool(sources) and (sources[0].store, sources[0].run) == (self._store_url, run)
+        going_on = bool(sources) and (sources[0].store, sources[0].run) == (self._incckpt_store_url, run)
         start = sources[0].step if sources else step_of(plain)
         if steps and not going_on and (start or 0) <= steps[0]:
             raise OptionError(
-                f"run {run!r} at {redact(self._store_url)} has checkpoints up to step {steps[0]} already, and training "
-                f"would start at step {start or 0}: resume with train(resume_from_checkpoint=True), or save to another "
-                "run, as in url='…#another-run'"
+                f"{place} has checkpoints up to step {steps[0]} already, and training would start at step "
+                f"{start or 0}: resume with train(resume_from_checkpoint=True), or save to another run, as in url='…#another-run'"
             )
         return sources, plain
 
-    def _prepare(self, source: Source, trial: Any) -> Resumed:
+    def _incckpt_prepare(self, source: Source, trial: Any) -> Resumed:
         """Write the thin folder of a checkpoint, as the `Trainer` reads its own state from there."""
         output = Path(self._get_output_dir(trial))
         folder = output / f"{PREFIX}-{source.step}"
-        with self._reader(source) as reader:
+        with self._incckpt_reader(source) as reader:
             trainer = reader.load(source.step, keys=["trainer"])["trainer"]
             files = dict(trainer["files"])
             state = json.loads(files[STATE_NAME])
@@ -344,26 +345,26 @@ class IncrementalTrainerMixin:
                 write_pointer(best_folder, Source(source.store, source.run, best or 0))
             write_pointer(folder, source)
             write_files(folder, files)
-        self._ranks.wait()
+        self._incckpt_ranks.wait()
         return Resumed(source, str(folder), frozenset(trainer["parts"]), trainer["world_size"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self._resumed is not None and resume_from_checkpoint == self._resumed.folder:
+        if self._incckpt_resumed is not None and resume_from_checkpoint == self._incckpt_resumed.folder:
             return  # restored with the optimizer, in one pass
-        source = read_pointer(resume_from_checkpoint, self._store_url)
+        source = read_pointer(resume_from_checkpoint, self._incckpt_store_url)
         if source is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         else:
-            self._restore_weights(source, model)
+            self._incckpt_restore_weights(source, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        resumed = self._resumed
+        resumed = self._incckpt_resumed
         if resumed is None or checkpoint != resumed.folder:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
         rng = Held()
         targets = {
-            **self._targets(resumed.parts),
+            **self._incckpt_targets(resumed.parts),
             "optimizer": _bare_optimizer(self.optimizer),
             "scheduler": self.lr_scheduler,
             "scaler": getattr(self.accelerator, "scaler", None),
@@ -375,22 +376,22 @@ class IncrementalTrainerMixin:
             log.warning("%s has no optimizer and no generators: it was saved with save_only_model", resumed.source)
 
         def restore() -> None:
-            own = (resumed.source.store, resumed.source.run) == (self._store_url, self._manager_run)
+            own = (resumed.source.store, resumed.source.run) == (self._incckpt_store_url, self._incckpt_manager_run)
             if own and self.args.process_index == 0:
-                self._manager_of(resumed.source.run).restore(app, resumed.source.step, ignore=ignored)
+                self._incckpt_manager_of(resumed.source.run).restore(app, resumed.source.step, ignore=ignored)
                 return
-            with self._reader(resumed.source) as reader:
+            with self._incckpt_reader(resumed.source) as reader:
                 reader.restore(app, resumed.source.step, ignore=ignored)
 
-        self._ranks.on_every(restore)
+        self._incckpt_ranks.on_every(restore)
         resumed.rng, resumed.restored = rng.state or {}, True
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if self._resumed is None or checkpoint != self._resumed.folder:
+        if self._incckpt_resumed is None or checkpoint != self._incckpt_resumed.folder:
             super()._load_scaler(checkpoint)  # type: ignore[misc]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        resumed = self._resumed
+        resumed = self._incckpt_resumed
         if resumed is None or checkpoint != resumed.folder:
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
             return
@@ -403,24 +404,24 @@ class IncrementalTrainerMixin:
             RngState().load_state_dict(resumed.rng[str(self.args.process_index)])
 
     def _load_best_model(self) -> None:
-        self._close()  # what is being written may be the best
-        self._ranks.wait()
-        source = read_pointer(self.state.best_model_checkpoint, self._store_url)
+        self._incckpt_close()  # what is being written may be the best
+        self._incckpt_ranks.wait()
+        source = read_pointer(self.state.best_model_checkpoint, self._incckpt_store_url)
         if source is None:
             super()._load_best_model()  # type: ignore[misc]
             return
         log.info("loading the best model from %s (score: %s)", source, self.state.best_metric)
-        self._restore_weights(source, None)
+        self._incckpt_restore_weights(source, None)
 
-    def _restore_weights(self, source: Source, model: Any) -> None:
-        with self._reader(source) as reader:
+    def _incckpt_restore_weights(self, source: Source, model: Any) -> None:
+        with self._incckpt_reader(source) as reader:
             parts = reader.load(source.step, keys=["trainer.parts"])["trainer"]["parts"]
-            app = self._targets(frozenset(parts), model)
+            app = self._incckpt_targets(frozenset(parts), model)
             reader.restore(app, source.step, keys=list(app))
 
-    def _targets(self, parts: frozenset[str], model: Any = None) -> dict[str, Any]:
+    def _incckpt_targets(self, parts: frozenset[str], model: Any = None) -> dict[str, Any]:
         """Return what the weights of a checkpoint with these `parts` are restored into."""
-        bare = self._bare_model(model)
+        bare = self._incckpt_bare_model(model)
         if "model" in parts:
             return {"model": bare}
         adapters = adapters_of(bare)
@@ -430,14 +431,14 @@ class IncrementalTrainerMixin:
 
     # -- managers
 
-    def _manager_of(self, run: str) -> CheckpointManager:
+    def _incckpt_manager_of(self, run: str) -> CheckpointManager:
         """Return the manager of a run, which the first process alone has."""
-        if self._manager is None or self._manager_run != run:
-            self._close()
-            self._manager, self._manager_run = self._open(self._store_url, run), run
-        return self._manager
+        if self._incckpt_manager is None or self._incckpt_manager_run != run:
+            self._incckpt_close()
+            self._incckpt_manager, self._incckpt_manager_run = self._incckpt_open(self._incckpt_store_url, run), run
+        return self._incckpt_manager
 
-    def _open(self, store: str, run: str, *, read_only: bool = False) -> CheckpointManager:
+    def _incckpt_open(self, store: str, run: str, *, read_only: bool = False) -> CheckpointManager:
         options = {name: value for name, value in self.checkpoint_options.items() if name != "run"}
         if read_only:
             options = {name: value for name, value in options.items() if name not in _RETENTION}
@@ -446,22 +447,22 @@ class IncrementalTrainerMixin:
         url: Any = self.checkpoint_url if isinstance(self.checkpoint_url, Backend) and not read_only else store
         return CheckpointManager(url, run=run, read_only=read_only, **options)
 
-    def _reader(self, source: Source) -> CheckpointManager:
-        return self._open(source.store, source.run, read_only=True)
+    def _incckpt_reader(self, source: Source) -> CheckpointManager:
+        return self._incckpt_open(source.store, source.run, read_only=True)
 
-    def _close(self) -> None:
+    def _incckpt_close(self) -> None:
         """Finish the saves under way; raise if one failed."""
-        manager, self._manager = self._manager, None
+        manager, self._incckpt_manager = self._incckpt_manager, None
         if manager is not None:
             manager.close()
 
-    def _run_of(self, trial: Any) -> str:
+    def _incckpt_run_of(self, trial: Any) -> str:
         """Return the run to save to: of a hyperparameter search, each trial has its own."""
         if trial is None or getattr(self, "hp_search_backend", None) is None:
-            return self._base_run
-        return f"{self._base_run}.{Path(self._get_output_dir(trial)).name}"
+            return self._incckpt_base_run
+        return f"{self._incckpt_base_run}.{Path(self._get_output_dir(trial)).name}"
 
-    def _bare_model(self, model: Any = None) -> Any:
+    def _incckpt_bare_model(self, model: Any = None) -> Any:
         model = self.model if model is None else model
         return getattr(model, "_orig_mod", model)  # of a compiled one
 
