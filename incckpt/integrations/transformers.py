@@ -322,8 +322,8 @@ class IncrementalTrainerMixin:
         start = sources[0].step if sources else step_of(plain)
         if steps and not going_on and (start or 0) <= steps[0]:
             raise OptionError(
-                f"{place} has checkpoints up to step {steps[0]} already, and training would start at step "
-                f"{start or 0}: resume with train(resume_from_checkpoint=True), or save to another run, as in url='…#another-run'"
+                f"{place} has checkpoints up to step {steps[0]} already, and training would start at "
+                f"step {start or 0}: resume with train(resume_from_checkpoint=True), or save to another run, …#another"
             )
         return sources, plain
 

@@ -293,3 +293,23 @@ def test_over_s3(tmp_path: Path, s3_server: dict[str, Any]) -> None:
     again = make(kind, tmp_path / "b")
     again.train(resume_from_checkpoint="s3://trainer-bucket/exp#lr1")
     assert same(weights(again.model), expected)
+
+
+@pytest.mark.parametrize("kind", ["more is trained", "whole"])
+def test_kinds_of_peft_models(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    def model() -> Any:
+        adapted = with_lora(gpt2())
+        if kind == "more is trained":
+            adapted.base_model.model.transformer.ln_f.requires_grad_(True)
+        return adapted
+
+    changes = {"max_steps": 4}
+    given: dict[str, Any] = {"changes": changes, "whole_model": kind == "whole"}
+    expected = plain_result(tmp_path, model(), **changes)
+    kind_of = incremental(Trainer, url=tmp_path / "store")
+    make(kind_of, tmp_path / "a", stop=3, model=model(), **given).train()
+    assert "model" in incckpt.load(str(tmp_path / "store"))
+    assert ("more of it is trained" in caplog.text) == (kind == "more is trained")
+    again = make(kind_of, tmp_path / "b", model=model(), **given)
+    again.train(resume_from_checkpoint=str(tmp_path / "store"))
+    assert same(weights(again.model), expected)
