@@ -191,7 +191,7 @@ class Baseline:
         report.chunks, report.nbytes = len(held), int(table.chunk_nbytes.sum())
         limits = None
         if self.thresholds.active:
-            limits = self.thresholds.by_range(flat.tensors, [item.nbytes for item in flat.ranges])
+            limits = self.thresholds.by_range(flat.tensors, [item.nbytes for item in flat.ranges], flat.inner)
             if len(device_chunks):
                 _warn_exact_on_device()
         contents: list[Content | None] = list(held)

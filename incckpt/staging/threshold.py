@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,17 +78,21 @@ class Thresholds:
         """Return the threshold of a tensor."""
         return next((value for pattern, value in self._rules if fnmatch.fnmatchcase(name, pattern)), 0.0)
 
-    def by_range(self, entries: Sequence[TensorEntry], nbytes: Sequence[int]) -> RangeThresholds:
+    def by_range(
+        self, entries: Sequence[TensorEntry], nbytes: Sequence[int], exact: Collection[int] = ()
+    ) -> RangeThresholds:
         """Return the threshold of each range.
 
         A range has one only if it is a single floating-point tensor, dense in memory, or several that coincide: if
-        tensors merely overlap, a part could move further than the whole.
+        tensors merely overlap, a part could move further than the whole. The entries `exact` have none: scales, say,
+        without which the codes beside them would mean something else.
         """
         code, names = float_ranges(entries, nbytes)
         threshold = np.full(len(nbytes), math.inf)
-        for entry in entries:
+        for index, entry in enumerate(entries):
             if entry.range >= 0:
-                threshold[entry.range] = min(threshold[entry.range], self.of(entry.name))
+                limit = 0.0 if index in exact else self.of(entry.name)
+                threshold[entry.range] = min(threshold[entry.range], limit)
         return RangeThresholds(np.where(np.isinf(threshold) | (code < 0), 0.0, threshold), np.maximum(code, 0), names)
 
 

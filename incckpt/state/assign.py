@@ -21,6 +21,7 @@ import torch
 
 from incckpt.errors import PickleRefusedError, StateMismatchError
 from incckpt.state.build import Buffer, Builder, Bytes, set_generator_state
+from incckpt.state.contexts import Classes
 from incckpt.state.entries import TensorEntry
 from incckpt.state.inplace import Live, copy_into, find_destinations, mark_changed, overlaps_itself, why_not_writable
 from incckpt.state.optimizers import (
@@ -34,12 +35,14 @@ from incckpt.state.optimizers import (
 from incckpt.state.plain import shown, type_name
 from incckpt.state.rng import RngState
 from incckpt.state.selection import UNSELECTED, Patterns, Selection
+from incckpt.state.subclasses import paired
 from incckpt.state.targets import (
     is_stateful,
     load_and_compare,
     loads_only_itself,
     renaming,
     state_tensors,
+    tensors_of,
     torch_module_tensors,
 )
 from incckpt.state.tree import (
@@ -162,6 +165,7 @@ class Assignment:
         self._entries = entries
         self._allow_pickle = allow_pickle
         self._selection = Selection(keys, ignore)
+        self._classes = Classes()
         self._problems: list[str] = []
         self._left_out: list[str] = []
         self._needed: set[int] = set()
@@ -236,6 +240,7 @@ class Assignment:
             allow_pickle=self._allow_pickle,
             live=self._live,
             lenient=True,
+            classes=self._classes,
         )
 
     # -- matching: each method checks one place of the target and returns a function that restores it
@@ -270,17 +275,27 @@ class Assignment:
         return lambda: replace_contents(target, self._builder.value(tree))
 
     def _match_tensor(self, tree: Tree, target: Live, at: _At) -> _Restore:
-        if problem := self._misfit(tree, target):
+        writes, problem = self._writes(tree, target)
+        if problem:
             self._problems.append(f"{at.path} {problem}")
-            return lambda: target
-        assert isinstance(tree, TensorRef)
-        write = self._write(tree.index, target)
 
         def restore() -> Live:
-            write()
+            for write in writes:
+                write()
             return target
 
         return restore
+
+    def _writes(self, tree: Tree, target: Live) -> tuple[list[Callable[[], None]], str]:
+        """Return what writes the tensor `tree` into `target`, or why it does not fit."""
+        pairs: Sequence[tuple[Tree, Live]] = [(tree, target)]
+        problem = ""
+        if isinstance(target, torch.Tensor):
+            pairs, problem = paired(tree, target)
+        problem = problem or next(filter(None, (self._misfit(node, inner) for node, inner in pairs)), "")
+        if problem:
+            return [], problem
+        return [self._write(node.index, inner) for node, inner in pairs if isinstance(node, TensorRef)], ""
 
     def _write(self, index: int, target: Live) -> Callable[[], None]:
         """Note that entry `index` goes into `target`; return a function that writes it, unless that is done by then."""
@@ -373,6 +388,7 @@ class Assignment:
                 f"{at.path} loads itself, so it is restored whole or not at all; load() with keys=, and load it by hand"
             )
         self._need(tree, at)
+        self._classes.learn(tensors_of(target))
         builder = self._builder
         load: Callable[[Any, Any, str], None] = load_and_compare
         if isinstance(target, torch.nn.Module):
@@ -420,11 +436,11 @@ class Assignment:
             if node is None:
                 if place.chosen:
                     missing.append(name)
-            elif problem := self._misfit(node, tensor):
-                self._problems.append(f"{at.path}: {name} {problem}")
             else:
-                assert isinstance(node, TensorRef)
-                writes.append(self._write(node.index, tensor))
+                some, problem = self._writes(node, tensor)
+                writes += some
+                if problem:
+                    self._problems.append(f"{at.path}: {name} {problem}")
         unexpected = [str(name) for name in stored]
         if missing and unexpected and (hint := _renaming(tree, module)):
             self._problems.append(f"{at.path}: {hint}")

@@ -14,8 +14,10 @@ import torch
 
 from incckpt.errors import CorruptionError, FormatError, IncckptError, OptionError, PickleRefusedError
 from incckpt.messages import shown
+from incckpt.state.contexts import Classes
 from incckpt.state.entries import TensorEntry, byte_extent, byte_strides, packed_shape
 from incckpt.state.ranges import CARRIERS
+from incckpt.state.subclasses import make
 from incckpt.state.tree import (
     DEFAULT_FACTORIES,
     GeneratorRef,
@@ -25,6 +27,7 @@ from incckpt.state.tree import (
     Plain,
     PlainItems,
     SequenceNode,
+    SubclassRef,
     TensorRef,
     Tree,
 )
@@ -127,6 +130,8 @@ class Builder:
         Existing tensors to use instead of building new ones, by entry.
     lenient
         Whether to load onto the CPU, and log it, if the saved device is not available here.
+    classes
+        The tensor subclasses that may be made; by default those that torch is told are safe.
 
     Raises
     ------
@@ -143,6 +148,7 @@ class Builder:
         allow_pickle: bool = False,
         live: Mapping[int, Any] | None = None,
         lenient: bool = False,
+        classes: Classes | None = None,
     ) -> None:
         if not (
             map_location is None or isinstance(map_location, (str, torch.device, Mapping)) or callable(map_location)
@@ -157,6 +163,7 @@ class Builder:
         self._allow_pickle = allow_pickle
         self._live = {} if live is None else live
         self._lenient = lenient
+        self._classes = Classes() if classes is None else classes
         self._callers: Exception | None = None  # raised by what the caller gave or allowed
         self._devices: dict[str, torch.device] = {}
         self._memory: dict[tuple[int, torch.device], Buffer] = {}
@@ -186,6 +193,8 @@ class Builder:
                 return value
             case TensorRef(index):
                 return self._live[index] if index in self._live else self.tensor(index)
+            case SubclassRef(inner=inner):
+                return make(tree, {name: self._value(child) for name, child in inner}, self._classes)
             case MappingNode("dict", PlainItems() as items) | SequenceNode("list", PlainItems() as items):
                 return items.value
             case MappingNode(kind, PlainItems() as items, extra):

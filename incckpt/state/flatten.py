@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from incckpt.errors import PickleRefusedError, StateError
+from incckpt.state.contexts import class_name
 from incckpt.state.entries import Json, TensorEntry, range_kinds
 from incckpt.state.packing import HEAVY_BYTES, PackedValue, pack, weighs_much
 from incckpt.state.plain import MAX_DEPTH, encode_key, encode_plain, shown, type_name
 from incckpt.state.ranges import ByteRange, TensorTable
+from incckpt.state.subclasses import encoded_context, flattened, inner_tensors, is_of_tensors
 from incckpt.state.targets import is_stateful
 from incckpt.state.tree import DEFAULT_FACTORIES, join_name, named_tuple_type
 
@@ -42,12 +43,15 @@ class FlatState:
         The live memory that holds them: what is written to the state's tensors after `flatten` shows here.
     packed
         Plain values stored beside the structure, which refers to them by index; copies, or immutable.
+    inner
+        Indexes of the tensors that are part of another one: together they mean something, each alone does not.
     """
 
     structure: Json
     tensors: list[TensorEntry]
     ranges: list[ByteRange]
     packed: list[PackedValue] = dataclasses.field(default_factory=list)
+    inner: frozenset[int] = frozenset()
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -99,7 +103,7 @@ def flatten(state: object, *, allow_pickle: bool = False) -> FlatState:
         except _Refused as refused:
             where = "".join(reversed(refused.path))
             raise refused.kind(f"cannot save state{where}: {refused}") from refused.__cause__
-        return FlatState(structure, *walker.table.finish(), walker.packed)
+        return FlatState(structure, *walker.table.finish(), walker.packed, frozenset(walker.inner))
 
 
 @contextmanager
@@ -129,6 +133,7 @@ class _Walker:
     def __init__(self, allow_pickle: bool) -> None:
         self.table = TensorTable()
         self.packed: list[PackedValue] = []
+        self.inner: set[int] = set()
         self._allow_pickle = allow_pickle
         self._open: set[int] = set()  # containers and objects around the current value
 
@@ -234,6 +239,31 @@ class _Walker:
         index = self.table.add_torch(value.get_state(), name)
         return {"torch.Generator": index, "device": str(value.device)}
 
+    def subclass(self, value: torch.Tensor, name: str) -> Json:
+        if not is_of_tensors(value) or value.is_nested:
+            raise _Refused(_tensor_subclass(value))
+        inner = []
+        before = len(self.table)
+        try:
+            parts = list(inner_tensors(value))
+            context = encoded_context(value)
+        except StateError as error:
+            raise _Refused(str(error) if _is_sharded(value) else f"{_tensor_subclass(value)}; {error}") from error
+        for attribute, tensor in parts:
+            inner.append([attribute, self._at(f".{attribute}", tensor, join_name(name, attribute))])
+        self.inner.update(range(before, len(self.table)))
+        parameter = isinstance(value, torch.nn.Parameter)
+        flags = [flag for flag, on in (("parameter", parameter), ("requires_grad", value.requires_grad)) if on]
+        return {
+            "subclass": class_name(type(value)),
+            "dtype": str(value.dtype),
+            "shape": list(value.shape),
+            "stride": list(value.stride()),
+            "inner": inner,
+            "context": context,
+            "flags": flags,
+        }
+
     def stateful(self, value: Any, name: str) -> Json:
         return self._at(".state_dict()", value.state_dict(), name)
 
@@ -257,7 +287,7 @@ class _Walker:
     def _object(self, value: Any, name: str) -> Json:
         """Return the node of a value whose type is in no table: a subclass, an object with a state, anything else."""
         if isinstance(value, torch.Tensor):
-            raise _Refused(_tensor_subclass(value))
+            return self.subclass(value, name)
         if isinstance(value, torch.Generator):
             return self.generator(value, name)
         if is_stateful(value):
@@ -308,12 +338,16 @@ def _tensor_subclass(tensor: torch.Tensor) -> str:
     advice = []
     if type(tensor).dequantize is not torch.Tensor.dequantize:
         advice.append("save tensor.dequantize()")
-    if is_traceable_wrapper_subclass(tensor):
-        inner, _ = tensor.__tensor_flatten__()
-        advice.append(f"save the tensors that it consists of: {', '.join(f'tensor.{name}' for name in inner)}")
+    if is_of_tensors(tensor):
+        inner = ", ".join(f"tensor.{name}" for name in flattened(tensor)[0])
+        advice.append(f"save the tensors that it consists of: {inner}")
     if not advice and _has_plain_memory(tensor):
         advice.append("save a plain tensor: tensor.as_subclass(torch.Tensor)")
     return f"tensor subclass {name} cannot be saved; {', or '.join(advice) or 'save the tensors that it consists of'}"
+
+
+def _is_sharded(tensor: torch.Tensor) -> bool:
+    return type(tensor).__name__ in ("DTensor", "ShardedTensor")
 
 
 def _has_plain_memory(tensor: torch.Tensor) -> bool:

@@ -110,6 +110,9 @@ class TensorTable:
         self._next_origin = 1 << 20
         self._numpy_dtypes: dict[np.dtype[Any], str] = {}
 
+    def __len__(self) -> int:
+        return len(self._records)
+
     def add_torch(self, tensor: torch.Tensor, name: str, *, parameter: bool = False) -> int:
         """Add a tensor of exactly the type ``torch.Tensor`` or ``torch.nn.Parameter``; return its index.
 
@@ -145,11 +148,13 @@ class TensorTable:
                 strides = [step * itemsize for step in stride]
                 high = first + byte_extent(shape, strides, itemsize)[1]
                 gaps = _has_gaps(shape, strides, itemsize)
-            if high - origin > storage.nbytes() or first == 0:
+            if high - origin > storage.nbytes():
                 raise StateError(
                     f"the tensor's memory has been freed ({storage.nbytes()} bytes are left of {high - origin}); "
                     "gather sharded parameters before saving"
                 )
+            if first == 0:
+                raise StateError("the tensor has no memory: something else holds its elements; save tensor.clone()")
         flags = (parameter, tensor.requires_grad, tensor.is_conj(), tensor.is_neg())
         self._records.append(
             _Record(

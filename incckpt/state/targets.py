@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from incckpt.state.plain import MAX_DEPTH, shown, type_name
+from incckpt.state.subclasses import is_of_tensors
 
 __all__ = [
     "OPTIMIZER_HOOKS",
@@ -24,6 +25,7 @@ __all__ = [
     "renaming",
     "state_tensors",
     "tensors_in",
+    "tensors_of",
     "torch_module_tensors",
 ]
 
@@ -54,6 +56,15 @@ def tensors_in(value: object, place: Place = ()) -> Iterator[tuple[Place, torch.
             items = enumerate(value)
         for key, child in items:
             yield from tensors_in(child, (*place, key))
+
+
+def tensors_of(target: object) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a module or an optimizer has now."""
+    if isinstance(target, torch.nn.Module):
+        yield from chain(target.parameters(), target.buffers())
+    elif isinstance(target, torch.optim.Optimizer):
+        found = [*(group["params"] for group in target.param_groups), *target.state.values()]
+        yield from (tensor for _, tensor in tensors_in(found))
 
 
 # --- torch's own loading ----------------------------------------------------------------------------------------------
@@ -100,7 +111,8 @@ def torch_module_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor] | N
     if not all(_is_untouched(part) for _, part in _parts(module, "")):
         return None
     found = dict(state_tensors(module))
-    return found if all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in found.values()) else None
+    plain = (torch.Tensor, torch.nn.Parameter)
+    return found if all(type(tensor) in plain or is_of_tensors(tensor) for tensor in found.values()) else None
 
 
 def state_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

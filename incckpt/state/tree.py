@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 from incckpt.errors import CorruptionError, FormatError
+from incckpt.state.contexts import check_context
 from incckpt.state.entries import Json
 from incckpt.state.plain import (
     DECODERS,
@@ -41,6 +42,7 @@ __all__ = [
     "Plain",
     "PlainItems",
     "SequenceNode",
+    "SubclassRef",
     "TensorRef",
     "Tree",
     "children",
@@ -77,6 +79,23 @@ class TensorRef:
     """A torch tensor or numpy array, by its index in the list of entries."""
 
     index: int
+
+
+@dataclass(frozen=True, slots=True)
+class SubclassRef:
+    """A tensor of the class named `cls`, made of `inner` tensors and a `context` (:mod:`incckpt.state.contexts`).
+
+    `dtype` is what it passes for, by name, and `stride` is in elements.
+    """
+
+    cls: str
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    inner: tuple[tuple[str, TensorRef | SubclassRef], ...]
+    context: Json
+    parameter: bool
+    requires_grad: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +176,7 @@ class SequenceNode:
     extra: Any = None
 
 
-Tree: TypeAlias = Plain | TensorRef | GeneratorRef | Pickled | PackedRef | MappingNode | SequenceNode
+Tree: TypeAlias = Plain | TensorRef | SubclassRef | GeneratorRef | Pickled | PackedRef | MappingNode | SequenceNode
 """A structure document, parsed and checked."""
 
 
@@ -326,6 +345,27 @@ class _Parser:
             raise Malformed(str(error)) from error
         return SequenceNode("namedtuple", [self._member(value, field) for field, value in pairs], cls)
 
+    def subclass(self, node: Json) -> SubclassRef:
+        inner: dict[str, TensorRef | SubclassRef] = {}
+        for pair in as_list(node["inner"]):
+            if not isinstance(pair, list) or len(pair) != 2 or as_text(pair[0]) in inner:
+                raise Malformed(f"not an inner tensor: {excerpt(pair)}")
+            child = self._member(pair[1], pair[0])
+            if not isinstance(child, (TensorRef, SubclassRef)):
+                raise Malformed(f"not a tensor: {excerpt(pair[1])}")
+            inner[pair[0]] = child
+        shape, stride, flags = (as_list(node[member]) for member in ("shape", "stride", "flags"))
+        if len(shape) != len(stride) or any(
+            type(size) is not int or not 0 <= size < 1 << 63 for size in shape + stride
+        ):
+            raise Malformed(f"not a shape and strides: {excerpt(shape)}, {excerpt(stride)}")
+        if any(flag not in ("parameter", "requires_grad") for flag in flags):
+            raise Malformed(f"unknown flags: {excerpt(flags)}; update incckpt", FormatError)
+        check_context(node["context"])
+        cls, dtype = as_text(node["subclass"]), as_text(node["dtype"])
+        requires = "parameter" in flags, "requires_grad" in flags
+        return SubclassRef(cls, dtype, tuple(shape), tuple(stride), tuple(inner.items()), node["context"], *requires)
+
     def generator(self, node: Json) -> GeneratorRef:
         return GeneratorRef(self._tensor(node["torch.Generator"]), str(decode_device(node["device"])))
 
@@ -406,6 +446,7 @@ FORMS: dict[frozenset[str], Callable[[_Parser, Json], Tree]] = {
         (("set",), lambda parser, node: Plain(parser.elements(node["set"]))),
         (("frozenset",), lambda parser, node: Plain(frozenset(parser.elements(node["frozenset"])))),
         (("numpy.scalar", "dtype"), lambda parser, node: Plain(decode_numpy_scalar(node))),
+        (("subclass", "dtype", "shape", "stride", "inner", "context", "flags"), _Parser.subclass),
         (("torch.Generator", "device"), _Parser.generator),
         (("pickle", "type"), _Parser.pickled),
         (("packed", "kind"), _Parser.packed),
@@ -429,7 +470,10 @@ def children(tree: Tree) -> Iterator[tuple[Hashable, Tree]]:
 
 def leaves(tree: Tree) -> Iterator[Plain | TensorRef | GeneratorRef | Pickled | PackedRef]:
     """Yield every leaf of `tree`, including those of an OrderedDict's ``_metadata``; an unpacked container is one."""
-    if not isinstance(tree, (MappingNode, SequenceNode)):
+    if isinstance(tree, SubclassRef):
+        for _, inner in tree.inner:
+            yield from leaves(inner)
+    elif not isinstance(tree, (MappingNode, SequenceNode)):
         yield tree
     elif isinstance(tree.items, PlainItems):
         yield Plain(tree.items.value)
@@ -462,6 +506,8 @@ def describe(tree: Tree) -> str:
     match tree:
         case TensorRef():
             return "a tensor"
+        case SubclassRef(cls, dtype, shape):
+            return f"a {cls} {dtype} {shape}"
         case GeneratorRef():
             return "a torch.Generator"
         case Pickled(_, name):

@@ -504,7 +504,7 @@ class Quantized(Opaque):
     """One that says so, as torchao's do."""
 
     def __tensor_flatten__(self) -> Any:
-        return ["codes", "scale"], None
+        return ["codes", "scale"], {"scheme": len}  # of no kind that a document has
 
     @classmethod
     def __tensor_unflatten__(cls, inner: Any, *_: Any) -> Any:
@@ -587,7 +587,12 @@ REFUSED: list[tuple[str, Callable[[], Any], str, str]] = [
     ("jagged", lambda: nested_tensor(torch.jagged), "", "unbind"),
     ("fake", fake, "", "FakeTensorMode"),
     ("subclass", lambda: torch.zeros(3).as_subclass(Sub), "", r"Sub cannot be saved.*as_subclass\(torch.Tensor\)"),
-    ("wrapper", lambda: Quantized(torch.ones(3)), "", r"save tensor.dequantize\(\), or .*: tensor.codes, tensor.scale"),
+    (
+        "wrapper",
+        lambda: Quantized(torch.ones(3)),
+        "",
+        r"save tensor.dequantize\(\), or .*: tensor.codes, tensor.scale.*function",
+    ),
     ("opaque", lambda: Opaque(torch.ones(3)), "", "Opaque cannot be saved; save the tensors that it consists of"),
     ("lazy", lambda: torch.nn.LazyLinear(3), ".state_dict()['weight']", "run the module once"),
     ("freed", freed, "", "freed"),
