@@ -91,7 +91,8 @@ def paired(tree: Tree, live: torch.Tensor) -> tuple[list[tuple[TensorRef, torch.
         return _all_paired([(tree, inner) for _, inner in inner_tensors(live)])
     if not isinstance(tree, SubclassRef):
         if is_of_tensors(live) or not isinstance(tree, TensorRef):
-            return [], f"is a {type_name(live)} here and {describe(tree)} in the checkpoint"
+            what = type_name(live) if is_of_tensors(live) else "tensor"
+            return [], f"is a {what} here and {describe(tree)} in the checkpoint"
         return [(tree, live)], ""
     if tree.cls in _DTENSOR and not is_of_tensors(live):
         return paired(tree.inner[0][1], live)
