@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from incckpt.recovery import inventory, recover
     from incckpt.reporting.report import write_report
     from incckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast
+    from incckpt.run.cadence import Cadence
     from incckpt.run.checkpoint import Checkpoint
     from incckpt.run.inventory import Inventory, InventoryItem
     from incckpt.run.recovery import RecoveryPlan
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 
 __all__ = [
+    "Cadence",
     "Checkpoint",
     "CheckpointManager",
     "CollectionPlan",
@@ -97,6 +99,7 @@ _HOMES = {
     "reporting.report": ("write_report",),
     "pruning": ("PruningPlan", "prune"),
     "retention": ("KeepAll", "KeepBest", "KeepEvery", "KeepLast"),
+    "run.cadence": ("Cadence",),
     "run.checkpoint": ("Checkpoint",),
     "run.inventory": ("Inventory", "InventoryItem"),
     "run.recovery": ("RecoveryPlan",),
