@@ -15,6 +15,7 @@ from incckpt.errors import IncckptError, OptionError, ReadOnlyError
 from incckpt.options import check_choice, checked_flag
 from incckpt.retention import Mode, Policy, policy_of
 from incckpt.run.attempt import IfExists, check_if_exists, refuse_other_ranks
+from incckpt.run.cadence import Cadence, Every, cadence_of
 from incckpt.run.calls import OneAtATime, one_at_a_time
 from incckpt.run.checkpoint import Checkpoint, checked_metrics
 from incckpt.run.choose import Which, not_found
@@ -68,6 +69,8 @@ class CheckpointManager:
         have a number for the metric.
     retention
         A policy in place of those four, see :mod:`incckpt.retention`.
+    save_every
+        How often `due` says to save: a number of steps, a `timedelta`, ``"auto"``, or a `Cadence` that says more.
     max_pending
         Saves that may wait in the background; the next one blocks.
     on_backlog
@@ -78,8 +81,7 @@ class CheckpointManager:
         Size of the chunks that large tensors are cut into, a multiple of 1 MiB.
     threshold
         How far a floating-point tensor may move, relative to what is stored of it (L2 norm), before it is stored again:
-        a number, or numbers by glob of the dotted name. 0 is exact: what is restored is what was saved, bit for
-        bit.
+        a number, or numbers by glob of the dotted name. 0 is exact, bit for bit.
     delta
         Whether a changed chunk may be stored as its difference from the last full copy. Lossless, several times
         smaller in most training, and at most one more object to read per chunk. Not used with a threshold.
@@ -116,6 +118,7 @@ class CheckpointManager:
         metric: str | None = None,
         mode: Mode = "min",
         retention: Policy | None = None,
+        save_every: Every | Cadence | None = None,
         max_pending: int = 2,
         on_backlog: OnBacklog = "wait",
         threads: int | None = None,
@@ -138,15 +141,14 @@ class CheckpointManager:
         if not (read_only or location.named):
             refuse_other_ranks()
         self.read_only = read_only
+        self._cadence = cadence_of(save_every)
         policy = policy_of(keep_last_n, keep_best_n, metric, mode, retention)
         threads = chosen_threads(threads)
         self._allow_pickle = allow_pickle
         self._saves = PendingSaves(location.run, max_pending=max_pending, on_backlog=on_backlog)
         thresholds = Thresholds(threshold)
         if thresholds.active and not base:
-            raise OptionError(
-                "a threshold needs base=True: without a copy of what is stored there is nothing to compare with"
-            )
+            raise OptionError("a threshold needs base=True: a copy of what is stored, to compare with")
         self._base = Baseline(
             chunk_bytes,
             keep=base and not read_only,
@@ -272,15 +274,10 @@ class CheckpointManager:
         Examples
         --------
         >>> import incckpt, tempfile, torch
-        >>> store = tempfile.mkdtemp()
-        >>> with incckpt.CheckpointManager(store) as manager:
+        >>> with incckpt.CheckpointManager(tempfile.mkdtemp()) as manager:
         ...     _ = manager.save(1, {"w": torch.zeros(2)})
-        >>> with incckpt.CheckpointManager(store) as manager:
-        ...     state = manager.load()
-        ...     _ = manager.save(2, state)
-        ...     manager.wait()
-        ...     [checkpoint.step for checkpoint in manager.checkpoints()]
-        [1, 2]
+        ...     manager.load()
+        {'w': tensor([0., 0.])}
         """
         self.wait()
         found = self._position.read(
@@ -361,12 +358,21 @@ class CheckpointManager:
         if (skipped := self._saves.make_room(report)) is not None:
             return skipped
         make_snapshot = stage(step, app, numbers, report, base=self._base, allow_pickle=self._allow_pickle)
-        return self._saves.put(partial(self._write, make_snapshot, report, if_exists), report)
+        future = self._saves.put(partial(self._write, make_snapshot, report, if_exists), report)
+        if self._cadence is not None:
+            self._cadence.saved(report, future)
+        return future
 
     def _write(self, make_snapshot: Callable[[], Snapshot], report: SaveReport, if_exists: IfExists) -> Checkpoint:
         ref = self._position.write(make_snapshot(), report, if_exists)
         self._base.trim(report.changed_bytes)
         return Checkpoint.of(self._view.run.name, ref)
+
+    def due(self, step: SupportsIndex) -> bool:
+        """Return whether to save after `step`, by `save_every`. Ask after every step: ``"auto"`` measures them."""
+        if self._cadence is None:
+            raise OptionError("due() needs a manager with save_every=: 'auto', a number of steps, or a timedelta")
+        return self._cadence.due(checked_step(step))
 
     @one_at_a_time
     def delete(self, step: SupportsIndex) -> bool:
@@ -407,13 +413,7 @@ class CheckpointManager:
     # -- inspecting
 
     def checkpoints(self, *, abandoned: bool = False) -> list[Checkpoint]:
-        """Return the run's committed checkpoints by step, oldest first.
-
-        Parameters
-        ----------
-        abandoned
-            Whether to include checkpoints abandoned by rewinding.
-        """
+        """Return the run's committed checkpoints by step, oldest first; those `abandoned` by rewinding if asked."""
         return self._view.checkpoints(abandoned=abandoned)
 
     @property

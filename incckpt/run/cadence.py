@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal, SupportsFloat
+from typing import Any, Literal, SupportsFloat, TypeAlias
 
 from incckpt.errors import OptionError
 from incckpt.messages import shown
@@ -18,9 +18,11 @@ from incckpt.run.checkpoint import Checkpoint
 from incckpt.run.report import SaveReport
 from incckpt.threads import Future
 
-__all__ = ["Cadence", "cadence_of"]
+__all__ = ["Cadence", "Every", "cadence_of"]
 
 log = logging.getLogger(__name__)
+
+Every: TypeAlias = int | timedelta | Literal["auto"]
 
 _FIRST = 8  # steps before the first save, which show how long they take without one
 _STEPS = 256  # whose median counts: it knows nothing of an evaluation in between
@@ -55,7 +57,7 @@ class Cadence:
 
     def __init__(
         self,
-        every: int | timedelta | Literal["auto"] = "auto",
+        every: Every = "auto",
         *,
         share: SupportsFloat = 0.01,
         most_lost: SupportsFloat | timedelta = 1800.0,
@@ -119,7 +121,7 @@ class Cadence:
         return age >= self.interval
 
     def saved(self, report: SaveReport, future: Future[Checkpoint]) -> None:
-        """Take note of a save that was called just now, in the order of the calls."""
+        """Take note of a save that was called just now."""
         blocked = report.blocked_seconds
         if self._pending is None:
             self._blocked = 0.0

@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import incckpt
 from incckpt.errors import OptionError, SaveError
 from incckpt.run.cadence import Cadence
 from incckpt.run.checkpoint import Checkpoint
@@ -177,3 +179,32 @@ def test_unusable_intervals(every: object) -> None:
 def test_unusable_options(option: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(option))):
         Cadence("auto", **option)
+
+
+def test_a_manager_says_when(tmp_path: Path) -> None:
+    with incckpt.CheckpointManager(tmp_path, save_every=3) as manager:
+        for step in range(1, 10):
+            if manager.due(step):
+                manager.save(step, {"w": step})
+        manager.wait()
+        assert [checkpoint.step for checkpoint in manager.checkpoints()] == [3, 6, 9]
+
+
+def test_a_manager_measures_its_saves(tmp_path: Path) -> None:
+    now = [0.0]
+    cadence = incckpt.Cadence(clock=lambda: now[0])
+    with incckpt.CheckpointManager(tmp_path, save_every=cadence) as manager:
+        for step in range(1, 200):
+            now[0] += 1
+            if manager.due(step):
+                manager.save(step, {"w": step}).result()
+        steps = [report.step for report in manager.history]
+        blocked = [report.blocked_seconds for report in manager.history]
+    assert steps[0] == 9
+    assert all(gap >= 60 for gap in (after - before for before, after in pairwise(steps)))
+    assert cadence.cost == pytest.approx(blocked[-1])
+
+
+def test_a_manager_that_was_not_told_how_often(tmp_path: Path) -> None:
+    with incckpt.CheckpointManager(tmp_path) as manager, pytest.raises(OptionError, match="save_every"):
+        manager.due(1)
