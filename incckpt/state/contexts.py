@@ -30,9 +30,24 @@ from incckpt.state.plain import (
     type_name,
 )
 
-__all__ = ["Classes", "check_context", "class_name", "context_difference", "decode_context", "encode_context"]
+__all__ = [
+    "DTENSOR",
+    "Classes",
+    "check_context",
+    "class_name",
+    "context_difference",
+    "decode_context",
+    "encode_context",
+]
 
 Find: TypeAlias = Callable[[str], Any]
+
+DTENSOR = (
+    "torch.distributed.tensor.DTensor",
+    "torch.distributed.tensor._api.DTensor",
+    "torch.distributed._tensor.api.DTensor",
+)
+"""The names that the class has had."""
 
 _OF_THE_TARGET = ("device", "requires_grad")
 """Fields in which a tensor and what is restored into it may differ, as plain tensors may."""
@@ -48,11 +63,14 @@ class Classes:
 
     def __init__(self) -> None:
         self._learned: dict[str, type] = {}
+        self._distributed: dict[tuple[int, ...], torch.Tensor] = {}
 
     def learn(self, tensors: Iterable[torch.Tensor]) -> None:
         """Take in the classes of live tensors, of their inner tensors, and of what their contexts hold."""
         for tensor in tensors:
-            if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(tensor):
+            if class_name(type(tensor)) in DTENSOR:
+                self._distributed.setdefault(tuple(tensor.shape), tensor)
+            elif type(tensor) not in (torch.Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(tensor):
                 self._add(type(tensor))
                 names, context = tensor.__tensor_flatten__()
                 self._learn_context(context, 0)
@@ -80,6 +98,15 @@ class Classes:
                 "that has instances of it"
             )
         return cls
+
+    def distributed(self, local: torch.Tensor) -> torch.Tensor:
+        """Return the ``DTensor`` of `local` on the mesh of live ones, if there are any, placed as one of its shape."""
+        alike: Any = self._distributed.get(tuple(local.shape))
+        some: Any = alike if alike is not None else next(iter(self._distributed.values()), None)
+        if some is None:
+            return local
+        made: torch.Tensor = type(some).from_local(local, some.device_mesh, None if alike is None else alike.placements)
+        return made
 
     def _add(self, cls: type) -> None:
         self._learned[class_name(cls)] = cls

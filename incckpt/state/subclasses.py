@@ -13,14 +13,12 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from incckpt.errors import FormatError, StateError
-from incckpt.state.contexts import Classes, class_name, context_difference, decode_context, encode_context
+from incckpt.state.contexts import DTENSOR, Classes, class_name, context_difference, decode_context, encode_context
 from incckpt.state.entries import Json
 from incckpt.state.plain import type_name
 from incckpt.state.tree import SubclassRef, TensorRef, Tree, describe
 
 __all__ = ["encoded_context", "flattened", "inner_tensors", "is_of_tensors", "make", "paired"]
-
-_DTENSOR = ("torch.distributed.tensor.DTensor", "torch.distributed._tensor.api.DTensor")
 
 
 def is_of_tensors(tensor: torch.Tensor) -> bool:
@@ -40,7 +38,7 @@ def flattened(tensor: Any) -> tuple[list[str], Any]:
     StateError
         If it is sharded over processes.
     """
-    if class_name(type(tensor)) in _DTENSOR:
+    if class_name(type(tensor)) in DTENSOR:
         if tensor.device_mesh.size() != 1:
             raise StateError(
                 f"a {type_name(tensor)} is sharded over processes; save sharded state through "
@@ -87,14 +85,14 @@ def paired(tree: Tree, live: torch.Tensor) -> tuple[list[tuple[TensorRef, torch.
     live
         A tensor of any class.
     """
-    if isinstance(tree, TensorRef) and class_name(type(live)) in _DTENSOR:
+    if isinstance(tree, TensorRef) and class_name(type(live)) in DTENSOR:
         return _all_paired([(tree, inner) for _, inner in inner_tensors(live)])
     if not isinstance(tree, SubclassRef):
         if is_of_tensors(live) or not isinstance(tree, TensorRef):
             what = type_name(live) if is_of_tensors(live) else "tensor"
             return [], f"is a {what} here and {describe(tree)} in the checkpoint"
         return [(tree, live)], ""
-    if tree.cls in _DTENSOR and not is_of_tensors(live):
+    if tree.cls in DTENSOR and not is_of_tensors(live):
         return paired(tree.inner[0][1], live)
     found = f"{class_name(type(live))} {live.dtype} {tuple(live.shape)}"
     if found != f"{tree.cls} {tree.dtype} {tree.shape}" or not is_of_tensors(live):
@@ -136,9 +134,9 @@ def make(ref: SubclassRef, inner: Mapping[str, torch.Tensor], classes: Classes) 
     FormatError
         If the class is not known here, or makes something else. What it raises is raised.
     """
-    if ref.cls in _DTENSOR:  # without a mesh it is what it was on its only process
+    if ref.cls in DTENSOR:  # on its only process it was `inner`; without a mesh here it stays that
         (tensor,) = inner.values()
-        return _flagged(tensor, ref)
+        return _flagged(classes.distributed(tensor), ref)
     cls: Any = classes.find(ref.cls)
     if not issubclass(cls, torch.Tensor) or not hasattr(cls, "__tensor_unflatten__"):
         raise FormatError(f"{ref.cls} is no class of tensors here that consist of others")

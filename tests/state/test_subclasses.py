@@ -193,6 +193,41 @@ def test_thresholds_do_not_part_codes_from_their_scales(tmp_path: Path, known: N
     assert torch.equal(loaded["plain"], torch.ones(1 << 19)), "the threshold had no effect: this test shows nothing"
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
+def test_a_dtensor_on_one_process_is_its_local_tensor(tmp_path: Path) -> None:
+    api = pytest.importorskip("torch.distributed.tensor")
+    distributed: Any = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = api.init_device_mesh("cpu", (1,))
+
+        def training(seed: int) -> dict[str, Any]:
+            torch.manual_seed(seed)
+            model = torch.nn.Linear(4, 4, bias=False)
+            weight = api.distribute_tensor(model.weight.detach(), mesh, [api.Shard(0)])
+            model.weight = torch.nn.Parameter(weight)
+            return {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=0.1)}
+
+        def step(app: dict[str, Any]) -> torch.Tensor:
+            app["model"].weight.square().sum().backward()
+            app["optimizer"].step()
+            app["optimizer"].zero_grad()
+            full: torch.Tensor = app["model"].weight.full_tensor()
+            return full
+
+        app = training(0)
+        step(app)
+        save(tmp_path, app)
+        expected = step(app)
+        fresh = training(1)
+        with incckpt.CheckpointManager(tmp_path) as manager:
+            manager.restore(fresh)
+        assert torch.equal(step(fresh), expected)
+        assert type(incckpt.load(tmp_path, map_location="cpu")["model"]["weight"]) is torch.Tensor
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_a_reader_that_does_not_know_the_node_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     flat = flatten({"w": coded(0)})
     parse(flat.structure, len(flat.tensors))
