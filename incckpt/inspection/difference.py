@@ -7,6 +7,7 @@ grow with the state.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from incckpt.state.tree import (
     Pickled,
     Plain,
     SequenceNode,
+    SubclassRef,
     TensorRef,
     Tree,
     children,
@@ -425,6 +427,10 @@ def _values(tree: Tree, name: str = "") -> Iterator[tuple[str, _Value]]:
     match tree:
         case Plain() | Pickled() | PackedRef():
             yield name, tree
+        case SubclassRef(cls, inner=inner, context=context):
+            yield name, f"a {cls} with {json.dumps(context)}"
+            for attribute, part in inner:
+                yield from _values(part, join_name(name, attribute))
         case MappingNode(kind) | SequenceNode(kind):
             if kind not in ("dict", "list"):
                 yield name, kind

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 import incckpt
 from incckpt.errors import CorruptionError, FormatError, StateMismatchError
+from incckpt.interchange import export
 from incckpt.state.flatten import flatten
 from incckpt.state.tree import FORMS, parse
 
@@ -259,3 +260,16 @@ def test_malformed_nodes_are_refused(member: str, value: Any) -> None:
     flat.structure["dict"][0][1][member] = value
     with pytest.raises((CorruptionError, FormatError), match=r"state\['w'\]"):
         parse(flat.structure, len(flat.tensors))
+
+
+def test_diff_shows_a_changed_context_and_verify_and_export_read_it_all(tmp_path: Path, known: None) -> None:
+    other, store = Options(Scheme.LINEAR, (2, 4), Range(0, 1)), tmp_path / "store"
+    save(store, {"w": coded(0)}, {"w": coded(0, other)})
+    found = incckpt.diff(f"{store}#@1", f"{store}#@2")
+    assert [value.name for value in found.values] == ["w"]
+    assert not found.tensors
+    assert incckpt.verify(store).ok
+    export(store, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=False)["w"]
+    assert loaded.options == other
+    assert torch.equal(loaded.dequantize(), coded(0).dequantize())
