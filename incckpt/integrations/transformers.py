@@ -134,6 +134,7 @@ class IncrementalTrainerMixin:
         self._incckpt_captured: dict[str, Any] | None = None
         self._incckpt_resumed: Resumed | None = None
         self._incckpt_in_train = False
+        self._incckpt_said_whole = False
         super().__init__(*args, **kwargs)
         self._incckpt_check_supported()
         self._incckpt_ranks = Ranks(self.args.process_index, self.args.world_size)
@@ -227,7 +228,8 @@ class IncrementalTrainerMixin:
         adapters = None if self.whole_model else adapters_of(model)
         if adapters is not None and adapters.covers_training():
             return {"adapters": adapters}
-        if adapters is not None and self._incckpt_manager is None:
+        if adapters is not None and not self._incckpt_said_whole:
+            self._incckpt_said_whole = True
             log.warning("the whole model is saved, not only its adapters: more of it is trained than they hold")
         return {"model": model}
 
