@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from incckpt.inspection.listing import list_checkpoints, list_runs
     from incckpt.inspection.usage import Usage, usage
     from incckpt.manager import CheckpointManager
+    from incckpt.preemption.notices import Notice
+    from incckpt.preemption.preemption import Preemption
     from incckpt.pruning import PruningPlan, prune
     from incckpt.recovery import inventory, recover
     from incckpt.reporting.report import write_report
@@ -55,6 +57,8 @@ __all__ = [
     "KeepEvery",
     "KeepLast",
     "LocalTier",
+    "Notice",
+    "Preemption",
     "PruningPlan",
     "RecoveryPlan",
     "RngState",
@@ -97,6 +101,8 @@ _HOMES = {
     "manager": ("CheckpointManager",),
     "recovery": ("inventory", "recover"),
     "reporting.report": ("write_report",),
+    "preemption.notices": ("Notice",),
+    "preemption.preemption": ("Preemption",),
     "pruning": ("PruningPlan", "prune"),
     "retention": ("KeepAll", "KeepBest", "KeepEvery", "KeepLast"),
     "run.cadence": ("Cadence",),

@@ -152,6 +152,10 @@ class BacklogFullError(IncckptError, RuntimeError):
     """A save was skipped because ``max_pending`` saves were still being written."""
 
 
+class DeadlineError(SaveError, TimeoutError):
+    """A save was not made because the process has to end, and it could not be made in time; earlier ones stand."""
+
+
 class SupersededError(IncckptError, RuntimeError):
     """The run was taken over by another process, or has moved on since it was restored: it was not written to."""
 

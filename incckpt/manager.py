@@ -13,6 +13,7 @@ from typing import Any, Self, SupportsIndex, get_args
 from incckpt.backends.base import Backend
 from incckpt.errors import IncckptError, OptionError, ReadOnlyError
 from incckpt.options import check_choice, checked_flag
+from incckpt.preemption.preemption import Preemption, chosen_preemption
 from incckpt.retention import Mode, Policy, policy_of
 from incckpt.run.attempt import IfExists, check_if_exists, refuse_other_ranks
 from incckpt.run.cadence import Cadence, Every, cadence_of
@@ -96,6 +97,9 @@ class CheckpointManager:
     max_bytes
         Most memory that `restore` and `load` may take for a state besides that of its target, or for one object; by
         default what is available, or what the environment variable ``INCCKPT_MAX_BYTES`` says.
+    preemption
+        Whether to watch for what announces the end of this process: ``True`` for ``SIGTERM``, or a `Preemption` that
+        says what else. See `preempted` and `deadline`.
     storage_options
         For fsspec.
 
@@ -130,6 +134,7 @@ class CheckpointManager:
         read_only: bool = False,
         verify: bool = True,
         max_bytes: int | None = None,
+        preemption: bool | Preemption = False,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         location = locate(url, run=run)
@@ -145,7 +150,10 @@ class CheckpointManager:
         policy = policy_of(keep_last_n, keep_best_n, metric, mode, retention)
         threads = chosen_threads(threads)
         self._allow_pickle = allow_pickle
-        self._saves = PendingSaves(location.run, max_pending=max_pending, on_backlog=on_backlog)
+        watch = self._preemption = chosen_preemption(preemption)
+        self._saves = PendingSaves(
+            location.run, max_pending=max_pending, on_backlog=on_backlog, deadline=lambda: watch.deadline
+        )
         thresholds = Thresholds(threshold)
         if thresholds.active and not base:
             raise OptionError("a threshold needs base=True: a copy of what is stored, to compare with")
@@ -170,20 +178,12 @@ class CheckpointManager:
             )
         else:
             self._position = TieredPosition(
-                local_tier(local),
-                self._store,
-                view,
-                policy=policy,
-                threads=threads,
-                baseline=self._base,
-                read_only=read_only,
-                verify=verify,
-                max_bytes=max_bytes,
-                metric=metric,
-                mode=mode,
-            )
+                local_tier(local), self._store, view, policy=policy, threads=threads, baseline=self._base,
+                read_only=read_only, verify=verify, max_bytes=max_bytes, metric=metric, mode=mode,
+            )  # fmt: skip
             self._view = self._position.view
         self._calls = OneAtATime(self._saves.works_here)
+        self._preemption.start(self._saves.wake)
 
     # -- restoring
 
@@ -345,7 +345,7 @@ class CheckpointManager:
         check_if_exists(if_exists)
         if self.read_only:
             raise ReadOnlyError("this manager is read-only; saving needs one without read_only=True")
-        self._saves.raise_failure(self._store.backend.url)
+        self._saves.check(self._store.backend.url)
         step = checked_step(step)
         numbers = checked_metrics(metrics)
         if if_exists == "skip":
@@ -406,9 +406,40 @@ class CheckpointManager:
         """
         if tier is not None:
             check_choice("tier", tier, get_args(Tier))
-        self._saves.wait()
+        self._saves.flush()
         if tier == "bucket" and isinstance(self._position, TieredPosition):
             self._position.copies.wait()
+
+    def flush(self, deadline: float | None = None) -> Checkpoint | None:
+        """Finish the pending saves by a deadline: what can be made is made, the newest first of all.
+
+        How long each takes is estimated from earlier ones. If not all can be made, those in between are left out in
+        favour of the newest that can; their futures raise `DeadlineError`, and the log tells. What is under way at the
+        deadline is given up, and the manager takes no more saves. Whatever was committed before stands.
+
+        Parameters
+        ----------
+        deadline
+            By `time.monotonic`; by default that of an announced preemption, if any, as in `wait` and `close`.
+
+        Returns
+        -------
+        Checkpoint or None
+            The last that this manager has made.
+        """
+        return self._saves.flush(deadline)
+
+    # -- the end of the process
+
+    @property
+    def preempted(self) -> bool:
+        """Whether the end of this process was announced (see `Preemption`): save once more, and leave the loop."""
+        return self._preemption.preempted
+
+    @property
+    def deadline(self) -> float | None:
+        """When saves will be given up, by `time.monotonic`, if the process's end was announced; otherwise ``None``."""
+        return self._preemption.deadline
 
     # -- inspecting
 
@@ -463,7 +494,14 @@ class CheckpointManager:
             for close in (self._store.close, self._view.close, self._position.close):  # the last one first
                 stack.callback(close)
             self._saves.stop()
+            self._preemption.stop(self._saves.wake)
+            if self._saves.abandoned or not self._copied_in_time():
+                stack.pop_all()  # they are still in use
             self._calls.closed = True
+
+    def _copied_in_time(self) -> bool:
+        deadline, position = self.deadline, self._position
+        return deadline is None or not isinstance(position, TieredPosition) or position.copies.finish(deadline)
 
     def __enter__(self) -> Self:
         return self

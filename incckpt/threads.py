@@ -10,14 +10,14 @@ another thread (`shielded`), and starts threads in one step (`start`).
 from __future__ import annotations
 
 import _thread
-import concurrent.futures
+import concurrent.futures.thread
 import threading
 from collections import deque
 from collections.abc import Callable
 from operator import attrgetter
-from typing import TypeVar
+from typing import Any, TypeVar
 
-__all__ = ["Changes", "Future", "shielded", "start"]
+__all__ = ["Changes", "Future", "leave_behind", "shielded", "start"]
 
 _T = TypeVar("_T")
 
@@ -79,6 +79,14 @@ def start(target: Callable[[], object], name: str) -> None:
             target()
 
     _thread.start_new_thread(begin, ())
+
+
+def leave_behind() -> None:
+    """Have the interpreter not wait for threads of incckpt's pools when it exits: they would end too late."""
+    waited_for: Any = concurrent.futures.thread._threads_queues
+    for thread in list(waited_for):
+        if thread.name.startswith("incckpt-") and thread.daemon:
+            waited_for.pop(thread, None)
 
 
 def shielded(function: Callable[[], _T], interrupt: Callable[[], object] = lambda: None) -> _T:

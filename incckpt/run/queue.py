@@ -6,9 +6,11 @@ import concurrent.futures.thread  # noqa: F401 -- has to be imported before _reg
 import logging
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import InvalidStateError
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -35,12 +37,19 @@ class BackgroundQueue:
         Jobs that may be unfinished; a further one waits for room.
     name
         Of the thread.
+
+    Attributes
+    ----------
+    at_exit
+        Is called when the interpreter exits, in place of `wait`.
     """
 
     def __init__(self, max_pending: int, name: str) -> None:
         self._max_pending = max_pending
         self._name = name
         self._stopped = False
+        self._abandoned = False
+        self.at_exit: Callable[[], object] | None = None
         self._reset()
         _queues.add(self)
 
@@ -63,14 +72,18 @@ class BackgroundQueue:
     @property
     def idle(self) -> bool:
         """Whether every job is done."""
-        return not self._jobs
+        return not self._jobs or self._abandoned
 
-    def wait_for_room(self) -> None:
-        """Wait until there is room for a job."""
-        self._wait_until(lambda: not self.full)
+    def wait_for_room(self, or_else: Callable[[], bool] = lambda: False) -> None:
+        """Wait until there is room for a job, or until something else is the case: `wake` has it looked at again."""
+        self._wait_until(lambda: not self.full or or_else())
+
+    def wake(self) -> None:
+        """Have those who wait look again. Can be called in a signal handler."""
+        self._changes.notify()
 
     def put(self, job: Callable[[], _T], future: Future[_T]) -> None:
-        """Add a job, whose result or error `future` takes; there must be room.
+        """Add a job, whose result or error `future` takes; the caller has waited for room.
 
         If the call is interrupted, the job is done, or it is not and the future says so.
 
@@ -81,7 +94,6 @@ class BackgroundQueue:
         """
         if self._stopped:
             raise ManagerClosedError("this manager was closed while a save was being made; it is not saved")
-        assert not self.full
         entry = job, future
         try:
             self._jobs.append(entry)
@@ -98,15 +110,34 @@ class BackgroundQueue:
         if not started:
             self.wait()
 
-    def wait(self) -> None:
-        """Wait until every job is done.
+    def wait(self, until: float | None = None, or_else: Callable[[], bool] | None = None) -> bool:
+        """Wait until every job is done, or a time (of `time.monotonic`) has come; return whether every job is done.
+
+        Parameters
+        ----------
+        or_else
+            What ends the waiting, too; `wake` has it looked at again.
 
         Raises
         ------
         SaveError
             If a job, or something it calls, would wait for itself.
         """
-        self._wait_until(lambda: self.idle)
+        self._wait_until(lambda: self.idle or (or_else is not None and or_else()), until)
+        return self.idle
+
+    def abandon(self, error: BaseException) -> None:
+        """Wait for no job any more, and accept none: those that are not done fail with `error`.
+
+        The one under way may go on as long as the process does, whatever becomes of it.
+        """
+        self._stopped = self._abandoned = True
+        for _, future in list(self._jobs):
+            with suppress(InvalidStateError):
+                future.set_exception(error)
+        _queues.discard(self)
+        self._changes.notify()
+        threads.leave_behind()
 
     def stop(self) -> None:
         """Accept no more jobs, and finish those in the queue."""
@@ -119,14 +150,14 @@ class BackgroundQueue:
         if self.works_here():
             raise SaveError("a callback of a save's future would wait for that save: call in another thread")
 
-    def _wait_until(self, done: Callable[[], bool]) -> None:
-        while not done():
+    def _wait_until(self, done: Callable[[], bool], until: float | None = None) -> None:
+        while not done() and (until is None or time.monotonic() < until):
             self._refuse_here()
             change = self._changes.watch()
             if done():
                 return
             if self._start_thread():
-                change.acquire()
+                change.acquire(timeout=-1 if until is None else max(0.0, until - time.monotonic()))
             else:
                 self._work()
 
@@ -158,7 +189,7 @@ class BackgroundQueue:
             while self.works_here():
                 self._do_first()
                 with self._lock:  # a thread that puts a job either finds a worker, or starts one
-                    if not self._jobs:
+                    if self.idle:
                         self._worker = None
                 self._changes.notify()
         finally:
@@ -189,7 +220,7 @@ def _finish_all() -> None:
     global _exiting
     _exiting = True  # from here on other threads and atexit handlers save in the foreground
     for queue in list(_queues):
-        queue.wait()
+        (queue.at_exit or queue.wait)()
 
 
 def _forget_all() -> None:

@@ -64,6 +64,9 @@ class SaveReport(StageReport):
         By tensor, its relative change since the checkpoint before (L2 norm) and the norm that it had then: with
         thresholds exactly, and of every tensor compared; otherwise estimated from a sample, and of those in which
         something changed. Empty after a manager's first save, and after one that `incckpt.save` makes.
+    expected_seconds
+        How long ``store`` and ``commit`` were expected to take together when the save was put into the background, from
+        what the saves before took; ``None`` for the first.
     by_way
         Raw and stored bytes of the put objects' frames, by the way they are coded.
     seconds
@@ -79,6 +82,7 @@ class SaveReport(StageReport):
     put_objects: int = 0
     put_bytes: int = 0
     manifest_bytes: int = 0
+    expected_seconds: float | None = None
     by_way: dict[str, WayBytes] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     tiers: dict[str, TierReport] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import RLock
 
-from incckpt.errors import BackendError, IncckptError, OptionError, SaveError, SupersededError
+from incckpt.errors import BackendError, DeadlineError, IncckptError, OptionError, SaveError, SupersededError
 from incckpt.retention import Record
 from incckpt.run.attempt import IfExists
 from incckpt.run.queue import BackgroundQueue
@@ -111,6 +111,20 @@ class Copies:
         """
         if isinstance(self._error, (SupersededError, OptionError)):
             raise self._error
+
+    def finish(self, deadline: float) -> bool:
+        """Finish by a deadline (of `time.monotonic`), or give up; return whether the bucket has the newest checkpoint.
+
+        What waits is left out in favour of the newest.
+        """
+        with self._lock:
+            skipped, self._waiting = list(self._waiting)[:-1], deque(list(self._waiting)[-1:])
+        self._skip(skipped)
+        if self._queue.wait(deadline):
+            return self._failed is None
+        log.error("not copied to %s in the time that was left; what it had before stands", self._bucket)
+        self._queue.abandon(DeadlineError("not copied in the time that was left"))
+        return False
 
     def stop(self) -> None:
         """Finish, and try the newest once more if it could not be copied.

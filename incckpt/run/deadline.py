@@ -1,0 +1,113 @@
+"""How long saves take, and which of the pending ones can still be made by a deadline."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from incckpt.run.checkpoint import Checkpoint
+from incckpt.run.report import SaveReport
+from incckpt.threads import Future
+
+__all__ = ["Job", "Rates", "to_cut"]
+
+_REMEMBERED = 8  # saves: rates change with the network, and with what training changes
+
+
+@dataclass(eq=False)
+class Job:
+    """A save that is pending.
+
+    Attributes
+    ----------
+    begun
+        When it was begun, by `time.monotonic`; ``None`` while it waits.
+    cut
+        Why it is not to be made.
+    """
+
+    report: SaveReport
+    future: Future[Checkpoint]
+    begun: float | None = None
+    cut: str | None = None
+
+
+class Rates:
+    """What the last saves took: seconds for each byte that had changed, and seconds whatever had changed.
+
+    Of both, the worse of the last save and the mean of the last few counts.
+    """
+
+    def __init__(self) -> None:
+        self._past: deque[tuple[int, float, float]] = deque(maxlen=_REMEMBERED)
+
+    def learn(self, report: SaveReport) -> None:
+        """Take a save into account that was made."""
+        store, commit = (report.seconds.get(phase, 0.0) for phase in ("store", "commit"))
+        self._past.append((report.changed_bytes, store, commit))
+
+    def seconds(self, nbytes: int, done: int = 0, elapsed: float = 0.0) -> float | None:
+        """Return how long a save takes from now on; ``None`` if nothing is known.
+
+        Parameters
+        ----------
+        nbytes
+            Raw bytes that have changed.
+        done, elapsed
+            How many of them were stored, and in how many seconds, if it has begun.
+        """
+        per_byte = [store / changed for changed, store, _ in (self._total(), *self._last()) if changed]
+        if done:
+            per_byte.append(elapsed / done)
+        if not per_byte:
+            return None
+        fixed = [commit for _, _, commit in (self._total(), *self._last())]
+        return max(per_byte) * max(0, nbytes - done) + max(fixed)
+
+    def _last(self) -> list[tuple[int, float, float]]:
+        return list(self._past)[-1:]
+
+    def _total(self) -> tuple[int, float, float]:
+        changed, store, commit = zip(*self._past, strict=True) if self._past else ((), (), ())
+        return sum(changed), sum(store), sum(commit) / max(1, len(commit))
+
+
+def expected(job: Job, rates: Rates, skipped: int = 0) -> float | None:
+    """Return how long a save takes from now on, in its turn; ``None`` if nothing is known.
+
+    Parameters
+    ----------
+    skipped
+        Raw bytes that saves before it would have stored: it has to store them, unless they changed again.
+    """
+    report = job.report
+    nbytes = min(report.nbytes, report.changed_bytes + skipped)
+    if job.begun is None:
+        return rates.seconds(nbytes)
+    return rates.seconds(nbytes, sum(way.raw for way in report.by_way.values()), time.monotonic() - job.begun)
+
+
+def to_cut(jobs: Sequence[Job], left: float, rates: Rates) -> list[Job]:
+    """Return which pending saves to leave out, so that the newest that can be made in the time left is made.
+
+    The one under way is never among them: what it stores, a later one would have to store, too.
+    """
+    under_way = [job for job in jobs if job.begun is not None]
+    waiting = [job for job in jobs if job.begun is None]
+    rest = 0.0
+    for job in under_way:
+        seconds = expected(job, rates)
+        if seconds is None:
+            return waiting[:-1]  # nothing is known: the newest has a chance
+        rest += seconds
+    in_turn = [expected(job, rates) for job in waiting]
+    if rest + sum(seconds for seconds in in_turn if seconds is not None) <= left and None not in in_turn:
+        return []
+    for newest in reversed(range(len(waiting))):
+        skipped = sum(job.report.changed_bytes for job in waiting[:newest])
+        alone = expected(waiting[newest], rates, skipped)
+        if alone is None or rest + alone <= left:
+            return waiting[:newest] + waiting[newest + 1 :]
+    return waiting if under_way else waiting[1:]  # none fits; estimates may be wrong

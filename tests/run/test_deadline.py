@@ -1,0 +1,127 @@
+"""Saves by a deadline: the newest that can be made is made, and nothing is waited for beyond it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import incckpt
+from incckpt.backends.memory import MemoryBackend
+from incckpt.errors import DeadlineError, ManagerClosedError
+from incckpt.run.deadline import Job, Rates, expected, to_cut
+from incckpt.run.report import SaveReport
+from incckpt.testing.faults import Fault, FaultyBackend, Pause
+from incckpt.threads import Future
+
+MB = 1_000_000
+
+
+def rates_of(*past: tuple[int, float, float]) -> Rates:
+    rates = Rates()
+    for changed, store, commit in past:
+        rates.learn(SaveReport(changed_bytes=changed, seconds={"store": store, "commit": commit}))
+    return rates
+
+
+def jobs_of(changed: Sequence[int], nbytes: int = 1000 * MB, begun: bool = False) -> list[Job]:
+    jobs = [Job(SaveReport(step=step, changed_bytes=one, nbytes=nbytes), Future()) for step, one in enumerate(changed)]
+    if begun:
+        jobs[0].begun = time.monotonic()
+    return jobs
+
+
+def steps(jobs: Sequence[Job]) -> list[int]:
+    return [job.report.step for job in jobs]
+
+
+def test_what_is_expected_is_the_worse_of_the_last_and_the_mean() -> None:
+    assert Rates().seconds(5 * MB) is None
+    assert rates_of((10 * MB, 1.0, 0.5)).seconds(20 * MB) == pytest.approx(2.5)
+    assert rates_of((10 * MB, 1.0, 0.5), (10 * MB, 3.0, 0.1)).seconds(10 * MB) == pytest.approx(3.0 + 0.3)
+    assert rates_of((10 * MB, 3.0, 0.5), (10 * MB, 1.0, 0.1)).seconds(10 * MB) == pytest.approx(2.0 + 0.3)
+    assert rates_of((0, 0.0, 0.5)).seconds(10 * MB) is None, "nothing was stored that would tell"
+    # A save under way that is slower than those before it.
+    assert rates_of((10 * MB, 1.0, 0.0)).seconds(20 * MB, done=5 * MB, elapsed=5.0) == pytest.approx(15.0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "begun", "left", "cut"),
+    [
+        ([10, 10, 10], False, 3.1, []),  # all fit
+        ([10, 10, 10], True, 3.1, []),
+        ([10, 10, 10], True, 2.5, [2]),  # the last would store what the one before it does not: 1 + 2 s
+        ([10, 10, 1], True, 1.9, [1]),  # but no more than the whole state
+        ([10, 40, 10], True, 3.0, [1, 2]),
+        ([40, 10, 10], True, 3.0, [1, 2]),  # none fits: only the one under way goes on
+        ([40, 10, 10], False, 3.0, [1, 2]),
+    ],
+)
+def test_which_are_left_out(changed: list[int], begun: bool, left: float, cut: list[int]) -> None:
+    rates = rates_of((10 * MB, 1.0, 0.0))
+    jobs = jobs_of([one * MB for one in changed], begun=begun)
+    jobs[-1].report.nbytes = 5 * MB if changed[-1] == 1 else 1000 * MB
+    assert steps(to_cut(jobs, left, rates)) == cut
+
+
+def test_where_nothing_is_known_the_newest_has_a_chance() -> None:
+    assert steps(to_cut(jobs_of([MB] * 3, begun=True), 1.0, Rates())) == [1]
+    assert steps(to_cut(jobs_of([MB] * 3), 1.0, Rates())) == [0, 1]
+
+
+@given(
+    st.lists(st.integers(0, 100), min_size=1, max_size=5),
+    st.booleans(),
+    st.floats(0.0, 40.0),
+    st.floats(0.01, 1.0),
+)
+def test_what_is_kept_fits_or_nothing_does(changed: list[int], begun: bool, left: float, rate: float) -> None:
+    rates = rates_of((MB, rate, 0.1))
+    jobs = jobs_of([one * MB for one in changed], begun=begun)
+    kept = [job for job in jobs if job not in to_cut(jobs, left, rates)]
+    assert not begun or jobs[0] in kept, "what is under way is never left out"
+    assert kept
+    first = jobs[1:] if begun else jobs
+    waiting = [job for job in kept if job in first]
+    if len(waiting) > 1:
+        assert kept == jobs, "some are made in between only if all are"
+    if waiting and waiting != first and (begun or len(first) > 1):
+        newest = waiting[-1]
+        skipped = sum(job.report.changed_bytes for job in first[: first.index(newest)])
+        alone = expected(newest, rates, skipped)
+        assert alone is not None
+        assert alone <= left or newest is first[0]
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_flush_returns_by_the_deadline(blocked: bool) -> None:
+    pause = Pause()
+    script = [Fault("create", "refs/*", nth=2, do=pause)] if blocked else []
+    backend = FaultyBackend(MemoryBackend(f"flush-{blocked}"), script)
+    state = {"w": torch.zeros(1000)}
+    manager = incckpt.CheckpointManager(backend)
+    manager.save(1, state).result()
+    second, third = (manager.save(step, {"w": torch.full((1000,), float(step))}) for step in (2, 3))
+    before = time.monotonic()
+    last = manager.flush(before + (0.2 if blocked else 60))
+    assert last is not None
+    if not blocked:
+        assert last.step == third.result().step == 3
+        manager.close()
+        return
+    assert last.step == 1, "the checkpoint before stands"
+    assert time.monotonic() - before < 30, "it did not wait for the pause"
+    for future in (second, third):
+        with pytest.raises(DeadlineError):
+            future.result(timeout=0)
+    with pytest.raises(DeadlineError):
+        manager.save(4, state)
+    with pytest.raises(ManagerClosedError):
+        manager.save(4, state)
+    manager.close()
+    pause.resume.set()
+    assert incckpt.load(backend.inner, step=1)["w"].equal(state["w"])
