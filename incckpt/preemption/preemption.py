@@ -12,7 +12,7 @@ from typing import Self, SupportsFloat
 from incckpt import threads
 from incckpt.errors import OptionError
 from incckpt.messages import shown
-from incckpt.preemption.notices import Notice
+from incckpt.preemption.notices import Notice, Source, Watcher, sources_of
 from incckpt.preemption.signals import SignalWatch
 
 __all__ = ["Preemption", "chosen_preemption"]
@@ -34,6 +34,9 @@ class Preemption:
     grace
         Seconds from a signal, or a notice that does not say, to the end. Kubernetes gives 30 unless
         ``terminationGracePeriodSeconds`` says otherwise, Slurm ``KillWait`` (30), torchrun 30, docker stop 10.
+    clouds
+        Whose notices to look for every few seconds: ``"auto"`` (whichever answers), or some of ``"aws"``, ``"gcp"``,
+        ``"azure"`` or of a `Source`; none by default.
     margin
         Seconds before the end at which saves are given up, so that the process can still end in order.
     on_notice
@@ -50,6 +53,7 @@ class Preemption:
         *,
         signals: Iterable[int] = (signal.SIGTERM,),
         grace: SupportsFloat = 30.0,
+        clouds: str | Iterable[str | Source] = (),
         margin: SupportsFloat = 1.0,
         on_notice: Callable[[Notice], object] | None = None,
     ) -> None:
@@ -63,6 +67,8 @@ class Preemption:
         self._margin = _seconds("margin", margin)
         self._on_notice = on_notice
         self._signals = SignalWatch(numbers, self._signalled)
+        sources = sources_of(clouds)
+        self._watcher = Watcher(sources, self.announce) if sources else None
         self._end: float | None = None
         self._users = 0
         self._changed: list[Callable[[], object]] = []
@@ -95,6 +101,8 @@ class Preemption:
         self._changed.append(changed)
         if not self._users:
             self._signals.start()
+            if self._watcher is not None:
+                self._watcher.start()
         self._users += 1
         return self
 
@@ -106,6 +114,8 @@ class Preemption:
         self._users -= 1
         if not self._users:
             self._signals.stop()
+            if self._watcher is not None:
+                self._watcher.stop()
 
     def _signalled(self, number: int) -> None:
         name = signal.Signals(number).name

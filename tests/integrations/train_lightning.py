@@ -50,7 +50,8 @@ class Begun(Callback):
 def train(kind: str, url: str, folder: Path, result: Path, plain: bool, begun: Callable[[int], None]) -> None:
     """Train on from the latest checkpoint, and write the weights; it is saved at the end of every epoch."""
     seed_everything(1)
-    loader: Any = torch.utils.data.DataLoader(EXAMPLES, 16, shuffle=True)
+    examples: Any = EXAMPLES
+    loader: Any = torch.utils.data.DataLoader(examples, 16, shuffle=True)
     checkpoints = IncrementalCheckpointIO(url)
     keep = ModelCheckpoint(folder, monitor="loss", save_top_k=2, save_last=True)
     trainer = Trainer(
