@@ -2,7 +2,8 @@
 
     python examples/preemptible.py s3://bucket/exp7
 
-It ends with status 0 when it is done, and with 75 (EX_TEMPFAIL) when it was preempted, for a launcher to start it again.
+It ends with status 0 when it is done, and with 75 (EX_TEMPFAIL) when it was preempted, for a launcher to start it
+again.
 """
 
 from __future__ import annotations
