@@ -162,6 +162,16 @@ class Held(Backend):
 STATES: list[Callable[[int], dict[Any, Any]]] = [plain_state, packed_state, module_state]
 
 
+def facts(checkpoint: Any) -> tuple[Any, ...]:
+    """Return what is to be known of a checkpoint."""
+    metrics = tuple(sorted(checkpoint.metrics.items()))
+    return checkpoint.step, checkpoint.ref, checkpoint.time, metrics, checkpoint.nbytes
+
+
+known: collections.defaultdict[int, set[Any]] = collections.defaultdict(set)
+"""What is to be known of the checkpoints that were ever in a store: damage to a tombstone shows one again."""
+
+
 @cache
 def seed(number: int) -> Contents:
     """Return a store with two runs, an abandoned checkpoint, deltas, a tombstone, a pin and a condemned list."""
@@ -195,9 +205,11 @@ def made(number: int) -> Contents:
         with incckpt.CheckpointManager(backend, run=run, keep_last_n=2, threads=1) as manager:
             for step in (1, 2, 3):
                 manager.save(step, state(step), metrics={"loss": 1 / step}).result()
+                known[number] |= set(map(facts, manager.checkpoints(abandoned=True)))
     with incckpt.CheckpointManager(backend, threads=1) as manager:
         manager.load(step=2)
         manager.save(5, state(5), metrics={"loss": 0.1}).result()
+        known[number] |= set(map(facts, manager.checkpoints(abandoned=True)))
     Store(backend).run("other").pin(RefName(1, 4, "0123456789abcdef"))
     CondemnedLists(backend).put([f"{OBJECTS}ab/{'c' * 62}.{'0' * 16}"])
     return {entry.key: backend.get(entry.key) for entry in backend.list()}
@@ -593,28 +605,11 @@ def saved(kind: int, restored: bool) -> dict[int, Any]:
     return found
 
 
-@cache
-def listed(kind: int) -> frozenset[Any]:
-    """Return what is to be known of the checkpoints of a store."""
-    backend = Held(seed(kind))
-    found = set()
-    for run in ("default", "other"):
-        with incckpt.CheckpointManager(backend, run=run, read_only=True) as manager:
-            found |= {facts(checkpoint) for checkpoint in manager.checkpoints(abandoned=True)}
-    return frozenset(found)
-
-
-def facts(checkpoint: Any) -> tuple[Any, ...]:
-    """Return what is to be known of a checkpoint."""
-    metrics = tuple(sorted(checkpoint.metrics.items()))
-    return checkpoint.step, checkpoint.ref, checkpoint.time, metrics, checkpoint.nbytes
-
-
 def check_state(kind: int, state: Any, step: Any, *, restored: bool) -> None:
     """Check that a state is one that was saved, and of the step that was asked for."""
-    known = saved(kind, restored)
+    states = saved(kind, restored)
     found = fingerprint(state)
-    wanted = [known[step]] if step in known else list(known.values())
+    wanted = [states[step]] if step in states else list(states.values())
     assert any(found == one for one in wanted), f"damage has changed what is read of step {step}"
 
 
@@ -680,7 +675,7 @@ def use_listing(backend: Backend, kind: int, run: str, *, damaged: bool) -> None
         with incckpt.CheckpointManager(backend, run=run, read_only=True) as manager:
             for checkpoint in manager.checkpoints(abandoned=True):
                 repr(checkpoint)
-                assert not damaged or facts(checkpoint) in listed(kind), f"damage has changed {checkpoint}"
+                assert not damaged or facts(checkpoint) in known[kind], f"damage has changed {checkpoint}"
             repr((manager.latest, attempted(lambda: manager.best)))
 
     attempted(browse)
@@ -782,7 +777,6 @@ class TooSlow(BaseException):
 def prepared() -> None:
     """Make what all stores begin with, and what is known of it."""
     for kind in range(len(STATES)):
-        listed(kind)
         saved(kind, restored=False)
         saved(kind, restored=True)
 
