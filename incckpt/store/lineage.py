@@ -275,6 +275,8 @@ class Run:
 
         def read() -> tuple[dict[RefName, Ref | None], dict[RefName, Ref | None]]:
             fields = Fields(parse_document(fetch(self.backend, key, LIST_BYTES), "lineage", key), key)
+            if fields.count("attempt") != attempt:
+                raise CorruptionError(f"{key} says that it is of attempt {fields.count('attempt')}")
             inherited, abandoned = (
                 dict(inherited_from_json(item, key) for item in fields.list(part)) for part in ("refs", "abandoned")
             )

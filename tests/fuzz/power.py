@@ -38,7 +38,9 @@ class Check(NamedTuple):
     statement
         A part of its condition, of its call, or of the errors that it catches (``except …``).
     change
-        The change of `tests.fuzz.stores` that it is for: the stores tried are changed in this way, to be sparing.
+        The change of `tests.fuzz.stores` that it is for, and
+    way
+        the use: the stores tried are changed and used in this way, to be sparing.
     why
         Why nothing misses it, where nothing does: what else refuses the same stores.
     """
@@ -47,6 +49,7 @@ class Check(NamedTuple):
     place: str
     statement: str
     change: str = "of_a_manifest"
+    way: str = "load"
     why: str = ""
 
 
@@ -54,39 +57,67 @@ READING = Check("errors that are not ours, at the border", "store.untrusted:read
 
 CHECKS = [
     Check("an object's identity", "codec.objects:decode", "header.identity != identity", "of_bytes"),
-    Check("an object's identity, read in place", "codec.objects:decode_in_place", "header.identity != identity",
-          "of_bytes"),
+    Check(
+        "an object's identity, read in place",
+        "codec.objects:decode_in_place",
+        "header.identity != identity",
+        "of_bytes",
+    ),
     Check("a frame's digest", "codec.objects:decode_frames", "verify and hashlib", "of_bytes"),
-    Check("the header's checksum", "codec.header:read_header", "zlib.crc32", "of_bytes",
-          "digests and lengths cover what it covers; it only says sooner what is wrong"),
+    Check(
+        "the header's checksum",
+        "codec.header:read_header",
+        "zlib.crc32",
+        "of_bytes",
+        why="digests and lengths cover what it covers; it only says sooner what is wrong",
+    ),
     Check("the header's element size and flags", "codec.header:read_header", "itemsize not in", "of_an_object"),
     Check("a frame's way and size", "codec.header:read_header", "way >= len(WAYS)", "of_an_object"),
-    Check("raw bytes of a chunk and of its object", "codec.objects:decode_frames", "len(target) != end - origin",
-          "of_an_object"),
-    Check("an object's length and its header's", "codec.objects:decode", "header.offsets[-1] != len(view)",
-          "of_an_object"),
+    Check(
+        "raw bytes of a chunk and of its object",
+        "codec.objects:decode_frames",
+        "len(target) != end - origin",
+        "of_an_object",
+    ),
+    Check(
+        "an object's length and its header's",
+        "codec.objects:decode",
+        "header.offsets[-1] != len(view)",
+        "of_an_object",
+    ),
     Check("the base of a delta", "codec.objects:_base_of", "base.identity != header.base", "of_an_object"),
     Check("the base's length", "codec.objects:_base_of", "len(view) != nbytes", "of_an_object"),
-    Check("an object's size", "store.objects:_check_size", "found != size", "of_a_size",
-          "digests refuse the same bytes; it says what happened to them"),
+    Check(
+        "an object's size",
+        "store.objects:_check_size",
+        "found != size",
+        "of_a_size",
+        why="digests refuse the same bytes; it says what happened to them",
+    ),
     Check("a range's pieces within chunks", "store.manifest:_range_from_json", "chunk >= len(chunks)"),
     Check("a range's pieces fill it", "store.manifest:_range_from_json", "sum("),
     Check("a chunk's identity", "store.manifest:_identity", "fullmatch"),
     Check("a nonce", "store.manifest:_nonce", "fullmatch"),
-    Check("a ref's name and key", "store.refs:Ref.from_json", "rpartition", "of_a_name"),
+    Check("a ref's name and key", "store.refs:Ref.from_json", "rpartition", "of_a_name", way="list"),
     Check("a ref's manifest is its own", "store.store:Store._read_manifest", "found != ref.name", "of_a_document"),
-    Check("a document's checksum", "store.document:parse_document", "zlib.crc32", "of_bytes"),
-    Check("a document is an object", "store.document:as_mapping", "isinstance(value, dict)", "of_a_document"),
-    Check("a metric is a number", "store.document:decode_float", "except OverflowError", "of_a_document"),
+    Check("a document's checksum", "store.document:parse_document", "zlib.crc32", "of_bytes", way="list"),
+    Check(
+        "a document is an object",
+        "store.document:as_mapping",
+        "isinstance(value, dict)",
+        "of_a_document",
+        way="list",
+    ),
+    Check("a metric is a number", "store.document:decode_float", "except OverflowError", "of_a_document", way="list"),
     Check("JSON that Python refuses", "store.document:parse_document", "except (ValueError, Rec", "of_text"),
     Check("the limit on memory", "store.untrusted:MemoryLimit.check", "nbytes > limit"),
     Check("the limit on packed values", "run.contents:read_packed", "reader.memory.check"),
     Check("the limit on states", "run.restore:load_state", "reader.memory.check"),
-    Check("the limit on chunks", "run.reader:Reader.read", "self.memory.check"),
+    Check("the limit on chunks", "run.reader:Reader.read", "self.memory.check", way="verify"),
     Check("strides and offsets within the range", "state.entries:_fault", "entry.offset + low < 0"),
     Check("a packed tensor fills its range", "state.entries:_fault", "entry.offset or math.prod"),
     Check("a tensor's sizes in 64 bits", "state.entries:_fault", "max(nbytes"),
-    Check("negative strides", "state.entries:_fault", "step < 0"),
+    Check("negative strides", "state.entries:_fault", "step < 0", way="restore"),
     Check("dimensions and strides", "state.entries:_fault", "len(shape) != len(stride)"),
     Check("tensors agree how a range is packed", "state.entries:check_entries", "packings.setdefault"),
     Check("which dtypes there are", "state.entries:_dtype", "not in TORCH_DTYPES"),
@@ -94,17 +125,29 @@ CHECKS = [
     Check("tensors named once, and there", "state.tree:_Parser._tensor", "not 0 <="),
     Check("packed values named once, and there", "state.tree:_Parser.packed", "not 0 <="),
     Check("default factories", "state.tree:_factory", "DEFAULT_FACTORIES"),
-    Check("values that Python refuses", "state.tree:_Parser.tree", "except (ValueError, TypeError", "of_a_manifest"),
+    Check("values that Python refuses", "state.tree:_Parser.tree", "except (ValueError, TypeError"),
     Check("packed values that are malformed", "state.packing:unpack", "except Malformed", "of_chunks"),
     Check("packed text", "state.packing:_value_of", "except UnicodeDecodeError", "of_chunks"),
     Check("devices that torch lacks", "state.plain:decode_device", "except RuntimeError"),
     Check("a generator's state", "state.build:set_generator_state", "except RuntimeError", "of_chunks"),
     Check("what cannot be built", "state.build:Builder.value", "except IncckptError"),
     Check("pickles", "state.build:Builder._unpickle", "self._allow_pickle"),
-    Check("a collection stops at a name that is no ref's", "store.gc:Collector._look", "name is None", "of_a_name"),
-    Check("a collection stops at an unreadable ref", "store.gc:Collector._read_needs", "stop", "of_a_size"),
-    Check("condemned keys are text", "store.refs:CondemnedLists.parse", "isinstance", "of_a_document"),
-]  # fmt: skip
+    Check(
+        "a collection stops at a name that is no ref's",
+        "store.gc:Collector._look",
+        "name is None",
+        "of_a_name",
+        way="collect",
+    ),
+    Check(
+        "a collection stops at an unreadable ref",
+        "store.gc:Collector._read_needs",
+        "stop",
+        "of_a_size",
+        way="collect",
+    ),
+    Check("condemned keys are text", "store.refs:CondemnedLists.parse", "isinstance", "of_a_document", way="collect"),
+]
 
 
 class _Removal(Edit):
@@ -177,7 +220,7 @@ def caught_by(checks: tuple[Check, ...], first: int, count: int) -> tuple[int, s
     with without(*checks):
         for number in range(first, first + count):
             try:
-                stores.check_store(number, getattr(stores, checks[0].change))
+                stores.check_store(number, getattr(stores, checks[0].change), checks[0].way)
             except BaseException as error:  # noqa: BLE001 -- whatever it is, it is the finding
                 return number, f"{type(error).__name__}: {error}".partition("\n")[0]
     return None

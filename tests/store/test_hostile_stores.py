@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import incckpt
-from incckpt.errors import IncckptError
+from incckpt.errors import IncckptError, LineageError
 from tests.hostile import Contents, filled, manifest_of, rewrite_manifest, saved
 
 Pair = namedtuple("Pair", "a b")
@@ -128,3 +128,16 @@ def test_an_oddity_is_an_error_of_ours(case: str) -> None:
 def test_a_device_that_is_not_here(device: str) -> None:
     with pytest.raises(IncckptError, match=r"device|available"):
         incckpt.load(filled(sound()), map_location=device)
+
+
+def test_a_lineage_under_another_attempts_name_does_not_hide_the_checkpoints() -> None:
+    contents = dict(sound())
+    contents["runs/default/attempts/009001.from"] = contents.pop("runs/default/attempts/000001.from")
+    store = filled(contents)
+    with pytest.raises(LineageError, match="says that it is of attempt 1"):
+        incckpt.load(store, progress=False, threads=1)
+    with (
+        incckpt.CheckpointManager(store, threads=1, read_only=True) as manager,
+        pytest.raises(LineageError, match="says that it is of attempt 1"),
+    ):
+        manager.restore(state())
