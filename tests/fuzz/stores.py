@@ -360,6 +360,24 @@ def of_a_manifest(contents: Contents, chance: Chance) -> Contents:
     return with_manifest(contents, key, rewrite(document, lambda fields: change_fields(chance, fields)))
 
 
+def of_repetition(contents: Contents, chance: Chance) -> Contents:
+    """Have a range be many times the same bytes: a small store that stands for a large state."""
+    key = chance.choice(manifests(contents))
+
+    def repeat(fields: dict[str, Any]) -> None:
+        lists = [fields[name] for name in ("ranges", "packed") if fields.get(name)]
+        ranges = chance.choice(lists)
+        index = max(range(len(ranges)), key=lambda at: (ranges[at]["bytes"], at))
+        times = chance.choice([2, 1000, 30_000])
+        ranges[index]["pieces"] *= times
+        ranges[index]["bytes"] *= times
+        for tensor in fields["tensors"] if ranges is fields["ranges"] else []:
+            if tensor.get("pieces", [{}])[0].get("range") == index and "stride" not in tensor:
+                tensor["shape"][0] *= times
+
+    return with_manifest(contents, key, rewrite(document_of(contents[key]), repeat))
+
+
 def of_text(contents: Contents, chance: Chance) -> Contents:
     """Change the text of a document, with the right checksum or digest."""
     key = chance.choice([*documents(contents), *manifests(contents) * 2])
@@ -525,7 +543,7 @@ DAMAGE: list[Change] = [of_bytes, of_a_name, of_a_size]
 CHANGES: list[Change] = [
     *[of_a_manifest] * 3,
     *[of_chunks, of_an_object, of_a_document, of_bytes] * 2,
-    *[of_text, of_a_name, of_a_size],
+    *[of_text, of_a_name, of_a_size, of_repetition],
 ]
 
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.fuzz.power import CHECKS, READING, Check, without
+from tests.fuzz.power import CHECKS, READING, Check, caught_by, without
 from tests.fuzz.stores import CHANGES, check_store, main
 
 COUNT = int(os.environ.get("INCCKPT_FUZZ", "10000")) // 100
@@ -35,3 +35,13 @@ def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def test_a_check_can_be_taken_out(check: Check) -> None:
     with without(check):
         pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "what", ["a frame's digest", "the limit on packed values", "the limit on states", "JSON that Python refuses"]
+)
+def test_a_missing_check_is_noticed(what: str) -> None:
+    """`python -m tests.fuzz.power` tries all of them."""
+    [check] = [check for check in CHECKS if check.what == what]
+    assert caught_by((check,), 0, 500) is not None, "no store shows that this check is missing"
