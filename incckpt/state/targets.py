@@ -63,7 +63,7 @@ def tensors_of(target: object) -> Iterator[torch.Tensor]:
     if isinstance(target, torch.nn.Module):
         yield from chain(target.parameters(), target.buffers())
     elif isinstance(target, torch.optim.Optimizer):
-        found = [*(group["params"] for group in target.param_groups), *target.state.values()]
+        found = [getattr(target, name, None) for name in ("param_groups", "state")]  # an optimizer in name has none
         yield from (tensor for _, tensor in tensors_in(found))
 
 

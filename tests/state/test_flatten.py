@@ -644,7 +644,7 @@ def test_inside_a_transform_there_is_no_memory() -> None:
 
 def test_sharded_tensors_are_sent_to_distributed_checkpoint() -> None:
     sharded: torch.Tensor = torch.zeros(3).as_subclass(type("DTensor", (torch.Tensor,), {}))
-    with pytest.raises(StateError, match=r"state\['w'\].*torch\.distributed\.checkpoint"):
+    with pytest.raises(StateError, match=r"state\['w'\].*incckpt\.integrations\.dcp"):
         flatten({"w": sharded}, allow_pickle=True)
 
 
