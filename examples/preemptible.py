@@ -24,13 +24,16 @@ def main() -> int:
     parser.add_argument("url", help="of the store")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--every", type=int, default=50, help="steps between saves")
+    parser.add_argument("--width", type=int, default=256, help="of the model")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds from SIGTERM to SIGKILL")
     parser.add_argument("--clouds", nargs="*", default=[], help="auto, aws, gcp or azure")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Tanh(), torch.nn.Linear(256, 64))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(64, arguments.width), torch.nn.Tanh(), torch.nn.Linear(arguments.width, 64)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     state = {"model": model, "optimizer": optimizer, "rng": incckpt.RngState()}
 

@@ -276,7 +276,10 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"pieces": {"range": 0}}, "list of objects"),
     ({"pieces": [0]}, "list of objects"),
     ({"pieces": [{"range": 0, "colour": 1}]}, "unknown fields of a piece"),
-    ({"pieces": [{"range": 0, "at": [0], "shape": [5]}, {"range": 1, "at": [5], "shape": [5]}]}, "needs a later incckpt"),
+    (
+        {"pieces": [{"range": 0, "at": [0], "shape": [5]}, {"range": 1, "at": [5], "shape": [5]}]},
+        "needs a later incckpt",
+    ),
 ]
 
 
