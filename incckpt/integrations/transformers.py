@@ -159,7 +159,7 @@ class IncrementalTrainerMixin:
                     "its engine writes its own checkpoints: use the plain Trainer"
                     if what == "DeepSpeed"
                     else "every rank has to save its part: use the plain Trainer, or a loop of your own with "
-                    "torch.distributed.checkpoint"
+                    "incckpt.integrations.dcp"
                 )
                 raise DistributedError(f"an incremental Trainer does not work with {what} yet, {instead}")
 
