@@ -495,8 +495,8 @@ class CheckpointManager:
                 stack.callback(close)
             self._saves.stop()
             self._preemption.stop(self._saves.wake)
-            if self._saves.abandoned or not self._copied_in_time():
-                stack.pop_all()  # they are still in use
+            if self._saves.abandoned or not self._copied_in_time() or self.preempted:
+                stack.pop_all()  # they are still in use, or there is no time
             self._calls.closed = True
 
     def _copied_in_time(self) -> bool:
