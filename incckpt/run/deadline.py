@@ -13,6 +13,7 @@ from incckpt.threads import Future
 
 __all__ = ["Job", "Rates", "to_cut"]
 
+_TELLING = 0.25  # of a save has to be stored before its own rate counts: a small object says nothing of large ones
 _REMEMBERED = 8  # saves: rates change with the network, and with what training changes
 
 
@@ -59,7 +60,7 @@ class Rates:
             How many of them were stored, and in how many seconds, if it has begun.
         """
         per_byte = [store / changed for changed, store, _ in (self._total(), *self._last()) if changed]
-        if done:
+        if done >= nbytes * _TELLING > 0:
             per_byte.append(elapsed / done)
         if not per_byte:
             return None

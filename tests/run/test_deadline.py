@@ -47,6 +47,8 @@ def test_what_is_expected_is_the_worse_of_the_last_and_the_mean() -> None:
     assert rates_of((0, 0.0, 0.5)).seconds(10 * MB) is None, "nothing was stored that would tell"
     # A save under way that is slower than those before it.
     assert rates_of((10 * MB, 1.0, 0.0)).seconds(20 * MB, done=5 * MB, elapsed=5.0) == pytest.approx(15.0)
+    assert rates_of((10 * MB, 1.0, 0.0)).seconds(20 * MB, done=MB // 100, elapsed=1.0) == pytest.approx(2.0, rel=0.01)
+    assert Rates().seconds(20 * MB, done=MB // 100, elapsed=1.0) is None, "a small object says nothing of large ones"
 
 
 @pytest.mark.parametrize(
