@@ -192,7 +192,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     assert [checkpoint.step for checkpoint in incckpt.list_checkpoints(store)] == [7]
 
 
-def launch(processes: int, *arguments: str, timeout: float = 120) -> str:
+def launch(processes: int, *arguments: str, timeout: float = 500) -> str:
     """Run `tests.integrations.sharded` under ``torchrun``; return what it prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
@@ -208,6 +208,7 @@ def launch(processes: int, *arguments: str, timeout: float = 120) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_shards_of_two_processes(tmp_path: Path) -> None:
     """FSDP2 with AdamW, loaded by the two, and by one; `python -m tests.sharding` tries other kinds and numbers."""
     printed = launch(2, str(tmp_path), "save", "2", "--kinds", "fsdp2")
