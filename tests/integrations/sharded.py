@@ -129,6 +129,7 @@ def save(folder: Path, kinds: Sequence[str]) -> None:
         whole = state_of(model, optimizer, whole=True)
         if dist.get_rank() == 0:
             torch.save(whole, folder / f"{kind}-{world}.pt")
+        dist.barrier()  # the other ranks read it next
 
 
 def load(folder: Path, world: int, kinds: Sequence[str]) -> None:
