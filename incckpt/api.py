@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from typing import Any, SupportsIndex
 
 from incckpt.backends.base import Backend
-from incckpt.errors import OptionError
 from incckpt.options import checked_flag
 from incckpt.retention import Mode
 from incckpt.run.attempt import IfExists, check_if_exists, refuse_other_ranks
@@ -87,14 +86,13 @@ def save(
     {'w': tensor([0., 0., 0.]), 'epoch': 1}
     """
     location = locate(url, run=run, step=None if step is None else checked_step(step))
-    if not (location.step is None or isinstance(location.step, int)):
-        raise OptionError(f"a save needs a number after '@' in the URL, not '{location.step}'")
+    new_step = location.new_step()
     check_if_exists(if_exists)
     if not location.named:
         refuse_other_ranks()
     numbers = checked_metrics(metrics)
     flat = flatten(state, allow_pickle=checked_flag("allow_pickle", allow_pickle))
-    return save_state(location.store, location.run, storage_options, flat, location.step, numbers, if_exists)
+    return save_state(location.store, location.run, storage_options, flat, new_step, numbers, if_exists)
 
 
 def load(

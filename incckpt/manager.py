@@ -138,8 +138,7 @@ class CheckpointManager:
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         location = locate(url, run=run)
-        if location.step is not None:
-            raise OptionError(f"a manager writes a whole run; give step {location.step!r} to restore(), not in the URL")
+        location.check_whole_run()
         flags = {"delta": delta, "base": base, "allow_pickle": allow_pickle, "read_only": read_only}
         for option, value in flags.items():
             checked_flag(option, value)

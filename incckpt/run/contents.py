@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -21,7 +22,7 @@ from incckpt.store.document import Json
 from incckpt.store.manifest import Manifest
 from incckpt.store.untrusted import reading
 
-__all__ = ["Contents", "ReadBack", "names_by_chunk", "read_packed"]
+__all__ = ["Contents", "ReadBack", "names_by_chunk", "read_back", "read_packed"]
 
 
 _PACKED_VALUE = 8  # bytes of memory that most Python objects take at most for each of their bytes when packed
@@ -141,17 +142,29 @@ class ReadBack:
         """
         tensors = snapshot.tensors, [nbytes for nbytes, _ in snapshot.layout.sizes]
         structure = snapshot.structure, len(snapshot.tensors), len(snapshot.packed.ranges)
-        try:
+        with read_back(snapshot.step):
             if tensors != self._tensors:
                 _entries(*tensors)
                 self._tensors = tensors
             if structure != self._structure:
                 parse(*structure)
                 self._structure = structure
-        except (CorruptionError, FormatError) as error:
-            raise StateError(
-                f"step {snapshot.step} was not saved, since it could not be read back: {error}; please report this"
-            ) from error
+
+
+@contextmanager
+def read_back(step: int) -> Iterator[None]:
+    """Refuse to save `step` if reading what would be saved fails in here.
+
+    Raises
+    ------
+    StateError
+    """
+    try:
+        yield
+    except (CorruptionError, FormatError) as error:
+        raise StateError(
+            f"step {step} was not saved, since it could not be read back: {error}; please report this"
+        ) from error
 
 
 def _literal(pattern: str) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from incckpt.errors import CorruptionError, FormatError, StateError
-from incckpt.run.contents import Contents
+from incckpt.errors import StateError
+from incckpt.run.contents import Contents, read_back
 from incckpt.run.shards import Shard
 from incckpt.state.entries import TensorEntry, entry_to_json
 from incckpt.state.flatten import no_garbage_collection
@@ -99,12 +99,8 @@ class Merged:
             chunks=self.chunks,
             packed=self.packed,
         )
-        try:
+        with read_back(name.step):
             Contents.of(manifest)
-        except (CorruptionError, FormatError) as error:
-            raise StateError(
-                f"step {name.step} was not saved, since it could not be read back: {error}; please report this"
-            ) from error
         return manifest
 
 
@@ -169,7 +165,7 @@ class _Merger:
             raise StateError(f"no process has stored anything of tensor {_name(leaf)!r}")
         if len(leaf.parts) == 1 and first.shape == shape:
             return self._renumbered(self._node(leaf, first), leaf, first)
-        entry, itemsize = self._entry(leaf, first), 1
+        entry = self._entry(leaf, first)
         itemsize = entry.itemsize
         blocks: list[Block] = []
         pieces: list[tuple[int, int, int]] = []

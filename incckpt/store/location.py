@@ -38,6 +38,28 @@ class Location:
     step: int | str | RefName | None = None
     named: bool = False
 
+    def new_step(self) -> int | None:
+        """Return the step to save as, if one is named.
+
+        Raises
+        ------
+        OptionError
+            If it is named otherwise than by a number.
+        """
+        if self.step is None or isinstance(self.step, int):
+            return self.step
+        raise OptionError(f"a save needs a number after '@' in the URL, not '{self.step}'")
+
+    def check_whole_run(self) -> None:
+        """Check that no step is named, for a manager.
+
+        Raises
+        ------
+        OptionError
+        """
+        if self.step is not None:
+            raise OptionError(f"a manager writes a whole run; give step {self.step!r} to restore(), not in the URL")
+
 
 def locate(
     url: str | os.PathLike[str] | Backend, *, run: str | None = None, step: int | str | RefName | None = None

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from incckpt.errors import CorruptionError, IncckptError, OptionError, SaveError, StoreNotFoundError
+from incckpt.errors import CorruptionError, IncckptError, SaveError, StoreNotFoundError
 from incckpt.integrations.dcp.reader import IncrementalReader
 from incckpt.integrations.dcp.writer import IncrementalWriter
 from incckpt.retention import Mode, Policy
@@ -27,6 +27,7 @@ from incckpt.run.choose import Which, checked_which
 from incckpt.run.view import RunView
 from incckpt.staging.detect import chosen_threads
 from incckpt.staging.layout import DEFAULT_CHUNK_BYTES
+from incckpt.state.targets import is_stateful
 from incckpt.store.location import locate
 from incckpt.store.manifest import Manifest
 from incckpt.store.refs import RefName
@@ -89,8 +90,7 @@ class DistributedCheckpointManager:
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         location = locate(url, run=run)
-        if location.step is not None:
-            raise OptionError(f"a manager writes a whole run; give step {location.step!r} to restore(), not in the URL")
+        location.check_whole_run()
         self._url, self._run = location.store, location.run
         self._ranking: tuple[str | None, Mode] = metric, mode
         self._threads = chosen_threads(threads)
@@ -150,7 +150,7 @@ class DistributedCheckpointManager:
             now; calling again saves.
         """
         self.wait()
-        named = {name: value.state_dict() if _has_state(value) else value for name, value in state.items()}
+        named = {name: value.state_dict() if is_stateful(value) else value for name, value in state.items()}
         staged = self._writer.stage(named)
         self._pending = self._background.submit(self._save, step, staged, metrics, if_exists)
         return self._pending
@@ -322,10 +322,6 @@ def _own_group(group: dist.ProcessGroup | None, timeout: timedelta) -> dist.Proc
     made = dist.new_group(ranks, backend="gloo", timeout=timeout, use_local_synchronization=local)
     assert isinstance(made, dist.ProcessGroup)
     return made
-
-
-def _has_state(value: object) -> bool:
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
 def _unwrapped(act: Callable[[], _T]) -> _T:

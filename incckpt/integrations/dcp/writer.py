@@ -120,14 +120,13 @@ class IncrementalWriter(StorageWriter, AsyncStager):
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         location = locate(url, run=run)
-        if not (location.step is None or isinstance(location.step, int)):
-            raise OptionError(f"a save needs a number after '@' in the URL, not '{location.step}'")
+        named = location.new_step()
         check_if_exists(if_exists)
         if if_exists == "skip":
             raise OptionError(
                 "if_exists='skip' is not for torch.distributed.checkpoint: ask for the step before saving"
             )
-        self.step = location.step if step is None else checked_step(step)
+        self.step = named if step is None else checked_step(step)
         self.metrics = metrics
         self.if_exists: IfExists = if_exists
         self._url, self._run = location.store, location.run
