@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import incckpt
@@ -55,7 +55,8 @@ class Training:
                 seconds *= self.slower
                 self.costs[-1] += seconds - self.step_seconds
             self.now += seconds
-            self.worst = max(self.worst, self.now - self._safe)
+            ends = self._pending[0] if self._pending is not None and not self.fails else math.inf
+            self.worst = max(self.worst, min(self.now, ends) - self._safe)  # noticed at the end of a step, safe before
             if self._pending is not None and self.now >= self._pending[0]:
                 if self.fails:
                     self._pending[1].set_exception(SaveError("the disk is gone"))
@@ -102,6 +103,7 @@ def test_saves_keep_to_their_share(training: Training, share: float) -> None:
 
 
 @given(TRAININGS, SHARES, st.floats(1, 300))
+@example(Training(step_seconds=0.05, blocked=0, durable_after=1, slower=2), 0.125, 1)  # at the end of a step, or not
 def test_a_crash_costs_no_more_than_stated(training: Training, share: float, extra: float) -> None:
     slow_step = training.step_seconds * training.slower
     durable = training.blocked + training.durable_after + slow_step
