@@ -7,9 +7,9 @@ A line is printed at the end: what became of it.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
+import threading
 import time
 
 _offset = float(sys.argv[7]) if __name__ == "__main__" and len(sys.argv) > 7 else 0.0
@@ -34,7 +34,8 @@ def state_at(step: int) -> dict[str, torch.Tensor | int]:
 def main() -> None:
     """Do it."""
     what, folder, run, step, operation, pattern = sys.argv[1:7]
-    stop = Call(lambda _: os.kill(os.getpid(), signal.SIGSTOP))
+    # To this very thread: it takes a signal before it goes on, where another thread's could come a request too late.
+    stop = Call(lambda _: signal.pthread_kill(threading.get_ident(), signal.SIGSTOP))
     script = [Fault(operation, pattern, do=stop)] if operation != "-" else []
     backend = FaultyBackend(LocalBackend(folder), script)
     try:
