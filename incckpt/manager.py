@@ -28,6 +28,7 @@ from incckpt.run.snapshot import Snapshot, stage
 from incckpt.run.view import RunView
 from incckpt.staging.baseline import Baseline
 from incckpt.staging.detect import chosen_threads
+from incckpt.staging.layout import DEFAULT_CHUNK_BYTES
 from incckpt.staging.threshold import Thresholds
 from incckpt.state.selection import Patterns
 from incckpt.store.location import locate
@@ -126,7 +127,7 @@ class CheckpointManager:
         max_pending: int = 2,
         on_backlog: OnBacklog = "wait",
         threads: int | None = None,
-        chunk_bytes: int = 16 << 20,
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
         threshold: float | Mapping[str, float] = 0.0,
         delta: bool = True,
         base: bool = True,

@@ -384,7 +384,7 @@ def _range_from_json(item: Json, chunks: tuple[Chunk, ...], name: str) -> Range:
         raise CorruptionError(f"{name}: an array of {len(fields.list('shape'))} dimensions")
     shape, blocks = _counts(fields.list("shape"), name), tuple(_block(node, name) for node in fields.list("blocks"))
     if not shape or math.prod(shape) != nbytes:
-        raise CorruptionError(f"{name}: an array of {shown(shape)} has not {nbytes} bytes")
+        raise CorruptionError(f"{name}: an array of {shown(shape)} does not have {nbytes} bytes")
     if wrong := fault(shape, blocks):
         raise CorruptionError(f"{name}: {wrong}")
     return Range(nbytes, itemsize, tuple(pieces), shape, blocks)
