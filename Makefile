@@ -13,7 +13,7 @@ PEERS := .venv-peers
 FRAMEWORKS := .venv-frameworks
 CEPH_PORT ?= 8055
 
-.PHONY: help demo test quick thorough test-ceph docs sanitize build/sanitized fuzz-coder fuzz-stores soak interrupt peers chaos frameworks lint types bench
+.PHONY: help demo test quick thorough test-ceph docs sanitize build/sanitized fuzz-coder fuzz-stores soak interrupt peers chaos chaos-frameworks frameworks lint types bench
 .PHONY: wheel clean sharding
 .DEFAULT_GOAL := help
 
@@ -92,6 +92,10 @@ chaos: $(PEERS)/installed $(VENV)/built ## ckpt-chaos: training killed at every 
 		--step-regex 'resumed from step (\d+)' --checkpoint-glob '{out}/announced-*' --result-file '{out}/final.pt' \
 		--fail-on HARD_FAIL,SILENT_DIVERGENCE,LOST_WORK,CONTROL_FAIL \
 		-- $(PEERS)/bin/python -m tests.children.train_loop '{out}'
+
+chaos-frameworks: $(FRAMEWORKS)/installed $(VENV)/built ## ckpt-chaos over the Trainer and Lightning, beside their own checkpoints (an hour)
+	rm -rf $(CHAOS)-frameworks
+	HF_HUB_OFFLINE=1 $(FRAMEWORKS)/bin/python -m tests.integrations.chaos --jobs $(JOBS) --work $(CHAOS)-frameworks
 
 sharding: $(VENV)/built ## Sharded models saved and loaded by 1 to 4 processes, and ranks killed in 50 saves
 	$(BIN)/python -m tests.sharding
