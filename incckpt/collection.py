@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from numbers import Real
+from datetime import timedelta
 from typing import Any
 
 from incckpt.backends.base import Backend, redact
 from incckpt.errors import CollectionError, OptionError
-from incckpt.messages import shown
-from incckpt.options import checked_flag
+from incckpt.options import checked_flag, checked_seconds
 from incckpt.store.gc import Collector
 from incckpt.store.location import locate
 from incckpt.store.plan import CollectionPlan
@@ -26,7 +24,7 @@ def collect(
     url: str | os.PathLike[str] | Backend,
     *,
     dry_run: bool = True,
-    min_age: float = 3600.0,
+    min_age: float | timedelta = 3600.0,
     storage_options: Mapping[str, Any] | None = None,
 ) -> CollectionPlan:
     """Find what no checkpoint of a store needs, whichever the run, and with ``dry_run=False`` delete it.
@@ -42,8 +40,8 @@ def collect(
     dry_run
         Whether to stop at the plan, writing nothing.
     min_age
-        Leave objects younger than this, in seconds. Safety does not depend on it. Ages are by the server's clock; those
-        of a dry run by this machine's, since the server's takes a put to find out.
+        Leave objects younger than this: seconds, or a `timedelta`. Safety does not depend on it. Ages are by the
+        server's clock; those of a dry run by this machine's, since the server's takes a put to find out.
     storage_options
         For fsspec.
 
@@ -78,8 +76,7 @@ def collect(
     if location.named or location.step is not None:
         raise OptionError(f"{redact(location.store)}: a collection concerns the whole store; leave out the '#…'")
     checked_flag("dry_run", dry_run)
-    if isinstance(min_age, bool) or not isinstance(min_age, Real) or not 0 <= min_age < math.inf:
-        raise OptionError(f"min_age must be a number of seconds, 0 or more, not {shown(min_age)}")
+    min_age = checked_seconds("min_age", min_age)
     with ExitStack() as stack:
         store = stack.enter_context(Store.lent(url, location.store, storage_options))
         store.check()

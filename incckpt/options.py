@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from numbers import Integral
 from typing import Any
 
@@ -16,6 +18,7 @@ __all__ = [
     "checked_flag",
     "checked_mapping",
     "checked_name",
+    "checked_seconds",
     "checked_strings",
 ]
 
@@ -39,6 +42,33 @@ def checked_count(option: str, value: Any, least: int, most: int | None = None) 
     raise OptionError(f"{option} must be an integer {bound}, not {shown(value)}")
 
 
+def checked_seconds(option: str, value: Any, *, positive: bool = False, endless: bool = False) -> float:
+    """Return a time in seconds, given as a number of any type or as a `timedelta`.
+
+    Parameters
+    ----------
+    positive
+        Whether 0 is refused, too.
+    endless
+        Whether it may be infinite.
+
+    Raises
+    ------
+    OptionError
+        If it is none, or out of range. Text and booleans are no numbers.
+    """
+    try:
+        if isinstance(value, timedelta):
+            value = value.total_seconds()
+        number = math.nan if _is_bool(value) or isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last from a tensor of several elements
+        number = math.nan
+    if (number > 0 if positive else number >= 0) and (endless or number < math.inf):
+        return number
+    bound = "above 0" if positive else "of at least 0"
+    raise OptionError(f"{option} must be a number of seconds {bound}, not {shown(value)}")
+
+
 def checked_flag(option: str, value: Any) -> bool:
     """Return a boolean; the text ``"False"`` is none, and would count as true.
 
@@ -46,9 +76,13 @@ def checked_flag(option: str, value: Any) -> bool:
     ------
     OptionError
     """
-    if isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")):
+    if _is_bool(value):
         return bool(value)
     raise OptionError(f"{option} must be True or False, not {shown(value)}")
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"))
 
 
 def check_choice(option: str, value: Any, choices: Iterable[str]) -> None:

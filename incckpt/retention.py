@@ -10,12 +10,12 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
+from datetime import timedelta
 from typing import Literal, TypeAlias, get_args
 
 from incckpt.errors import OptionError
 from incckpt.messages import shown
-from incckpt.options import check_choice, checked_count, checked_name
+from incckpt.options import check_choice, checked_count, checked_name, checked_seconds
 
 __all__ = [
     "KeepAll",
@@ -149,20 +149,20 @@ class KeepEvery(_Composable):
     """Keep checkpoints at multiples of `steps`, or the first of each period of `seconds`."""
 
     steps: int | None = None
-    seconds: float | None = None
+    seconds: float | timedelta | None = None
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.seconds is None):
             raise OptionError("KeepEvery: give either steps or seconds")
         if self.steps is not None:
             checked_count("KeepEvery: steps", self.steps, 1)
-        elif not isinstance(self.seconds, Real) or not self.seconds > 0:
-            raise OptionError(f"KeepEvery: seconds must be a positive number, not {shown(self.seconds)}")
+        else:
+            object.__setattr__(self, "seconds", checked_seconds("KeepEvery: seconds", self.seconds, positive=True))
 
     def __call__(self, history: Sequence[Record]) -> set[int]:
         if self.steps is not None:
             return {record.step for record in history if record.step % self.steps == 0}
-        assert self.seconds is not None
+        assert isinstance(self.seconds, float)
         kept: dict[int, int] = {}
         for record in sorted(history, key=lambda record: record.step):
             kept.setdefault(math.floor(record.time / self.seconds), record.step)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import torch
 
 import incckpt
 from incckpt import CheckpointManager, KeepBest, KeepEvery, KeepLast
+from incckpt.backends.remote import take_options
 from incckpt.errors import IncckptError, OptionError
-from incckpt.options import MAX_THREADS, checked_count, checked_flag, checked_strings
+from incckpt.options import MAX_THREADS, checked_count, checked_flag, checked_seconds, checked_strings
+from incckpt.preemption.notices import AwsNotices, GcpNotices
 
 pytestmark = pytest.mark.slow
 
@@ -133,6 +137,40 @@ def test_policies_take_numbers(policy: Callable[[Any], Any]) -> None:
             policy(value)
         except OptionError:
             continue
+
+
+SECONDS: dict[str, Callable[[Any], Any]] = {
+    "grace": lambda value: incckpt.Preemption(signals=(), grace=value),
+    "margin": lambda value: incckpt.Preemption(signals=(), margin=value),
+    "most_lost": lambda value: incckpt.Cadence(most_lost=value),
+    "shortest": lambda value: incckpt.Cadence(shortest=value),
+    "KeepEvery: seconds": lambda value: KeepEvery(seconds=value),
+    "request_timeout": lambda value: take_options({"request_timeout": value}, "s3://bucket"),
+    "AwsNotices: timeout": lambda value: AwsNotices(timeout=value),
+    "GcpNotices: seconds": lambda value: GcpNotices(seconds=value),
+}
+
+
+TIMES: list[Any] = [2, 0.5, np.float32(3), torch.tensor(2.5), timedelta(minutes=1)]
+NO_TIMES: list[Any] = [-1, -0.5, math.nan, "3", b"3", True, np.bool_(True), 10**400, [3], torch.ones(2), timedelta(-1)]
+
+
+@pytest.mark.parametrize("option", SECONDS)
+def test_times_are_seconds(option: str) -> None:
+    use = SECONDS[option]
+    for value in TIMES:
+        use(value)
+    for value in NO_TIMES:
+        with pytest.raises(OptionError, match=f"{option} must be a number of seconds"):
+            use(value)
+
+
+def test_seconds_at_their_bounds() -> None:
+    assert checked_seconds("t", 0) == 0
+    assert checked_seconds("t", math.inf, endless=True) == math.inf
+    for bounds, value in (({"positive": True}, 0), ({}, math.inf), ({"endless": True}, math.nan)):
+        with pytest.raises(OptionError, match="t must be"):
+            checked_seconds("t", value, **bounds)
 
 
 def test_more_threads_than_a_system_starts_are_refused(store: Path) -> None:

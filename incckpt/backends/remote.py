@@ -29,10 +29,10 @@ from incckpt.errors import (
     IncckptError,
     KeyExistsError,
     KeyNotFoundError,
-    OptionError,
     UnreachableError,
     UnsupportedOperationError,
 )
+from incckpt.options import checked_seconds
 from incckpt.threads import shielded
 
 __all__ = [
@@ -445,7 +445,4 @@ def take_options(options: MutableMapping[str, Any], url: str) -> dict[str, float
     """
     if "request_timeout" not in options:
         return {}
-    timeout = options.pop("request_timeout")
-    if not isinstance(timeout, int | float) or not timeout > 0:
-        raise OptionError(f"{url}: request_timeout must be a positive number of seconds, not {timeout!r}")
-    return {"timeout": float(timeout)}
+    return {"timeout": checked_seconds(f"{url}: request_timeout", options.pop("request_timeout"), positive=True)}

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from incckpt import threads
 from incckpt.errors import OptionError
 from incckpt.messages import shown
+from incckpt.options import checked_seconds
 
 __all__ = ["AwsNotices", "AzureNotices", "GcpNotices", "Notice", "Source", "Watcher", "sources_of"]
 
@@ -124,7 +125,7 @@ class _MetadataService(Source):
             usable = False
         if not usable:
             raise OptionError(f"the URL of a metadata service is http://host or http://host:port, not {shown(url)}")
-        self._timeout = timeout
+        self._timeout = checked_seconds(f"{type(self).__name__}: timeout", timeout, positive=True)
         self._complained = False
 
     def poll(self) -> Notice | None:
@@ -238,7 +239,11 @@ class GcpNotices(_MetadataService):
     def __init__(self, url: str = _METADATA, *, seconds: float = 30.0, timeout: float = 1.0) -> None:
         super().__init__(url, timeout=timeout)
         self._notices = {
-            "preempted": ("TRUE", seconds, "GCP: this instance is being preempted"),
+            "preempted": (
+                "TRUE",
+                checked_seconds("GcpNotices: seconds", seconds),
+                "GCP: this instance is being preempted",
+            ),
             "maintenance-event": (
                 "TERMINATE_ON_HOST_MAINTENANCE",
                 self._MAINTENANCE,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import time
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Self, SupportsFloat
 
 from incckpt import threads
 from incckpt.errors import OptionError
 from incckpt.messages import shown
+from incckpt.options import checked_seconds
 from incckpt.preemption.notices import Notice, Source, Watcher, sources_of
 from incckpt.preemption.signals import SignalWatch
 
@@ -52,9 +53,9 @@ class Preemption:
         self,
         *,
         signals: Iterable[int] = (signal.SIGTERM,),
-        grace: SupportsFloat = 30.0,
+        grace: SupportsFloat | timedelta = 30.0,
         clouds: str | Iterable[str | Source] = (),
-        margin: SupportsFloat = 1.0,
+        margin: SupportsFloat | timedelta = 1.0,
         on_notice: Callable[[Notice], object] | None = None,
     ) -> None:
         try:
@@ -63,8 +64,8 @@ class Preemption:
             raise OptionError(f"signals must be numbers of signals, as signal.SIGTERM; not {shown(signals)}") from None
         if fatal := {signal.SIGKILL, signal.SIGSTOP}.intersection(numbers):
             raise OptionError(f"signals: {fatal.pop().name} cannot be handled by any process")
-        self._grace = _seconds("grace", grace)
-        self._margin = _seconds("margin", margin)
+        self._grace = checked_seconds("grace", grace)
+        self._margin = checked_seconds("margin", margin)
         self._on_notice = on_notice
         self._signals = SignalWatch(numbers, self._signalled)
         sources = sources_of(clouds)
@@ -140,13 +141,3 @@ def chosen_preemption(given: bool | Preemption) -> Preemption:
     if not isinstance(given, bool):
         raise OptionError(f"preemption must be True, False or an incckpt.Preemption, not {shown(given)}")
     return Preemption() if given else Preemption(signals=())
-
-
-def _seconds(option: str, value: SupportsFloat) -> float:
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise OptionError(f"{option} must be a number of seconds, 0 or more, not {shown(value)}")
-    return seconds

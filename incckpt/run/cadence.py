@@ -13,7 +13,7 @@ from typing import Any, Literal, SupportsFloat, TypeAlias
 
 from incckpt.errors import OptionError
 from incckpt.messages import shown
-from incckpt.options import checked_count
+from incckpt.options import checked_count, checked_seconds
 from incckpt.run.checkpoint import Checkpoint
 from incckpt.run.report import SaveReport
 from incckpt.threads import Future
@@ -66,16 +66,19 @@ class Cadence:
     ) -> None:
         self._steps = self._seconds = None
         if isinstance(every, timedelta):
-            self._seconds = _positive("save_every", every)
+            self._seconds = checked_seconds("save_every", every, positive=True)
         elif every != "auto":
             if isinstance(every, (str, float)):
                 raise OptionError(f"save_every must be a number of steps, a timedelta or 'auto', not {shown(every)}")
             self._steps = checked_count("save_every", every, 1)
-        self._share = _positive("share", share)
-        if self._share >= 1:
-            raise OptionError(f"share must be a part of training time, less than 1, not {shown(share)}")
-        self._most_lost = _positive("most_lost", most_lost)
-        self._shortest = _positive("shortest", shortest)
+        try:
+            self._share = float(share)
+        except (TypeError, ValueError, OverflowError):
+            self._share = math.nan
+        if not 0 < self._share < 1:
+            raise OptionError(f"share must be a part of training time, between 0 and 1, not {shown(share)}")
+        self._most_lost = checked_seconds("most_lost", most_lost, positive=True, endless=True)
+        self._shortest = checked_seconds("shortest", shortest, positive=True)
         self._clock = clock
         self._asked: float | None = None  # when `due` was called last
         self._safe = 0.0  # the time whose work is saved
@@ -178,13 +181,3 @@ def cadence_of(given: Any) -> Cadence | None:
         If it says nothing that is known.
     """
     return given if given is None or isinstance(given, Cadence) else Cadence(given)
-
-
-def _positive(option: str, value: SupportsFloat | timedelta) -> float:
-    try:
-        number = value.total_seconds() if isinstance(value, timedelta) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not number > 0:
-        raise OptionError(f"{option} must be a number above 0, not {shown(value)}")
-    return number
