@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from incckpt.run.cadence import Cadence
     from incckpt.run.checkpoint import Checkpoint
     from incckpt.run.inventory import Inventory, InventoryItem
+    from incckpt.run.progress import Progress
     from incckpt.run.recovery import RecoveryPlan
     from incckpt.run.report import SaveReport
     from incckpt.run.verify import Verified, VerifyResult, verify
@@ -59,6 +60,7 @@ __all__ = [
     "LocalTier",
     "Notice",
     "Preemption",
+    "Progress",
     "PruningPlan",
     "RecoveryPlan",
     "RngState",
@@ -108,6 +110,7 @@ _HOMES = {
     "run.cadence": ("Cadence",),
     "run.checkpoint": ("Checkpoint",),
     "run.inventory": ("Inventory", "InventoryItem"),
+    "run.progress": ("Progress",),
     "run.recovery": ("RecoveryPlan",),
     "run.report": ("SaveReport",),
     "run.verify": ("Verified", "VerifyResult", "verify"),

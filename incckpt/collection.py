@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
@@ -25,6 +25,7 @@ def collect(
     *,
     dry_run: bool = True,
     min_age: float | timedelta = 3600.0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> CollectionPlan:
     """Find what no checkpoint of a store needs, whichever the run, and with ``dry_run=False`` delete it.
@@ -42,6 +43,8 @@ def collect(
     min_age
         Leave objects younger than this: seconds, or a `timedelta`. Safety does not depend on it. Ages are by the
         server's clock; those of a dry run by this machine's, since the server's takes a put to find out.
+    progress
+        Called with how many of how many manifests are read, from any thread.
     storage_options
         For fsspec.
 
@@ -80,7 +83,7 @@ def collect(
     with ExitStack() as stack:
         store = stack.enter_context(Store.lent(url, location.store, storage_options))
         store.check()
-        collector = Collector(store)
+        collector = Collector(store, progress=progress)
         if dry_run:
             return collector.plan(min_age=min_age, clock=time.time)
         with store.backend.freeing():

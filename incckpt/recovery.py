@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from typing import Any, get_args
 
@@ -85,7 +85,7 @@ def inventory(
             owners |= {entry.key.split("/")[1] for entry in store.backend.list("runs/") if entry.key.count("/") > 1}
             runs = sorted(owners)
         reader = stack.enter_context(Reader(store, threads=chosen_threads(threads)))
-        return take_inventory(store, runs, level, Checker(store, reader, level, set(), False))
+        return take_inventory(store, runs, level, Checker(store, reader, level, set()))
 
 
 def recover(
@@ -96,6 +96,7 @@ def recover(
     dry_run: bool = True,
     level: Level = "sizes",
     threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> RecoveryPlan:
     """Find out how a damaged run can be had back, and with ``dry_run=False`` do it.
@@ -121,6 +122,8 @@ def recover(
         How closely to look whether a checkpoint is whole, as for `verify`.
     threads
         For decoding; by default all cores that this process may use.
+    progress
+        Called with how many of how many checkpoints are checked, from any thread.
     storage_options
         For fsspec.
 
@@ -170,7 +173,7 @@ def recover(
     with ExitStack() as stack:
         store = stack.enter_context(Store.lent(url, location.store, storage_options))
         reader = stack.enter_context(Reader(store, threads=chosen_threads(threads)))
-        recoverer = Recoverer(store, location.run, Checker(store, reader, level, set(), False), chosen)
+        recoverer = Recoverer(store, location.run, Checker(store, reader, level, set()), chosen, progress)
         return recoverer.plan() if stops else recoverer.carry_out()
 
 

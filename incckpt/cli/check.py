@@ -39,18 +39,19 @@ def verify_command(
         checks = [(location.store, run) for run in incckpt.list_runs(url, storage_options=option)]
     results: list[VerifyResult] = []
     for where, run in checks:
-        results.append(
-            incckpt.verify(
-                where,
-                run=run,
-                level=level,
-                metric=metric,
-                mode=mode,
-                skip=results[-1].checkpoints[-1].keys if results else (),
-                progress=output.watched,
-                storage_options=option,
+        with output.progress_by_checkpoint("verifying" if run is None else f"verifying run {run},") as progress:
+            results.append(
+                incckpt.verify(
+                    where,
+                    run=run,
+                    level=level,
+                    metric=metric,
+                    mode=mode,
+                    skip=results[-1].checkpoints[-1].keys if results else (),
+                    progress=progress,
+                    storage_options=option,
+                )
             )
-        )
     document = {
         "url": redact(location.store),
         "level": level,

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from incckpt.cli.options import STORE, best_options, storage_option, verb
 from incckpt.cli.output import Output, plural, size
-
-
-def _counts(progress: Callable[[int, int], None]) -> Callable[[Any], None]:
-    """Return what tells a progress bar how far an export or an import is; checkpoints of a series count alike."""
-    return lambda at: progress(at.index * at.total + at.done, at.count * at.total)
 
 
 @verb("export")
@@ -35,10 +30,8 @@ def export_command(
     """Write a checkpoint to a file or folder that other programs read."""
     from incckpt.interchange import export
 
-    with output.progress("exporting") as progress:
-        done = export(
-            url, target, format=form, keys=keys or None, progress=_counts(progress), storage_options=option, **rest
-        )
+    with output.progress_by_checkpoint("exporting") as progress:
+        done = export(url, target, format=form, keys=keys or None, progress=progress, storage_options=option, **rest)
 
     def show() -> None:
         for path in done.files:
@@ -80,8 +73,8 @@ def import_command(output: Output, paths: Sequence[str], option: dict[str, Any] 
     *sources, url = paths
     if not sources:
         raise click.UsageError("give the files first, then the URL of the store")
-    with output.progress("importing") as progress:
-        done = import_files(sources, url, progress=_counts(progress), storage_options=option, **rest)
+    with output.progress_by_checkpoint("importing") as progress:
+        done = import_files(sources, url, progress=progress, storage_options=option, **rest)
 
     def show() -> None:
         for one in done:

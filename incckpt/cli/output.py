@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from incckpt.run.progress import Progress
+
 __all__ = ["Output", "as_json", "duration", "number", "plural", "shape", "size", "when"]
 
 _WIDTH = 80
@@ -103,17 +105,42 @@ class Output:
     @contextmanager
     def progress(self, what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
         """Show a progress bar; give what is told how much of how much is done, from any thread."""
-        if not self.watched:
-            yield lambda done, total: None
-            return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-        from rich.progress import DownloadColumn as BytesColumn
+        with self._bar(what) as update:
+            if unit == "bytes":
+                yield lambda done, total: update(done / total if total else 0.0, f"{size(done)} of {size(total)}", "")
+            else:
+                yield lambda done, total: update(done / total if total else 0.0, f"{done} of {total}", "")
 
-        amount = BytesColumn() if unit == "bytes" else MofNCompleteColumn()
-        columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
-        with Progress(*columns, console=self._console(sys.stderr), transient=True) as bars:
-            task = bars.add_task(what, total=None)
-            yield lambda done, total: bars.update(task, completed=done, total=total)
+    @contextmanager
+    def progress_by_checkpoint(self, what: str) -> Iterator[Callable[[Progress], None]]:
+        """Show a progress bar over one checkpoint or several; give what is told of each, from any thread."""
+        with self._bar(what) as update:
+
+            def show(at: Progress) -> None:
+                part = at.done / at.total if at.total else 0.0
+                amount = f"{size(at.done)} of {size(at.total)}" if at.total else ""
+                place = f"{at.index + 1} of {at.count}" if at.count > 1 else ""
+                update((at.index + part) / at.count, ", ".join(filter(None, (place, amount))), at.name)
+
+            yield show
+
+    @contextmanager
+    def _bar(self, what: str) -> Iterator[Callable[[float, str, str], None]]:
+        """Show a bar, if somebody watches; give what is told which part of all is done, how much, and of what."""
+        if not self.watched:
+            yield lambda part, amount, name: None
+            return
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
+        console = self._console(sys.stderr)
+        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
+            task = bars.add_task(what, total=None, amount="")
+
+            def update(part: float, amount: str, name: str) -> None:
+                bars.update(task, completed=part, total=1.0, amount=amount, description=f"{what} {name}".rstrip())
+
+            yield update
 
     def warn(self, text: str) -> None:
         """Tell of something to know, in one line."""

@@ -21,7 +21,8 @@ def recover_command(output: Output, url: str, no_dry_run: bool, level: Any, opti
 
     A new attempt continues the checkpoints that are whole; nothing is deleted.
     """
-    plan = incckpt.recover(url, dry_run=not no_dry_run, level=level, storage_options=option)
+    with output.progress("checking", unit="checkpoints") as progress:
+        plan = incckpt.recover(url, dry_run=not no_dry_run, level=level, progress=progress, storage_options=option)
 
     def show() -> None:
         output.line(str(plan))

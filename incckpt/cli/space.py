@@ -161,7 +161,8 @@ def gc_command(output: Output, url: str, no_dry_run: bool, min_age: float, optio
 
     Writers and readers need not stop.
     """
-    plan = incckpt.collect(url, dry_run=not no_dry_run, min_age=min_age, storage_options=option)
+    with output.progress("reading manifests", unit="checkpoints") as progress:
+        plan = incckpt.collect(url, dry_run=not no_dry_run, min_age=min_age, progress=progress, storage_options=option)
     document = as_json(plan) | {"objects": len(plan.objects), "nbytes": plan.nbytes}
 
     def show() -> None:

@@ -2,6 +2,6 @@
 
 from incckpt.interchange.exporting import FORMATS, Exported, Format, export
 from incckpt.interchange.importing import Imported, import_files
-from incckpt.interchange.progress import Progress
+from incckpt.run.progress import Progress
 
 __all__ = ["FORMATS", "Exported", "Format", "Imported", "Progress", "export", "import_files"]

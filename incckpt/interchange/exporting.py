@@ -14,13 +14,13 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 from incckpt.backends.base import Backend
 from incckpt.errors import OptionError, StateError
 from incckpt.interchange.outputs import Outputs
-from incckpt.interchange.progress import OnProgress, counter
 from incckpt.interchange.safetensors_files import check_dtypes, write_safetensors
 from incckpt.interchange.source import CheckpointBytes, NamedTensor, named_tensors, subtree
 from incckpt.interchange.torch_files import takes_weights_only, write_torch_file
 from incckpt.retention import Mode
 from incckpt.run.choose import Which, checked_which, not_found
 from incckpt.run.contents import Contents, read_packed
+from incckpt.run.progress import OnProgress, counter
 from incckpt.run.reader import Reader
 from incckpt.run.view import RunView
 from incckpt.staging.detect import chosen_threads

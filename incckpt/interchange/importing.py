@@ -13,12 +13,12 @@ from incckpt.errors import OptionError, StateError
 from incckpt.interchange.folders import read_folder
 from incckpt.interchange.foreign import Foreign
 from incckpt.interchange.mapped import FileBaseline, Mappings, file_contents
-from incckpt.interchange.progress import OnProgress, counter
 from incckpt.interchange.safetensors_files import INDEX_SUFFIX, files_of_index, read_safetensors
 from incckpt.interchange.series import Kind, Source, find_sources
 from incckpt.interchange.torch_files import read_torch_file
 from incckpt.run.attempt import Attempt, IfExists, Origin, check_if_exists, refuse_other_ranks
 from incckpt.run.checkpoint import Checkpoint, checked_metrics
+from incckpt.run.progress import OnProgress, counter
 from incckpt.run.report import SaveReport
 from incckpt.run.snapshot import Snapshot
 from incckpt.staging.detect import chosen_threads

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -131,8 +132,21 @@ def lineage_or_damage(run: Run) -> tuple[Lineage, str | None]:
         return Lineage.empty(), str(error)
 
 
-def check_all(store: Store, run: Run, names: Sequence[RefName], checker: Checker) -> dict[RefName, Checked]:
+def check_all(
+    store: Store,
+    run: Run,
+    names: Sequence[RefName],
+    checker: Checker,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[RefName, Checked]:
     """Check refs, many at once where requests cross a network; those that are pruned meanwhile are left out."""
     nowhere = Lineage.empty()  # read each ref: what a lineage says of it does not prove that it can be read
-    found = store.each(lambda name: checker.check(run, nowhere, name), names)
+    done = itertools.count(1)
+
+    def check(name: RefName) -> Checked | None:
+        checked = checker.check(run, nowhere, name)
+        progress(next(done), len(names))
+        return checked
+
+    found = store.each(check, names)
     return {name: checked for name, checked in zip(names, found, strict=True) if checked is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from incckpt.errors import CheckpointNotFoundError, OptionError, SupersededError
@@ -110,13 +110,23 @@ class Recoverer:
     refs
         Exact names of the checkpoints to be the lineage; by default all that are whole, as far as one lineage can have
         them.
+    progress
+        Called with how many of how many checkpoints are checked, from any thread.
     """
 
-    def __init__(self, store: Store, run: str, checker: Checker, refs: Collection[RefName] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        run: str,
+        checker: Checker,
+        refs: Collection[RefName] | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
         self._store = store
         self._run = store.run(run)
         self._checker = checker
         self._refs = refs
+        self._progress = progress
 
     def plan(self) -> RecoveryPlan:
         """Find out what a recovery would make of the run; nothing is written.
@@ -171,7 +181,7 @@ class Recoverer:
         damage = self._store.damage() or lineage_or_damage(self._run)[1]
         remains = Remains.of(self._run)
         unknown = [name for name in remains.standing if name not in known]
-        checked = check_all(self._store, self._run, unknown, self._checker)
+        checked = check_all(self._store, self._run, unknown, self._checker, self._progress)
         checked |= {name: known[name] for name in remains.standing if name in known}
         return _Found(replace(remains, standing=tuple(sorted(checked))), damage, checked)
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from incckpt.backends.base import Backend
 from incckpt.errors import CheckpointNotFoundError, CorruptionError, FormatError, KeyNotFoundError, MemoryLimitError
-from incckpt.options import check_choice, checked_strings
+from incckpt.options import check_choice, checked_flag, checked_strings
 from incckpt.retention import Mode, check_ranking
 from incckpt.run.checkpoint import read_refs
 from incckpt.run.choose import Which, checked_which, choose, not_found, place
 from incckpt.run.contents import Contents, names_by_chunk
+from incckpt.run.progress import OnProgress, Progress, counter
 from incckpt.run.reader import ChunkRead, Reader
 from incckpt.run.restore import progress_bar
 from incckpt.run.view import TRIES
@@ -29,6 +30,9 @@ from incckpt.store.store import Store
 __all__ = ["Checked", "Checker", "Level", "Verified", "VerifyResult", "verify"]
 
 Level: TypeAlias = Literal["list", "sizes", "hashes"]
+
+_Watch: TypeAlias = Callable[[Ref, int], AbstractContextManager[Callable[[int], None]]]
+"""Called with a ref and the bytes to read for it; what it gives counts those that are read."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def verify(
     report: Callable[[Verified], None] = lambda checkpoint: None,
     threads: int | None = None,
     max_bytes: int | None = None,
-    progress: bool | None = None,
+    progress: bool | OnProgress | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> VerifyResult:
     """Check the checkpoints of a run, the latest first.
@@ -129,7 +133,9 @@ def verify(
     max_bytes
         Most memory that one object may take; by default as for `load`.
     progress
-        Whether to show a progress bar for each checkpoint, at level ``"hashes"``; by default if a terminal watches.
+        Whether to show a progress bar for each checkpoint, at level ``"hashes"``; by default if a terminal watches. Or
+        a function, which is called with a `Progress`: when a checkpoint's turn comes, and as its objects are read, from
+        any thread.
 
     Returns
     -------
@@ -167,7 +173,7 @@ def verify(
                     raise not_found(owner)
             else:
                 names = [choose(owner, lineage, location.step, metric, mode)]
-            checker = Checker(store, reader, level, set(sound), progress)
+            checker = Checker(store, reader, level, set(sound), _watching(progress, names))
             found: list[Verified] = []
             for name in names:
                 checked = checker.check(owner, lineage, name)
@@ -177,6 +183,21 @@ def verify(
             if found:
                 return VerifyResult(store.backend.url, location.run, level, tuple(found))
     raise CheckpointNotFoundError(f"{place(owner)}: {TRIES} times its checkpoints were pruned before they were checked")
+
+
+def _watching(progress: bool | OnProgress | None, names: Sequence[RefName]) -> _Watch:
+    """Return what shows a bar for each checkpoint, or tells `progress` of it."""
+    if not callable(progress):
+        show = None if progress is None else checked_flag("progress", progress)
+        return lambda ref, nbytes: progress_bar(nbytes, ref.step, show if nbytes else False)
+    report, indices = progress, {name: index for index, name in enumerate(names)}
+
+    def watch(ref: Ref, nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
+        what, index, count = f"step {ref.step}", indices[ref.name], len(names)
+        report(Progress(what, 0, nbytes, index, count))
+        return nullcontext(counter(report, what, nbytes, index, count))
+
+    return watch
 
 
 @dataclass(frozen=True)
@@ -201,18 +222,30 @@ class Checked:
 class Checker:
     """Checks checkpoints of a store, each object once.
 
+    Parameters
+    ----------
+    watch
+        Called with each ref and the bytes that are to be read for it; what it gives is told of those that were.
+
     Attributes
     ----------
     good
         Keys of objects found sound.
     """
 
-    def __init__(self, store: Store, reader: Reader, level: Level, good: set[str], progress: bool | None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        reader: Reader,
+        level: Level,
+        good: set[str],
+        watch: _Watch = lambda ref, nbytes: nullcontext(lambda read: None),
+    ) -> None:
         self.good = good
         self._store = store
         self._reader = reader
         self._level = level
-        self._progress = progress
+        self._watch = watch
         self._sizes: dict[str, int] = {}
         if level != "hashes":
             self._sizes = {entry.key: entry.size for space in (OBJECTS, DELTAS) for entry in store.backend.list(space)}
@@ -246,9 +279,10 @@ class Checker:
 
     def _check_objects(self, ref: Ref, reads: Sequence[ChunkRead]) -> list[str]:
         if self._level != "hashes":
-            return [problem for read in reads for problem in self._check_listed(read)]
+            with self._watch(ref, 0):
+                return [problem for read in reads for problem in self._check_listed(read)]
         left = [read for read in reads if not self.good.issuperset(map(str, chunk_keys(read.chunk)))]
-        with progress_bar(sum(read.chunk.nbytes for read in left), ref.step, self._progress) as count:
+        with self._watch(ref, sum(read.chunk.nbytes for read in left)) as count:
             return self._read(left, count)
 
     def _check_listed(self, read: ChunkRead) -> Iterable[str]:

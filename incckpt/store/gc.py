@@ -6,6 +6,7 @@ are over, read the refs again and delete what is still not needed. ``docs/safety
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections import Counter, defaultdict
@@ -61,6 +62,8 @@ class Collector:
         Time after its last heartbeat, by the server's clock, at which a save in flight is given up.
     discard
         Called with the keys of lists and pins that are no longer needed, to delete them now or later.
+    progress
+        Called with how many of how many manifests are read, from any thread.
     """
 
     def __init__(
@@ -69,10 +72,12 @@ class Collector:
         *,
         stale_seconds: float = STALE_SECONDS,
         discard: Callable[[list[str]], None] | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self._store = store
         self._discard = discard or store.backend.delete
         self._stale_seconds = stale_seconds
+        self._progress = progress
         self._needs: dict[str, frozenset[str]] = {}
         # How many of the refs in `_needs` need a key: in all runs, and by run.
         self._users: Counter[str] = Counter()
@@ -195,7 +200,14 @@ class Collector:
             self._drop(key)
         # A listing reveals tombstones only by their size, and a damaged ref may have it too.
         unknown = sorted((live - self._needs.keys()) | (buried - self._buried))
-        for key, known in zip(unknown, self._store.each(self._read_needs, unknown), strict=True):
+        done = itertools.count(1)
+
+        def read(key: str) -> frozenset[str] | None:
+            known = self._read_needs(key)
+            self._progress(next(done), len(unknown))
+            return known
+
+        for key, known in zip(unknown, self._store.each(read, unknown), strict=True):
             if known is not None:
                 self._know(key, known)
         self._buried = buried

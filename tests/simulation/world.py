@@ -499,7 +499,7 @@ def recoverer(run: str = RUN) -> Program:
         reader = Reader(store, threads=1)
 
         def recover() -> RecoveryPlan:
-            return Recoverer(store, run, Checker(store, reader, "sizes", set(), False)).carry_out()
+            return Recoverer(store, run, Checker(store, reader, "sizes", set())).carry_out()
 
         if recover().needed:
             wrong = lineage_or_damage(store.run(run))[1]

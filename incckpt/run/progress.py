@@ -1,4 +1,4 @@
-"""How far an export or an import has come."""
+"""How far the work on checkpoints has come, for whoever shows it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["OnProgress", "Progress", "counter"]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far an export or an import has come.
+    """How far `export`, `import_files` or `verify` has come.
 
     Attributes
     ----------
     name
-        Of the file or folder that is read or written.
+        What is worked on: the file or folder that is read or written, the step that is verified.
     done, total
-        Bytes of the state: dealt with, and altogether.
+        Its bytes: dealt with, and altogether.
     index, count
         Which checkpoint of a series it is, from 0, and how many there are.
     """
