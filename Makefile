@@ -93,7 +93,7 @@ chaos: $(PEERS)/installed $(VENV)/built ## ckpt-chaos: training killed at every 
 		--fail-on HARD_FAIL,SILENT_DIVERGENCE,LOST_WORK,CONTROL_FAIL \
 		-- $(PEERS)/bin/python -m tests.children.train_loop '{out}'
 
-chaos-frameworks: $(FRAMEWORKS)/installed $(VENV)/built ## ckpt-chaos over the Trainer and Lightning, beside their own checkpoints (an hour)
+chaos-frameworks: $(FRAMEWORKS)/installed $(VENV)/built ## ckpt-chaos over the Trainer and Lightning, beside their own checkpoints (minutes)
 	rm -rf $(CHAOS)-frameworks
 	HF_HUB_OFFLINE=1 $(FRAMEWORKS)/bin/python -m tests.integrations.chaos --jobs $(JOBS) --work $(CHAOS)-frameworks
 

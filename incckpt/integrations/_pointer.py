@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 
 from incckpt.backends.base import redact
 from incckpt.errors import CheckpointNotFoundError, FormatError
+from incckpt.integrations._files import file_exists, write_file
 from incckpt.manager import CheckpointManager
 from incckpt.run.checkpoint import Checkpoint
 from incckpt.run.restore import MapLocation
@@ -21,13 +22,11 @@ from incckpt.store.location import locate
 __all__ = [
     "Place",
     "Pointer",
-    "file_exists",
+    "absolute",
     "find",
-    "make_folder",
     "place_of",
     "read_pointer",
     "read_state",
-    "remove_file",
     "store_name",
     "write_pointer",
 ]
@@ -46,7 +45,7 @@ class Pointer:
     Attributes
     ----------
     store
-        URL of the store, without secrets; a local one's absolute path.
+        URL of the store; in the file without what is secret in it.
     run, step
         Of the checkpoint.
     ref
@@ -57,6 +56,9 @@ class Pointer:
     run: str
     step: int
     ref: str | None = None
+
+    def __str__(self) -> str:
+        return f"{redact(self.store)}#{self.run}@{self.step}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def place_of(path: str | os.PathLike[str]) -> Place | None:
         return Place(pointer.store, pointer.run, pointer.ref, at=pointer.step)
     location = locate(path)
     which = "latest" if location.step is None else location.step
-    return Place(location.store, location.run, which if isinstance(which, int) else str(which))
+    return Place(absolute(location.store), location.run, which if isinstance(which, int) else str(which))
 
 
 def read_state(place: Place, *, map_location: MapLocation = None, **options: Any) -> tuple[Any, Checkpoint]:
@@ -163,18 +165,14 @@ def find(manager: CheckpointManager, place: Place) -> Checkpoint:
     raise CheckpointNotFoundError(f"{where} has no checkpoint {place.which}; it has (the last twelve): {steps}")
 
 
-def file_exists(path: str) -> bool:
-    """Return whether there is a file, not a folder, at a path or URL."""
-    try:
-        filesystem, name = url_to_fs(path)
-    except ValueError:  # a protocol that fsspec does not know is a store's
-        return False
-    return bool(filesystem.isfile(name))
+def absolute(store: str) -> str:
+    """Return the URL of a store: of a folder its ``file://`` URL, which does not depend on the current directory."""
+    return store if "://" in store else Path(store).expanduser().absolute().as_uri()
 
 
-def store_name(url: str) -> str:
-    """Return how pointer files name the store at `url`."""
-    return redact(url) if "://" in url else os.path.abspath(url)
+def store_name(store: str) -> str:
+    """Return how pointer files name a store."""
+    return redact(absolute(store))
 
 
 def read_pointer(path: str) -> Pointer | None:
@@ -204,38 +202,6 @@ def read_pointer(path: str) -> Pointer | None:
 
 
 def write_pointer(path: str, pointer: Pointer) -> None:
-    """Write a pointer file, whole or not at all, durable where `path` is local."""
-    text = json.dumps({"incckpt": _FORMAT} | asdict(pointer)).encode()
-    make_folder(path)
-    filesystem, name = url_to_fs(path)
-    if not isinstance(filesystem, LocalFileSystem):
-        filesystem.pipe_file(name, text)
-        return
-    folder = os.path.dirname(name)
-    temporary = os.path.join(folder, f".{os.path.basename(name)}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, name)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def make_folder(path: str) -> None:
-    """Make the folder of a file, unless it is there."""
-    filesystem, name = url_to_fs(path)
-    filesystem.makedirs(filesystem._parent(name), exist_ok=True)
-
-
-def remove_file(path: str) -> None:
-    """Remove a file, if it is there."""
-    filesystem, name = url_to_fs(path)
-    if isinstance(filesystem, LocalFileSystem):
-        if os.path.lexists(name):
-            os.remove(name)
-    elif filesystem.exists(name):
-        filesystem.rm_file(name)
+    """Write a pointer file, whole or not at all."""
+    document = asdict(replace(pointer, store=store_name(pointer.store)))
+    write_file(path, json.dumps({"incckpt": _FORMAT} | document).encode())

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from incckpt.backends.base import redact
-from incckpt.errors import CheckpointNotFoundError
-from incckpt.integrations._thin_folder import STATE_NAME, Source, absolute, read_pointer
+from incckpt.errors import FormatError
+from incckpt.integrations._pointer import Place, Pointer, find, place_of, store_name, write_pointer
 from incckpt.manager import CheckpointManager
-from incckpt.store.location import locate
 
-__all__ = ["Reading", "Resumed", "named", "plain_folder"]
+__all__ = [
+    "POINTER_NAME",
+    "PREFIX",
+    "STATE_NAME",
+    "Reading",
+    "Resumed",
+    "named",
+    "place_in",
+    "plain_folder",
+    "point_at",
+    "step_of",
+]
 
-log = logging.getLogger(__name__)
+PREFIX = "checkpoint"
+STATE_NAME = "trainer_state.json"
+POINTER_NAME = "tensors.json"
 
-Reading = Callable[[Source], CheckpointManager]
-"""Opens the run of a checkpoint, to read it."""
+Reading = Callable[[str, str], CheckpointManager]
+"""Opens a run of a store, to read it."""
 
 
 @dataclass
@@ -41,7 +51,7 @@ class Resumed:
         Whether the tensors have been restored.
     """
 
-    source: Source
+    source: Pointer
     folder: str
     parts: frozenset[str]
     world_size: int
@@ -49,7 +59,7 @@ class Resumed:
     restored: bool = False
 
 
-def named(resume: str | os.PathLike[str], own: str, read: Reading) -> Source | str:
+def named(resume: str | os.PathLike[str], own: str, read: Reading) -> Pointer | str:
     """Return the checkpoint that a folder or URL means; the folder itself, if it is a plain `Trainer`'s.
 
     Parameters
@@ -63,40 +73,59 @@ def named(resume: str | os.PathLike[str], own: str, read: Reading) -> Source | s
 
     Raises
     ------
-    CheckpointNotFoundError
-        If the run has none.
+    StoreNotFoundError, CheckpointNotFoundError
+        If there is none.
+    FormatError
+        If the folder's pointer is damaged.
     """
     text = os.fspath(resume)
     folder = Path(text)
-    if "://" not in text:
-        if folder.is_dir() and not (folder / "incckpt.json").exists():
-            source = read_pointer(folder, own)
-            return text if source is None else _finished(source, folder, read)
-        if not folder.exists() and "#" not in text:
-            return text  # the `Trainer` says what is wrong with it
-    location = locate(resume)
-    store = absolute(location.store, resume)
-    if isinstance(location.step, int):
-        return Source(store, location.run, location.step)
-    with read(Source(store, location.run, 0)) as reader:
-        found = reader.best if location.step == "best" else reader.latest
-    if found is None:
-        raise CheckpointNotFoundError(f"run {location.run!r} at {redact(store)} has no checkpoint to resume from")
-    return Source(store, location.run, found.step)
+    place: Place | None
+    if "://" not in text and folder.is_dir() and not (folder / "incckpt.json").exists():
+        place = place_in(folder, own)
+    elif "://" not in text and not folder.exists() and "#" not in text:
+        return text  # the `Trainer` says what is wrong with it
+    else:
+        place = place_of(resume)
+    if place is None:
+        return text
+    with read(place.store, place.run) as reader:
+        found = find(reader, place)
+    return Pointer(place.store, place.run, found.step, found.ref)
 
 
-def _finished(source: Source, folder: Path, read: Reading) -> Source:
-    """Return `source`; if its save was cut off before it was committed, the checkpoint before it."""
-    with read(source) as reader:
-        latest = reader.latest
-    if latest is None or source.step <= latest.step:
-        return source
-    log.warning("the save of %s was not finished: resuming from step %d instead", folder, latest.step)
-    return Source(source.store, source.run, latest.step)
+def point_at(folder: Path, pointer: Pointer) -> None:
+    """Say in `folder` where the checkpoint's tensors are."""
+    write_pointer(str(folder / POINTER_NAME), pointer)
+
+
+def place_in(folder: str | os.PathLike[str], own: str = "") -> Place | None:
+    """Return where the tensors of the checkpoint in `folder` are; ``None`` if it is no thin folder.
+
+    Pointers hold no passwords. A pointer to the store `own` gets that URL, with what is secret in it.
+
+    Raises
+    ------
+    FormatError
+        If the pointer is damaged.
+    """
+    path = Path(folder) / POINTER_NAME
+    if not path.is_file():
+        return None
+    place = place_of(str(path))
+    if place is None:
+        raise FormatError(f"{path} does not say where the checkpoint is; resume by URL instead")
+    return replace(place, store=own) if own and store_name(own) == place.store else place
+
+
+def step_of(folder: object) -> int | None:
+    """Return the step in the name of a ``checkpoint-N`` folder."""
+    prefix, _, step = os.path.basename(str(folder)).rpartition("-")
+    return int(step) if prefix == PREFIX and step.isdecimal() else None
 
 
 def plain_folder(folder: str | None) -> str | None:
     """Return `folder` if it is that of a plain `Trainer`'s checkpoint, and complete."""
-    if folder is None or read_pointer(folder) is not None or not (Path(folder) / STATE_NAME).exists():
+    if folder is None or Path(folder, POINTER_NAME).exists() or not Path(folder, STATE_NAME).exists():
         return None
     return folder

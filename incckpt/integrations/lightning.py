@@ -22,16 +22,14 @@ import torch
 
 from incckpt.errors import CheckpointNotFoundError, OptionError, SaveError, StateMismatchError, StoreNotFoundError
 from incckpt.inspection.listing import list_checkpoints
+from incckpt.integrations._files import file_exists, make_folder, remove_file
 from incckpt.integrations._lightning_rng import RandomState
 from incckpt.integrations._pointer import (
     Place,
     Pointer,
-    file_exists,
-    make_folder,
     place_of,
     read_pointer,
     read_state,
-    remove_file,
     store_name,
     write_pointer,
 )
@@ -296,7 +294,7 @@ class IncrementalCheckpointIO(CheckpointIO):
         if name in self._steps and not file_exists(name):  # it was left on another machine
             return Place(self._store, self._run, self._steps[name])
         place = place_of(path)
-        if place is not None and (place.store, place.run) == (self._name, self._run):
+        if place is not None and (store_name(place.store), place.run) == (self._name, self._run):
             return replace(place, store=self._store)  # with the secrets that no file holds
         return place
 

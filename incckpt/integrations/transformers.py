@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,18 +30,19 @@ from incckpt.errors import (
     MissingExtraError,
     OptionError,
 )
+from incckpt.integrations._files import read_files, write_files
+from incckpt.integrations._pointer import Place, Pointer, absolute, find
 from incckpt.integrations._ranks import Ranks
-from incckpt.integrations._resuming import Resumed, named, plain_folder
-from incckpt.integrations._thin_folder import (
+from incckpt.integrations._resuming import (
+    POINTER_NAME,
     PREFIX,
     STATE_NAME,
-    Source,
-    absolute,
-    read_files,
-    read_pointer,
+    Resumed,
+    named,
+    place_in,
+    plain_folder,
+    point_at,
     step_of,
-    write_files,
-    write_pointer,
 )
 from incckpt.integrations._trainer_parts import BEST_STEP, Held, KeepAsTrainer, adapters_of, save_configuration
 from incckpt.manager import CheckpointManager
@@ -128,7 +130,9 @@ class IncrementalTrainerMixin:
             raise OptionError(
                 f"checkpoints go to a run; step {location.step!r} is for resume_from_checkpoint, not here"
             )
-        self._incckpt_store_url, self._incckpt_base_run = absolute(location.store, self.checkpoint_url), location.run
+        own = isinstance(self.checkpoint_url, Backend)
+        self._incckpt_store_url = location.store if own else absolute(location.store)
+        self._incckpt_base_run = location.run
         self._incckpt_manager: CheckpointManager | None = None
         self._incckpt_manager_run = ""
         self._incckpt_captured: dict[str, Any] | None = None
@@ -166,6 +170,10 @@ class IncrementalTrainerMixin:
     # -- saving
 
     def _save_checkpoint(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        trial = args[0] if args else kwargs.get("trial")
+        if self.args.process_index == 0:
+            # First of all: a folder that is cut off without it would look like a plain Trainer's.
+            point_at(self._incckpt_folder(trial), self._incckpt_pointer(trial))
         self._incckpt_captured = {}
         try:
             super()._save_checkpoint(model, *args, **kwargs)  # type: ignore[misc]
@@ -173,18 +181,23 @@ class IncrementalTrainerMixin:
         finally:
             self._incckpt_captured = None
         if self.args.process_index == 0:
-            self._incckpt_commit(args[0] if args else kwargs.get("trial"), captured)
+            self._incckpt_commit(trial, captured)
 
     def _incckpt_commit(self, trial: Any, captured: dict[str, Any]) -> None:
-        step, run = self.state.global_step, self._incckpt_run_of(trial)
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX}-{step}"
-        write_pointer(folder, Source(self._incckpt_store_url, run, step))
         app = {**self._incckpt_weights(), **captured}
-        files = read_files(folder)
+        files = read_files(self._incckpt_folder(trial))
+        del files[POINTER_NAME]
         app["trainer"] = {"parts": sorted(app), "world_size": self.args.world_size, "files": files}
-        self._incckpt_manager_of(run).save(step, app, self._incckpt_metrics(), if_exists="replace")
+        manager = self._incckpt_manager_of(self._incckpt_run_of(trial))
+        manager.save(self.state.global_step, app, self._incckpt_metrics(), if_exists="replace")
         if not self._incckpt_in_train:
             self._incckpt_close()
+
+    def _incckpt_folder(self, trial: Any) -> Path:
+        return Path(self._get_output_dir(trial)) / f"{PREFIX}-{self.state.global_step}"
+
+    def _incckpt_pointer(self, trial: Any) -> Pointer:
+        return Pointer(self._incckpt_store_url, self._incckpt_run_of(trial), self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         pushed = self.args.push_to_hub and self.args.hub_strategy != "end"  # from this folder: with its weights
@@ -296,16 +309,16 @@ class IncrementalTrainerMixin:
         self._incckpt_close()
         return result
 
-    def _incckpt_sources(self, resume: Any, trial: Any) -> tuple[list[Source], Any]:
+    def _incckpt_sources(self, resume: Any, trial: Any) -> tuple[list[Pointer], Any]:
         """Return the checkpoints of stores to resume from, in the order to try; or else what the `Trainer` is given."""
         run = self._incckpt_run_of(trial)
         place = f"run {run!r} at {redact(self._incckpt_store_url)}"
         if resume is None and str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) == "no":
             return [], None
-        steps = [found.step for found in reversed(self._incckpt_manager_of(run).checkpoints())]
-        own = [Source(self._incckpt_store_url, run, step) for step in steps]
+        there = self._incckpt_manager_of(run).checkpoints()
+        own = [Pointer(self._incckpt_store_url, run, found.step, found.ref) for found in reversed(there)]
         plain: Any = None
-        sources: list[Source] = []
+        sources: list[Pointer] = []
         if resume is True:
             output = self._get_output_dir(trial)
             folder = plain_folder(get_last_checkpoint(output)) if os.path.isdir(output) else None
@@ -319,22 +332,22 @@ class IncrementalTrainerMixin:
                 plain = folder
         elif resume is not None:
             found = named(resume, self._incckpt_store_url, self._incckpt_reader)
-            sources, plain = ([found], None) if isinstance(found, Source) else ([], found)
+            sources, plain = ([found], None) if isinstance(found, Pointer) else ([], found)
         going_on = bool(sources) and (sources[0].store, sources[0].run) == (self._incckpt_store_url, run)
         start = sources[0].step if sources else step_of(plain)
-        if steps and not going_on and (start or 0) <= steps[0]:
+        if own and not going_on and (start or 0) <= own[0].step:
             raise OptionError(
-                f"{place} has checkpoints up to step {steps[0]} already, and training would start at "
+                f"{place} has checkpoints up to step {own[0].step} already, and training would start at "
                 f"step {start or 0}: resume with train(resume_from_checkpoint=True), or save to another run, …#another"
             )
         return sources, plain
 
-    def _incckpt_prepare(self, source: Source, trial: Any) -> Resumed:
+    def _incckpt_prepare(self, source: Pointer, trial: Any) -> Resumed:
         """Write the thin folder of a checkpoint, as the `Trainer` reads its own state from there."""
         output = Path(self._get_output_dir(trial))
         folder = output / f"{PREFIX}-{source.step}"
-        with self._incckpt_reader(source) as reader:
-            trainer = reader.load(source.step, keys=["trainer"])["trainer"]
+        with self._incckpt_reader(source.store, source.run) as reader:
+            trainer = reader.load(source.ref, keys=["trainer"])["trainer"]
             files = dict(trainer["files"])
             state = json.loads(files[STATE_NAME])
             best = step_of(state.get("best_model_checkpoint"))
@@ -344,8 +357,8 @@ class IncrementalTrainerMixin:
                 best_folder = output / f"{PREFIX}-{best}"
                 state["best_model_checkpoint"] = str(best_folder)
                 files[STATE_NAME] = (json.dumps(state, indent=2, sort_keys=True) + "\n").encode()
-                write_pointer(best_folder, Source(source.store, source.run, best or 0))
-            write_pointer(folder, source)
+                point_at(best_folder, Pointer(source.store, source.run, best or 0))
+            point_at(folder, source)
             write_files(folder, files)
         self._incckpt_ranks.wait()
         return Resumed(source, str(folder), frozenset(trainer["parts"]), trainer["world_size"])
@@ -353,11 +366,11 @@ class IncrementalTrainerMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._incckpt_resumed is not None and resume_from_checkpoint == self._incckpt_resumed.folder:
             return  # restored with the optimizer, in one pass
-        source = read_pointer(resume_from_checkpoint, self._incckpt_store_url)
-        if source is None:
+        place = place_in(resume_from_checkpoint, self._incckpt_store_url)
+        if place is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         else:
-            self._incckpt_restore_weights(source, model)
+            self._incckpt_restore_weights(place, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         resumed = self._incckpt_resumed
@@ -380,10 +393,10 @@ class IncrementalTrainerMixin:
         def restore() -> None:
             own = (resumed.source.store, resumed.source.run) == (self._incckpt_store_url, self._incckpt_manager_run)
             if own and self.args.process_index == 0:
-                self._incckpt_manager_of(resumed.source.run).restore(app, resumed.source.step, ignore=ignored)
+                self._incckpt_manager_of(resumed.source.run).restore(app, resumed.source.ref, ignore=ignored)
                 return
-            with self._incckpt_reader(resumed.source) as reader:
-                reader.restore(app, resumed.source.step, ignore=ignored)
+            with self._incckpt_reader(resumed.source.store, resumed.source.run) as reader:
+                reader.restore(app, resumed.source.ref, ignore=ignored)
 
         self._incckpt_ranks.on_every(restore)
         resumed.rng, resumed.restored = rng.state or {}, True
@@ -408,18 +421,19 @@ class IncrementalTrainerMixin:
     def _load_best_model(self) -> None:
         self._incckpt_close()  # what is being written may be the best
         self._incckpt_ranks.wait()
-        source = read_pointer(self.state.best_model_checkpoint, self._incckpt_store_url)
-        if source is None:
+        place = place_in(self.state.best_model_checkpoint, self._incckpt_store_url)
+        if place is None:
             super()._load_best_model()  # type: ignore[misc]
             return
-        log.info("loading the best model from %s (score: %s)", source, self.state.best_metric)
-        self._incckpt_restore_weights(source, None)
+        log.info("loading the best model of step %s (score: %s)", place.which, self.state.best_metric)
+        self._incckpt_restore_weights(replace(place, announced=False), None)  # no other one will do
 
-    def _incckpt_restore_weights(self, source: Source, model: Any) -> None:
-        with self._incckpt_reader(source) as reader:
-            parts = reader.load(source.step, keys=["trainer.parts"])["trainer"]["parts"]
+    def _incckpt_restore_weights(self, place: Place, model: Any) -> None:
+        with self._incckpt_reader(place.store, place.run) as reader:
+            ref = find(reader, place).ref
+            parts = reader.load(ref, keys=["trainer.parts"])["trainer"]["parts"]
             app = self._incckpt_targets(frozenset(parts), model)
-            reader.restore(app, source.step, keys=list(app))
+            reader.restore(app, ref, keys=list(app))
 
     def _incckpt_targets(self, parts: frozenset[str], model: Any = None) -> dict[str, Any]:
         """Return what the weights of a checkpoint with these `parts` are restored into."""
@@ -449,8 +463,8 @@ class IncrementalTrainerMixin:
         url: Any = self.checkpoint_url if isinstance(self.checkpoint_url, Backend) and not read_only else store
         return CheckpointManager(url, run=run, read_only=read_only, **options)
 
-    def _incckpt_reader(self, source: Source) -> CheckpointManager:
-        return self._incckpt_open(source.store, source.run, read_only=True)
+    def _incckpt_reader(self, store: str, run: str) -> CheckpointManager:
+        return self._incckpt_open(store, run, read_only=True)
 
     def _incckpt_close(self) -> None:
         """Finish the saves under way; raise if one failed."""

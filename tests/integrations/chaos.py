@@ -3,12 +3,17 @@
 ``python -m tests.integrations.chaos`` runs the matrices of ``ckpt-chaos bench`` for the `Trainer` and Lightning, each
 with its own checkpoints and with incckpt's, which ckpt-chaos sees because the store makes its system calls from Python.
 It prints a table, and fails if a point of ours is no PASS. A plan "drifts" whenever a file's name holds a nonce.
+
+Every phase runs in a process of its own, as ckpt-chaos starts it, except that it is forked from one that has imported
+the frameworks: that takes longer than the training.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import runpy
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +24,8 @@ from ckpt_chaos import runner
 
 import incckpt
 
-ROOT = Path(__file__).parents[2]
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOADED = ["lightning.pytorch", "transformers.trainer", "transformers.models.gpt2.modeling_gpt2"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,40 @@ def newest(out: Path, _: object) -> int:
     return max((checkpoint.step for checkpoint in incckpt.list_checkpoints(out / "store")), default=0)
 
 
+def launch(target: str, phase: str, out: Path, extra: Any = None, ranks: int = 1, timeout: int = 240) -> int:
+    """Run a phase of a target in `ranks` processes, as ckpt-chaos' own does; return the first status that is not 0."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    port = runner._free_port()
+    processes = []
+    for rank in range(ranks):
+        environment = runner._env(extra)
+        if ranks > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "ckpt-chaos"}
+        log = out.parent / f"{phase}_rank{rank}.log"
+        process = CONTEXT.Process(target=run_phase, args=(runner.TARGETS[target], phase, out, environment, log))
+        process.start()
+        processes.append(process)
+    for process in processes:
+        process.join(timeout)
+        if process.exitcode != 0:  # the others miss it
+            timeout = runner.PEER_GRACE_S
+    for process in processes:
+        process.kill()
+        process.join()
+    return next((process.exitcode for process in processes if process.exitcode), 0)
+
+
+def run_phase(module: str, phase: str, out: Path, environment: dict[str, str], log: Path) -> None:
+    """Run a target's module as a command."""
+    os.environ.update(environment)
+    sys.argv = [module, phase, "--out", str(out)]
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    runpy.run_module(module, run_name="__main__")
+
+
 def main() -> int:
     """Run matrices; return whether a point of ours failed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -66,7 +106,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--work", type=Path, required=True, help="a new folder")
     options = parser.parse_args()
-    os.environ["CKPT_CHAOS_PREPEND_PYTHONPATH"] = str(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    CONTEXT.set_forkserver_preload(PRELOADED)
+    runner._launch = launch
     runner.TARGETS["incckpt_trainer"] = "tests.integrations.chaos_trainer"
     runner.TARGETS["incckpt_lightning"] = "tests.integrations.chaos_lightning"
     runner.NEWEST["incckpt_trainer"] = runner.NEWEST["incckpt_lightning"] = newest

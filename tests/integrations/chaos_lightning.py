@@ -41,9 +41,5 @@ class Incremental(Trainer):
 
 
 if __name__ == "__main__":
-    with (
-        patch.object(lightning_trainer.pl, "Trainer", Incremental),
-        patch.object(local, "NativeCalls", SystemCalls),
-        patch.dict(os.environ, TORCHELASTIC_RUN_ID="ckpt-chaos"),  # the ranks are there already
-    ):
+    with patch.object(lightning_trainer.pl, "Trainer", Incremental), patch.object(local, "NativeCalls", SystemCalls):
         lightning_trainer.main()

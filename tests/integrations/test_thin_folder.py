@@ -1,4 +1,4 @@
-"""Thin checkpoint folders, and what of a trainer's checkpoints is kept; no framework is needed."""
+"""Thin checkpoint folders, pointers, and what of a trainer's checkpoints is kept; no framework is needed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from incckpt.errors import CorruptionError
-from incckpt.integrations._thin_folder import Source, read_files, read_pointer, write_files, write_pointer
+import incckpt
+from incckpt.errors import CorruptionError, FormatError
+from incckpt.integrations._files import read_files, write_files
+from incckpt.integrations._pointer import Place, Pointer, read_state
+from incckpt.integrations._resuming import place_in, point_at
 from incckpt.integrations._trainer_parts import BEST_STEP, KeepAsTrainer
 from incckpt.retention import Record
 
@@ -38,7 +41,6 @@ def test_only_what_is_parsed_is_kept(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_bytes(b"y")
-    write_pointer(tmp_path, Source("s3://bucket/exp", "default", 5))
     files = read_files(tmp_path)
     assert files == {"config.json": b"x", "adapter/adapter_config.json": b"y"}
     write_files(tmp_path / "copy", files)
@@ -47,15 +49,26 @@ def test_only_what_is_parsed_is_kept(tmp_path: Path) -> None:
 
 def test_pointers_hold_no_passwords(tmp_path: Path) -> None:
     url = "s3://key:secret@bucket/exp"
-    source = Source(url, "run", 5)
-    write_pointer(tmp_path, source)
+    point_at(tmp_path, Pointer(url, "run", 5))
     assert "secret" not in "".join(path.read_text() for path in tmp_path.iterdir())
-    assert read_pointer(tmp_path, url) == source
-    assert read_pointer(tmp_path, "s3://other/exp") == Source("s3://bucket/exp", "run", 5)
-    assert read_pointer(tmp_path / "none") is None
+    assert place_in(tmp_path, url) == Place(url, "run", 5, announced=True)
+    assert place_in(tmp_path, "s3://other/exp") == Place("s3://bucket/exp", "run", 5, announced=True)
+    assert place_in(tmp_path / "none") is None
     next(tmp_path.iterdir()).write_text("{}")
-    with pytest.raises(CorruptionError, match=re.escape("does not say where the checkpoint is")):
-        read_pointer(tmp_path)
+    with pytest.raises(FormatError, match=re.escape("does not say where the checkpoint is")):
+        place_in(tmp_path)
+
+
+def test_pointers_name_folders_with_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "a b#c@d%e?f"
+    with incckpt.CheckpointManager(Path(name)) as manager:
+        manager.save(1, {"x": 2})
+    point_at(tmp_path / "thin", Pointer(name, "default", 1))
+    monkeypatch.chdir("/")
+    place = place_in(tmp_path / "thin")
+    assert place is not None
+    assert read_state(place)[0] == {"x": 2}
 
 
 @settings(deadline=None)

@@ -102,6 +102,23 @@ def test_every_way_to_name_a_checkpoint(tmp_path: Path, by: str) -> None:
     assert steps(url) == ([6, 8] if elsewhere else [2, 4, 6, 8])
 
 
+def test_killed_when_all_of_the_trainers_files_are_there(tmp_path: Path) -> None:
+    class Dies(IncrementalTrainerMixin, Trainer):  # type: ignore[misc, unused-ignore]
+        def _incckpt_commit(self, *given: Any) -> None:
+            if self.state.global_step == 4:
+                raise KeyboardInterrupt
+            super()._incckpt_commit(*given)
+
+    expected = plain_result(tmp_path)
+    store, out = tmp_path / "store", tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        make(Dies, out, checkpoint_url=store).train()
+    assert (out / "checkpoint-4" / "trainer_state.json").exists()
+    again = make(incremental(Trainer, url=store), out)
+    again.train(resume_from_checkpoint=True)
+    assert same(weights(again.model), expected)
+
+
 def test_limit_and_best_model_as_the_plain_trainer(tmp_path: Path) -> None:
     changes = {
         "eval_strategy": "steps",
@@ -171,7 +188,7 @@ def test_an_unfinished_save_is_passed_over(tmp_path: Path, caplog: pytest.LogCap
     (out / "checkpoint-6" / "trainer_state.json").write_text("{")
     again = make(kind, out)
     again.train(resume_from_checkpoint=get_last_checkpoint(str(out)))
-    assert "was not finished: resuming from step 4" in caplog.text
+    assert "was announced but never committed, its writer must have died; this is step 4" in caplog.text
     assert same(weights(again.model), expected)
 
 
