@@ -125,7 +125,7 @@ def train_with_trainer(kind: str, contender: str, every: int, folder: Path, watc
     result = Result()
     base: Any = incremental(Trainer, url=folder / "store") if contender == "incckpt" else Trainer
 
-    class Timed(base):  # type: ignore[misc]
+    class Timed(base):
         def _save_checkpoint(self, *given: Any, **named: Any) -> None:
             began = time.perf_counter()
             super()._save_checkpoint(*given, **named)

@@ -442,7 +442,7 @@ class Assignment:
                 if problem:
                     self._problems.append(f"{at.path}: {name} {problem}")
         unexpected = [str(name) for name in stored]
-        if missing and unexpected and (hint := _renaming(tree, module)):
+        if unexpected and (hint := _renaming(tree, module)):
             self._problems.append(f"{at.path}: {hint}")
         if missing:
             self._problems.append(f"{at.path}: not in the checkpoint: {_listing(missing)}")

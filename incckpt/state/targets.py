@@ -217,14 +217,22 @@ _WRAPPERS = {
 }
 
 
+_FOUR_BIT = ".quant_state.bitsandbytes__"
+
+
 def renaming(stored: Sequence[str], here: Sequence[str]) -> str:
-    """Return a hint if a wrapper around the model, or a prefix, explains why names differ; otherwise an empty string.
+    """Return a hint why names differ, or an empty string: a wrapper around the model, a prefix, 4-bit layers.
 
     Parameters
     ----------
     stored, here
         Names of a module's tensors in the checkpoint, and in the target.
     """
+    if any(_FOUR_BIT in name for name in stored) and not any(_FOUR_BIT in name for name in here):
+        return (
+            "the checkpoint has 4-bit layers of bitsandbytes, which save more than they can load: restore into "
+            "make_loadable(model), from incckpt.integrations.bitsandbytes, with the model quantised as it was"
+        )
     for segment, wrapper in _WRAPPERS.items():
         if {_without(name, segment) for name in stored} == {_without(name, segment) for name in here}:
             with_it, without, advice = ("the checkpoint", "the target", "wrap the target in the same way")
