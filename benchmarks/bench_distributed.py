@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
+import pickle
 import resource
 import shutil
 import statistics
@@ -24,63 +26,87 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from incckpt.codec import objects as codec
 from incckpt.integrations.dcp import IncrementalReader, IncrementalWriter
+from incckpt.integrations.dcp.gathering import gathered
 from incckpt.run import shards
-from incckpt.run.merging import Leaf, Part, merge
+from incckpt.run.merging import merge
+from incckpt.run.parts import Parts, Place
 from incckpt.state.entries import TensorEntry
+from incckpt.store.encoded import EncodedChunks
 from incckpt.store.manifest import Chunk, Range
+from incckpt.store.objects import chunk_sizes, manifest_keys, manifest_sizes
 from incckpt.store.refs import RefName
 
 _SHARD = 10 << 20  # bytes of a shard: 1,000 tensors over 1,000 ranks are 10 TB
 
 
-def reports(ranks: int, tensors: int) -> tuple[list[Leaf], list[shards.Shard]]:
-    """Return the leaves of a state, each split by rows over all ranks, and what each rank reports."""
-    rows = _SHARD // 4096
-    found = []
+def reports(ranks: int, tensors: int) -> tuple[Metadata, list[list[WriteResult]], int]:
+    """Return what DCP gives the coordinator: a plan in which each tensor is split by rows over all ranks, and what each
+    rank reports; and the bytes in which the reports came.
+    """
+    rows, columns = _SHARD // 4096, 1024
+    names = [f"layers.{number}.weight" for number in range(tensors)]
+    entries = [
+        TensorEntry(name, "torch", "float32", (rows, columns), (columns, 1), i, 0) for i, name in enumerate(names)
+    ]
+    ranges = [Range(_SHARD, 4, ((number, 0, _SHARD),)) for number in range(tensors)]
+    nodes = {name: {"tensor": number} for number, name in enumerate(names)}
+    results, nbytes = [], 0
     for rank in range(ranks):
-        entries, ranges, chunks = [], [], []
-        for number in range(tensors):
-            name = f"layers.{number}.weight"
-            entries.append(TensorEntry(name, "torch", "float32", (rows, 1024), (1024, 1), number, 0))
-            ranges.append(Range(_SHARD, 4, ((number, 0, _SHARD),)))
-            identity = hashlib.sha256(f"{rank} {number}".encode()).hexdigest()
-            chunks.append(Chunk(identity, _SHARD, 4, f"{rank:016x}", _SHARD // 2))
-        nodes = {f"layers.{number}.weight": {"tensor": number} for number in range(tensors)}
-        found.append(shards.Shard(nodes, entries, ranges, (), chunks, 16 << 20))
-    leaves = []
-    for number in range(tensors):
-        name = f"layers.{number}.weight"
-        parts = [Part(rank, name, (rank * rows, 0), (rows, 1024)) for rank in range(ranks)]
-        leaves.append(Leaf(("layers", str(number), "weight"), parts, (ranks * rows, 1024)))
-    return leaves, found
+        identities = [hashlib.sha256(f"{rank} {number}".encode()).hexdigest() for number in range(tensors)]
+        chunks = [Chunk(identity, _SHARD, 4, f"{rank:016x}", _SHARD // 2) for identity in identities]
+        places = {name: Place(name, (rank * rows, 0)) for name in names}
+        parts = Parts.of(places, nodes, entries, ranges)
+        listed = EncodedChunks.of(chunks, chunk_sizes(chunks))
+        told = pickle.dumps(shards.Shard({}, {}, {}, (), parts, listed, 16 << 20, [*listed.sizes]))
+        nbytes += len(told)
+        at = torch.Size((rank * rows, 0))
+        results.append([WriteResult(MetadataIndex(name, at, rank), _SHARD, None) for name in names])
+        results[-1][0] = WriteResult(results[-1][0].index, _SHARD, pickle.loads(told))
+    size = torch.Size((rows, columns))
+    boxes = [ChunkStorageMetadata(torch.Size((rank * rows, 0)), size) for rank in range(ranks)]
+    described = TensorStorageMetadata(TensorProperties(), torch.Size((ranks * rows, columns)), boxes)
+    return Metadata(dict.fromkeys(names, described), {name: tuple(name.split(".")) for name in names}), results, nbytes
 
 
 def coordinator(sizes: Sequence[tuple[int, int]]) -> None:
     """Print the processor time that the coordinator's part takes, by ranks and tensors."""
-    print("| ranks | tensors | merge | manifest | coded | together | JSON | stored | peak memory |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| ranks | tensors | merge | manifest | coded | keys | together | reports | JSON | stored | peak memory |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for ranks, tensors in sizes:
-        leaves, found = reports(ranks, tensors)
-        started = time.process_time()
+        metadata, results, told = reports(ranks, tensors)
+        times = [time.process_time()]
+        leaves, found = gathered(metadata, results, [])
         merged = merge(leaves, found)
-        after_merge = time.process_time()
-        document = merged.manifest("run", RefName.new(1, 1), 0.0, {}).to_json()
-        after_manifest = time.process_time()
+        times.append(time.process_time())
+        manifest = merged.manifest("run", RefName.new(1, 1), 0.0, {})
+        document = manifest.to_json()
+        times.append(time.process_time())
         data = codec.encode_document(document, digest=codec.digest(document))
-        ended = time.process_time()
+        times.append(time.process_time())
+        keys = manifest_keys(manifest), frozenset(manifest_sizes(manifest))
+        times.append(time.process_time())
+        assert len(keys[0]) == ranks * tensors
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        times = (after_merge - started, after_manifest - after_merge, ended - after_manifest, ended - started)
-        columns = " | ".join(f"{seconds:.2f} s" for seconds in times)
+        spent = [*(after - before for before, after in itertools.pairwise(times)), times[-1] - times[0]]
+        columns = " | ".join(f"{seconds:.2f} s" for seconds in spent)
         print(
-            f"| {ranks:,} | {tensors:,} | {columns} | {len(document) / 1e6:.1f} MB | {len(data) / 1e6:.1f} MB "
-            f"| {peak} MiB |",
+            f"| {ranks:,} | {tensors:,} | {columns} | {told / 1e6:.1f} MB | {len(document) / 1e6:.1f} MB "
+            f"| {len(data) / 1e6:.1f} MB | {peak} MiB |",
             flush=True,
         )
 

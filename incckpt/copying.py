@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -306,7 +306,7 @@ def _same(source: Store, ref: Ref, destination: Store, target: Run, lineage: Lin
 def _contents(manifest: Manifest) -> tuple[Any, ...]:
     """Return all of a manifest that a restore depends on."""
 
-    def pieces(ranges: tuple[Range, ...]) -> list[list[tuple[str, int, int]]]:
+    def pieces(ranges: Sequence[Range]) -> list[list[tuple[str, int, int]]]:
         return [
             [(manifest.chunks[index].identity, offset, nbytes) for index, offset, nbytes in item.pieces]
             for item in ranges

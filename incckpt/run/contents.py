@@ -22,7 +22,7 @@ from incckpt.store.document import Json
 from incckpt.store.manifest import Manifest
 from incckpt.store.untrusted import reading
 
-__all__ = ["Contents", "ReadBack", "names_by_chunk", "read_back", "read_packed"]
+__all__ = ["Contents", "ReadBack", "check_read_back", "names_by_chunk", "read_back", "read_packed"]
 
 
 _PACKED_VALUE = 8  # bytes of memory that most Python objects take at most for each of their bytes when packed
@@ -149,6 +149,26 @@ class ReadBack:
             if structure != self._structure:
                 parse(*structure)
                 self._structure = structure
+
+
+def check_read_back(step: int, tensors: Sequence[Json], sizes: Sequence[int], structure: Json, packed: int) -> None:
+    """Check that a reader takes the structure and the tensors of a manifest that is about to be written.
+
+    Parameters
+    ----------
+    sizes
+        Bytes of each range.
+    packed
+        The number of packed values.
+
+    Raises
+    ------
+    StateError
+        If it would not.
+    """
+    with read_back(step):
+        _entries(tensors, sizes)
+        parse(structure, len(tensors), packed)
 
 
 @contextmanager

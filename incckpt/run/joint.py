@@ -37,7 +37,7 @@ class JointSave:
     metrics: Mapping[str, float]
     meeting: _Meeting = field(repr=False)
 
-    def store(self, uploader: Uploader, nonce: str, known: Known, report: SaveReport) -> list[Chunk]:
+    def store(self, uploader: Uploader, nonce: str, known: Known, report: SaveReport) -> Sequence[Chunk]:
         """Wait until every process has stored its part; return where each chunk is stored.
 
         Raises
@@ -48,8 +48,8 @@ class JointSave:
         merged = self.meeting.wait(uploader.tried)
         report.put_objects += merged.put_objects
         report.put_bytes += merged.put_bytes
-        report.chunks, report.nbytes = len(merged.chunks), sum(chunk.nbytes for chunk in merged.chunks)
-        return list(merged.chunks)
+        report.chunks, report.nbytes = len(merged.chunks), merged.chunks.nbytes
+        return merged.chunks
 
     def manifest_as(self, run: str, name: RefName, chunks: Sequence[Chunk]) -> Manifest:
         """Return the manifest.

@@ -5,41 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
 from incckpt.errors import StateError
-from incckpt.run.contents import Contents, read_back
+from incckpt.run.contents import check_read_back
+from incckpt.run.parts import JoinedParts, TensorParts
 from incckpt.run.shards import Shard
 from incckpt.state.entries import TensorEntry, entry_to_json
 from incckpt.state.flatten import no_garbage_collection
 from incckpt.state.plain import encode_key
 from incckpt.state.tree import join_name
-from incckpt.store.blocks import Block, fault
+from incckpt.store.blocks import fault_of
 from incckpt.store.document import Json
-from incckpt.store.manifest import Chunk, Manifest, Range
+from incckpt.store.encoded import EncodedChunks, EncodedRanges, encoded_blocks, encoded_range
+from incckpt.store.manifest import Manifest, Range
 from incckpt.store.refs import RefName
 
-__all__ = ["Leaf", "Merged", "Part", "merge"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a leaf that one process has stored.
-
-    Attributes
-    ----------
-    process
-        Whose shard.
-    key
-        Its key there.
-    at, shape
-        Of a tensor: the box that it is, in elements.
-    """
-
-    process: int
-    key: str
-    at: tuple[int, ...] = ()
-    shape: tuple[int, ...] = ()
+__all__ = ["Leaf", "Merged", "merge"]
 
 
 @dataclass(frozen=True)
@@ -48,19 +33,22 @@ class Leaf:
 
     Attributes
     ----------
+    key
+        Its key in the shards that have it, or a part of it.
     path
         The keys (strings) and positions (integers) that lead to it.
-    parts
-        Where it is: one part of a value, any number of a tensor.
     shape
         Of the whole tensor; ``None`` if it is none.
+    parts
+        Of how many parts it was planned to be.
     requires_grad
         Whether the tensor requires a gradient.
     """
 
+    key: str
     path: tuple[str | int, ...]
-    parts: Sequence[Part]
     shape: tuple[int, ...] | None = None
+    parts: int = 1
     requires_grad: bool = False
 
 
@@ -70,9 +58,10 @@ class Merged:
 
     structure: Json
     tensors: tuple[Mapping[str, Json], ...]
-    ranges: tuple[Range, ...]
+    ranges: EncodedRanges
+    sizes: Sequence[int]
     packed: tuple[Range, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: EncodedChunks
     chunk_bytes: int
     put_objects: int
     put_bytes: int
@@ -85,7 +74,8 @@ class Merged:
         StateError
             If no reader would accept it.
         """
-        manifest = Manifest(
+        check_read_back(name.step, self.tensors, self.sizes, self.structure, len(self.packed))
+        return Manifest(
             run=run,
             attempt=name.attempt,
             step=name.step,
@@ -99,9 +89,6 @@ class Merged:
             chunks=self.chunks,
             packed=self.packed,
         )
-        with read_back(name.step):
-            Contents.of(manifest)
-        return manifest
 
 
 def merge(leaves: Sequence[Leaf], shards: Sequence[Shard]) -> Merged:
@@ -123,14 +110,15 @@ def merge(leaves: Sequence[Leaf], shards: Sequence[Shard]) -> Merged:
     root: dict[Any, Any] = {}
     with no_garbage_collection():
         for leaf in leaves:
-            node = merger.value(leaf) if leaf.shape is None else merger.tensor(leaf, leaf.shape)
-            _place(root, leaf.path, node)
+            _place(root, leaf.path, merger.node(leaf))
+        chunks = EncodedChunks.joined(shard.chunks for shard in shards)
     return Merged(
         structure=_structure(root),
         tensors=tuple(merger.tensors),
-        ranges=tuple(merger.ranges),
+        ranges=EncodedRanges(merger.ranges, sum(merger.sizes), chunks),
+        sizes=merger.sizes,
         packed=tuple(merger.packed),
-        chunks=tuple(chunk for shard in shards for chunk in shard.chunks),
+        chunks=chunks,
         chunk_bytes=max((shard.chunk_bytes for shard in shards), default=1 << 20),
         put_objects=sum(shard.put_objects for shard in shards),
         put_bytes=sum(shard.put_bytes for shard in shards),
@@ -138,126 +126,116 @@ def merge(leaves: Sequence[Leaf], shards: Sequence[Shard]) -> Merged:
 
 
 class _Merger:
-    """Renumbers tensors, ranges and chunks of shards."""
+    """Renumbers tensors, ranges and chunks of shards.
+
+    Attributes
+    ----------
+    tensors, packed
+        As in the manifest.
+    ranges, sizes
+        The JSON text of each range, and its bytes.
+    """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.tensors: list[Mapping[str, Json]] = []
-        self.ranges: list[Range] = []
+        self.ranges: list[bytes] = []
+        self.sizes: list[int] = []
         self.packed: list[Range] = []
         self._shards = shards
-        self._first: list[int] = []
+        self._parts = JoinedParts([shard.parts for shard in shards], [shard.chunks.lengths for shard in shards])
         self._range_of: dict[tuple[int, int], int] = {}
-        chunks = 0
-        for shard in shards:
-            self._first.append(chunks)
-            chunks += len(shard.chunks)
+        self._first = list(accumulate((len(shard.chunks) for shard in shards), initial=0))
+        self._process: dict[str, int] = {}
+        for process, shard in enumerate(shards):
+            for key in shard.nodes:
+                self._process.setdefault(key, process)
 
-    def value(self, leaf: Leaf) -> Json:
-        """Return the node of a value, whose tensors and packed values go with it."""
-        if len(leaf.parts) != 1:
-            raise StateError(f"{_name(leaf)!r} was stored {len(leaf.parts)} times, not once")
-        return self._renumbered(self._node(leaf, leaf.parts[0]), leaf, leaf.parts[0])
+    def node(self, leaf: Leaf) -> Json:
+        """Return the node of a leaf: a copy of what a process has stored, or a new one of several parts."""
+        process = self._process.get(leaf.key)
+        parts = self._parts.of(leaf.key) if leaf.key in self._parts else None
+        found = (0 if parts is None else parts.count) + (process is not None)
+        if not found:
+            raise StateError(f"no process has stored {_name(leaf)!r}")
+        if found != leaf.parts or (process is not None and parts is not None and len(parts.at)):
+            raise StateError(
+                f"{_name(leaf)!r} is not whole, or more than that: {found} parts of it were stored, and {leaf.parts} "
+                "planned"
+            )
+        if process is not None:
+            return self._renumbered(self._shards[process].nodes[leaf.key], leaf, process)
+        assert parts is not None
+        return self._tensor(leaf, parts)
 
-    def tensor(self, leaf: Leaf, shape: tuple[int, ...]) -> Json:
-        """Return the node of a tensor: a copy of its only part, or a new one of several."""
-        first = leaf.parts[0] if leaf.parts else None
-        if first is None:
-            raise StateError(f"no process has stored anything of tensor {_name(leaf)!r}")
-        if len(leaf.parts) == 1 and first.shape == shape:
-            return self._renumbered(self._node(leaf, first), leaf, first)
-        entry = self._entry(leaf, first)
-        itemsize = entry.itemsize
-        blocks: list[Block] = []
-        pieces: list[tuple[int, int, int]] = []
-        component = 1
-        for part in leaf.parts:
-            one = self._entry(leaf, part)
-            if one.dtype != entry.dtype or one.shape != part.shape:
-                raise StateError(
-                    f"tensor {_name(leaf)!r}: a process has stored {one.dtype}{list(one.shape)} where {entry.dtype}"
-                    f"{list(part.shape)} was planned"
-                )
-            if one.range < 0:
-                continue
-            block = _in_bytes(part, itemsize)
-            stored = self._shards[part.process].ranges[one.range]
-            component = stored.itemsize
-            before = self._first[part.process]
-            part_nbytes = math.prod(block.shape)
-            whole = stored.pieces if stored.nbytes == part_nbytes else stored.part(one.offset, one.offset + part_nbytes)
-            blocks.append(block)
-            pieces += [(before + c, o, n) for c, o, n in whole]
+    def _tensor(self, leaf: Leaf, parts: TensorParts) -> Json:
+        name, itemsize, shape = _name(leaf), parts.entry.itemsize, leaf.shape
+        if shape is None:
+            raise StateError(f"{name!r} was planned as a value, and stored as parts of a tensor")
+        if parts.at.shape[1] != len(shape):
+            raise StateError(f"tensor {name!r} has {len(shape)} dimensions, and its parts have {parts.at.shape[1]}")
         nbytes = math.prod(shape) * itemsize
         index = -1
         if nbytes:
-            array = (*shape[:-1], shape[-1] * itemsize)
-            if wrong := fault(array, blocks):
-                raise StateError(f"tensor {_name(leaf)!r} is not whole: {wrong} (the last dimension in bytes)")
+            in_bytes = np.array([*(1 for _ in shape[1:]), itemsize])
+            array, at, size = (*shape[:-1], shape[-1] * itemsize), parts.at * in_bytes, parts.shape * in_bytes
+            if wrong := fault_of(array, at, size):
+                raise StateError(f"tensor {name!r} is not whole: {wrong} (the last dimension in bytes)")
+            component = parts.itemsize
             while nbytes % component:
                 component //= 2
-            index = len(self.ranges)
-            self.ranges.append(Range(nbytes, component, tuple(pieces), array, tuple(blocks)))
+            index = self._add_range(encoded_blocks(component, array, parts.pieces, at, size), nbytes)
+        elif len(parts.pieces):
+            raise StateError(f"tensor {name!r} is empty, and its parts are not")
         stride = [1] * len(shape)
         for axis in range(len(shape) - 1, 0, -1):
             stride[axis - 1] = stride[axis] * max(shape[axis], 1)
-        entry = entry._replace(name=_name(leaf), shape=shape, stride=tuple(stride), range=index, offset=0, packed=False)
+        entry = parts.entry._replace(name=name, shape=shape, stride=tuple(stride), range=index)
         return self._add(entry._replace(requires_grad=leaf.requires_grad))
-
-    def _entry(self, leaf: Leaf, part: Part) -> TensorEntry:
-        node = self._node(leaf, part)
-        if not isinstance(node, dict) or "tensor" not in node:
-            raise StateError(f"{_name(leaf)!r} is no tensor on process {part.process}")
-        return self._shards[part.process].tensors[node["tensor"]]
-
-    def _node(self, leaf: Leaf, part: Part) -> Json:
-        nodes = self._shards[part.process].nodes
-        if part.key not in nodes:
-            raise StateError(f"process {part.process} has stored nothing of {_name(leaf)!r} at {list(part.at)}")
-        return nodes[part.key]
 
     def _add(self, entry: TensorEntry) -> Json:
         self.tensors.append(entry_to_json(entry))
         return {"tensor": len(self.tensors) - 1}
 
-    def _renumbered(self, node: Json, leaf: Leaf, part: Part) -> Json:
+    def _add_range(self, text: bytes, nbytes: int) -> int:
+        self.ranges.append(text)
+        self.sizes.append(nbytes)
+        return len(self.ranges) - 1
+
+    def _renumbered(self, node: Json, leaf: Leaf, process: int) -> Json:
         """Return a copy of a node whose references are those of the whole."""
         if isinstance(node, list):
-            return [self._renumbered(item, leaf, part) for item in node]
+            return [self._renumbered(item, leaf, process) for item in node]
         if not isinstance(node, dict):
             return node
         found = dict(node)
-        shard = self._shards[part.process]
+        shard = self._shards[process]
         for member in ("tensor", "torch.Generator"):
             if member in node:
                 entry = shard.tensors[node[member]]
-                local = join_name("", part.key)
+                local = join_name("", leaf.key)
                 entry = entry._replace(name=_name(leaf) + entry.name.removeprefix(local))
                 if entry.range >= 0:
-                    entry = entry._replace(range=self._range(part.process, entry.range))
+                    entry = entry._replace(range=self._range(process, entry.range))
                 if leaf.shape is not None:
                     entry = entry._replace(requires_grad=leaf.requires_grad)
                 found[member] = self._add(entry)["tensor"]
                 return found
         if "packed" in node:
-            self.packed.append(self._moved(part.process, shard.packed[node["packed"]]))
+            self.packed.append(self._moved(process, shard.packed[node["packed"]]))
             found["packed"] = len(self.packed) - 1
             return found
-        return {member: self._renumbered(item, leaf, part) for member, item in node.items()}
+        return {member: self._renumbered(item, leaf, process) for member, item in node.items()}
 
     def _range(self, process: int, index: int) -> int:
         key = process, index
         if key not in self._range_of:
-            self._range_of[key] = len(self.ranges)
-            self.ranges.append(self._moved(process, self._shards[process].ranges[index]))
+            item = self._moved(process, self._shards[process].ranges[index])
+            self._range_of[key] = self._add_range(encoded_range(item), item.nbytes)
         return self._range_of[key]
 
     def _moved(self, process: int, item: Range) -> Range:
         first = self._first[process]
         return replace(item, pieces=tuple((first + c, offset, nbytes) for c, offset, nbytes in item.pieces))
-
-
-def _in_bytes(part: Part, itemsize: int) -> Block:
-    return Block((*part.at[:-1], part.at[-1] * itemsize), (*part.shape[:-1], part.shape[-1] * itemsize))
 
 
 def _name(leaf: Leaf) -> str:

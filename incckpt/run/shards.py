@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from incckpt.errors import StoreReplacedError
+from incckpt.run.parts import Parts, Place
 from incckpt.run.pipeline import Pipeline
 from incckpt.run.report import SaveReport
 from incckpt.run.scrub import Scrubber
@@ -17,6 +21,7 @@ from incckpt.run.upload import Known, Uploader
 from incckpt.staging.baseline import Baseline
 from incckpt.state.entries import TensorEntry
 from incckpt.store.document import Json
+from incckpt.store.encoded import EncodedChunks
 from incckpt.store.manifest import Chunk, Range
 from incckpt.store.objects import chunk_sizes
 from incckpt.store.refs import Ref, RefName, new_nonce
@@ -56,9 +61,13 @@ class Shard:
     Attributes
     ----------
     nodes
-        The structure's node of each value, by key.
-    tensors, ranges, packed
-        What they refer to, numbered within the shard.
+        The structure's node of each value that is not a part of a tensor, by key.
+    tensors, ranges
+        What they refer to, by number within the shard.
+    packed
+        The packed values that they refer to.
+    parts
+        The parts of tensors.
     chunks
         Where the bytes are.
     chunk_bytes
@@ -70,14 +79,53 @@ class Shard:
     """
 
     nodes: Mapping[str, Json]
-    tensors: Sequence[TensorEntry]
-    ranges: Sequence[Range]
+    tensors: Mapping[int, TensorEntry]
+    ranges: Mapping[int, Range]
     packed: Sequence[Range]
-    chunks: Sequence[Chunk]
+    parts: Parts
+    chunks: EncodedChunks
     chunk_bytes: int
     tried: Sequence[str] = ()
     put_objects: int = 0
     put_bytes: int = 0
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, places: Mapping[str, Place], chunks: Sequence[Chunk], report: SaveReport) -> Shard:
+        """Return what is to be told of a snapshot whose `chunks` are stored.
+
+        Parameters
+        ----------
+        places
+            Where the values belong that are parts of tensors, by key.
+
+        Raises
+        ------
+        StateError
+            If a part is not a plain tensor.
+        """
+        nodes = dict(snapshot.structure["dict"])
+        entries, ranges = snapshot.entries, snapshot.layout.ranges
+        parts = Parts.of(places, nodes, entries, ranges)
+        others = set(range(len(entries))) - {nodes[key]["tensor"] for key in places}
+        return cls(
+            nodes={key: node for key, node in nodes.items() if key not in places},
+            tensors={index: entries[index] for index in sorted(others)},
+            ranges={
+                entries[index].range: ranges[entries[index].range] for index in others if entries[index].range >= 0
+            },
+            packed=snapshot.packed_ranges,
+            parts=parts,
+            chunks=EncodedChunks.of(chunks, chunk_sizes(chunks)),
+            chunk_bytes=snapshot.layout.chunk_bytes,
+            put_objects=report.put_objects,
+            put_bytes=report.put_bytes,
+        )
+
+    @classmethod
+    def empty(cls) -> Shard:
+        """Return what a process tells that has stored nothing."""
+        chunks = EncodedChunks(b"", np.zeros(0, np.int64), {})
+        return cls({}, {}, {}, (), Parts.of({}, {}, (), ()), chunks, 1 << 20)
 
 
 class ShardWriter:
@@ -107,7 +155,6 @@ class ShardWriter:
         self.base = Baseline(chunk_bytes, delta=delta, threads=threads)
         self._uploader = Uploader(store, threads=threads, baseline=self.base, pipeline=pipeline)
         self._scrubber = Scrubber(store.objects)
-        self._chunk_bytes = chunk_bytes
         self._last: tuple[int, frozenset[str]] = 0, frozenset()
         self.report = SaveReport()
 
@@ -122,7 +169,9 @@ class ShardWriter:
         self.report = SaveReport()
         return stage(0, dict(values), {}, self.report, base=self.base, allow_pickle=False)()
 
-    def put(self, snapshot: Snapshot, brief: Brief, save: int) -> Shard:
+    def put(
+        self, snapshot: Snapshot, brief: Brief, save: int, places: Mapping[str, Place] = MappingProxyType({})
+    ) -> Shard:
         """Store what `stage` has made; return what the coordinator needs to know.
 
         Parameters
@@ -131,6 +180,8 @@ class ShardWriter:
             What the coordinator says; where plans are cached it may be of an earlier save.
         save
             The number of this save.
+        places
+            Where the values belong that are parts of tensors, by key.
 
         Raises
         ------
@@ -144,20 +195,13 @@ class ShardWriter:
         known = self._look_around(brief if brief.save == save else None)
         chunks = self._uploader.store(snapshot, new_nonce(), known, self.report)
         self.base.settle(snapshot.layout, snapshot.contents)
-        sizes = chunk_sizes(chunks)
+        shard = Shard.of(snapshot, places, chunks, self.report)
+        sizes = shard.chunks.sizes
+        same = {key: key for key in sizes}  # one string each, which is pickled once
+        shard = replace(shard, tried=[same.get(key, key) for key in self._uploader.tried])
         self._scrubber.rely_on(sizes)
         self._last = save, frozenset(sizes)
-        return Shard(
-            nodes=dict(snapshot.structure["dict"]),
-            tensors=snapshot.entries,
-            ranges=snapshot.layout.ranges,
-            packed=snapshot.packed_ranges,
-            chunks=chunks,
-            chunk_bytes=self._chunk_bytes,
-            tried=self._uploader.tried,
-            put_objects=self.report.put_objects,
-            put_bytes=self.report.put_bytes,
-        )
+        return shard
 
     def _check_store(self, brief: Brief) -> None:
         self.store.check()

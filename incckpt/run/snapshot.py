@@ -37,7 +37,7 @@ class Source(Protocol):
     def time(self) -> float:
         """Seconds since the epoch."""
 
-    def store(self, uploader: Uploader, nonce: str, known: Known, report: SaveReport) -> list[Chunk]:
+    def store(self, uploader: Uploader, nonce: str, known: Known, report: SaveReport) -> Sequence[Chunk]:
         """Make sure that every chunk is stored, once the pin is put; return where."""
 
     def manifest_as(self, run: str, name: RefName, chunks: Sequence[Chunk]) -> Manifest:

@@ -195,6 +195,7 @@ class Writer:
             with _Heartbeat(self._run, name, self._heartbeat_seconds):
                 known = self._look_around(name)
                 storing = time.perf_counter()
+                chunks: Sequence[Chunk]
                 if isinstance(snapshot, Snapshot):
                     chunks = self._uploader.store(snapshot, name.nonce, known, report)
                 else:

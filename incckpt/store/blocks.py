@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Block", "cut", "fault", "overlap", "row_major", "runs"]
+__all__ = ["Block", "cut", "fault", "fault_of", "overlap", "row_major", "runs"]
 
 Int64s = npt.NDArray[np.int64]
 
@@ -53,33 +53,79 @@ def fault(shape: Sequence[int], blocks: Sequence[Block]) -> str:
         return f"an array of {tuple(shape)} is too large"
     at = np.array([block.at for block in blocks], np.int64).reshape(len(blocks), rank)
     size = np.array([block.shape for block in blocks], np.int64).reshape(len(blocks), rank)
-    outside = ((at < 0) | (size <= 0) | (at + size > np.array(shape, np.int64))).any(axis=1)
+    return fault_of(shape, at, size)
+
+
+def fault_of(shape: Sequence[int], at: Int64s, size: Int64s) -> str:
+    """Return why blocks do not cover an array of `shape` exactly once, or an empty string if they do.
+
+    Parameters
+    ----------
+    at, size
+        ``int64[n, len(shape)]``: their first indexes and sizes; none of these numbers is beyond 2⁶².
+    """
+    outside = ((at < 0) | (size <= 0) | (size > np.array(shape, np.int64) - at)).any(axis=1)
     if outside.any():
-        block = blocks[int(np.argmax(outside))]
-        return f"block {block.at} of {block.shape} is outside {tuple(shape)}"
-    total = sum(map(math.prod, size.tolist()))
-    if total != math.prod(shape):
-        return f"its blocks have {total} bytes together, not {math.prod(shape)}"
-    pair = _overlapping(blocks, at, size)
-    return "" if pair is None else f"blocks {pair[0].at} and {pair[1].at} overlap"
+        index = int(np.argmax(outside))
+        return f"block {_text(at[index])} of {_text(size[index])} is outside {tuple(shape)}"
+    whole = math.prod(shape)
+    each: list[int] = size.prod(axis=1).tolist() if whole <= _MOST else list(map(math.prod, size.tolist()))
+    if (total := sum(each)) != whole:
+        return f"its blocks have {total} bytes together, not {whole}"
+    pair = _overlapping(shape, at, size)
+    return "" if pair is None else f"blocks {_text(at[pair[0]])} and {_text(at[pair[1]])} overlap"
 
 
-def _overlapping(blocks: Sequence[Block], at: Int64s, size: Int64s) -> tuple[Block, Block] | None:
-    """Return two blocks that overlap, if any do: sweep along the dimension in which they begin at the most places."""
-    if len(blocks) < 2:
+def _text(row: Int64s) -> str:
+    return str(tuple(row.tolist()))
+
+
+def _overlapping(shape: Sequence[int], at: Int64s, size: Int64s) -> tuple[int, int] | None:
+    """Return the numbers of two blocks that overlap, if any do: where blocks form a row or a grid, none do."""
+    split = np.flatnonzero((size != np.array(shape, np.int64)).any(axis=0))
+    if len(at) < 2 or _is_row(at, size, split) or _is_grid(at[:, split], size[:, split]):
         return None
+    return _swept(at, size)
+
+
+def _is_row(at: Int64s, size: Int64s, split: Int64s) -> bool:
+    """Return whether blocks follow each other along the only dimension that is split."""
+    if len(split) != 1:
+        return False
+    first, nbytes = at[:, split[0]], size[:, split[0]]
+    order = np.argsort(first, kind="stable")
+    return bool((first[order][1:] >= (first + nbytes)[order][:-1]).all())
+
+
+def _is_grid(at: Int64s, size: Int64s) -> bool:
+    """Return whether blocks are cells of a grid, each another one; ``False`` where that takes too long to say."""
+    cells = np.zeros(len(at), np.int64)
+    count = 1
+    for axis in range(at.shape[1]):
+        starts, cell = np.unique(at[:, axis], return_inverse=True)
+        ends = np.append(starts[1:], _MOST)
+        if (at[:, axis] + size[:, axis] > ends[cell]).any():
+            return False
+        count *= len(starts)
+        if count > _MOST:
+            return False
+        cells = cells * len(starts) + cell
+    return len(np.unique(cells)) == len(at)
+
+
+def _swept(at: Int64s, size: Int64s) -> tuple[int, int] | None:
+    """Sweep along the dimension in which the blocks begin at the most places."""
     axis = max(range(at.shape[1]), key=lambda axis: len(np.unique(at[:, axis])))
-    order = np.argsort(at[:, axis], kind="stable")
-    first, end = at[order, axis], at[order, axis] + size[order, axis]
-    if (first[1:] >= end[:-1]).all():
-        return None
-    active: list[Block] = []
-    for block in (blocks[index] for index in order.tolist()):
-        active = [other for other in active if other.at[axis] + other.shape[axis] > block.at[axis]]
+    order = np.argsort(at[:, axis], kind="stable").tolist()
+    blocks = [Block(tuple(one), tuple(other)) for one, other in zip(at.tolist(), size.tolist(), strict=True)]
+    active: list[int] = []
+    for index in order:
+        block = blocks[index]
+        active = [other for other in active if blocks[other].at[axis] + blocks[other].shape[axis] > block.at[axis]]
         for other in active:
-            if overlap(block, other) is not None:
-                return other, block
-        active.append(block)
+            if overlap(block, blocks[other]) is not None:
+                return other, index
+        active.append(index)
     return None
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, TypeAlias, TypeVar, overload
 
 from incckpt.errors import CorruptionError, FormatError
 from incckpt.messages import shown
@@ -19,6 +20,7 @@ __all__ = [
     "FORMAT",
     "Fields",
     "Json",
+    "JsonList",
     "as_mapping",
     "decode_float",
     "decode_metrics",
@@ -36,6 +38,8 @@ DOCUMENT_HEAD = b'{"format":'
 
 Json: TypeAlias = Any
 
+_Item = TypeVar("_Item")
+
 _CHECK = b',"check":"%08x"}'
 _CHECK_NBYTES = len(_CHECK % 0)
 
@@ -47,8 +51,53 @@ def dump_document(kind: str, fields: Mapping[str, Json], *, version: int = FORMA
     possible. Refuses NaN and infinity, which are not JSON.
     """
     document = {"format": version, "kind": kind, **fields}
-    data = json.dumps(document, separators=(",", ":"), allow_nan=False, ensure_ascii=True).encode()[:-1]
+    data = b"{" + b",".join(_dump(name) + b":" + _dump(value) for name, value in document.items())
     return data + _CHECK % zlib.crc32(data)
+
+
+def _dump(value: Json) -> bytes:
+    if isinstance(value, JsonList):
+        return b"[%b]" % value.text
+    return json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=True).encode()
+
+
+class JsonList(Sequence[_Item]):
+    """A list of a document that is JSON text already, and parsed only where an item is looked at.
+
+    Parameters
+    ----------
+    text
+        Its items, with commas between them.
+    count
+        How many there are.
+    nbytes
+        The raw bytes that they stand for.
+    """
+
+    def __init__(self, text: bytes, count: int, nbytes: int) -> None:
+        self.text = text
+        self.nbytes = nbytes
+        self._count = count
+
+    def parse(self, item: Json) -> _Item:
+        """Return the item that a JSON value stands for."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> _Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[_Item]: ...
+
+    def __getitem__(self, index: int | slice) -> _Item | Sequence[_Item]:
+        return self._items[index]
+
+    @cached_property
+    def _items(self) -> tuple[_Item, ...]:
+        return tuple(self.parse(item) for item in json.loads(b"[%b]" % self.text))
 
 
 def parse_document(data: bytes, kind: str, name: str) -> dict[str, Json]:

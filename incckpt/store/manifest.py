@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from incckpt.store.blocks import Block, Int64s, cut, fault, overlap, row_major, 
 from incckpt.store.document import (
     Fields,
     Json,
+    JsonList,
     as_mapping,
     decode_float,
     decode_metrics,
@@ -32,12 +34,24 @@ from incckpt.store.document import (
     parse_document,
 )
 
-__all__ = ["DELTA_DIGITS", "Chunk", "Manifest", "Range", "Stored"]
+__all__ = [
+    "DELTA_DIGITS",
+    "Chunk",
+    "Manifest",
+    "Range",
+    "Stored",
+    "chunk_from_json",
+    "chunk_to_json",
+    "range_from_json",
+    "range_to_json",
+]
 
 _IDENTITY = re.compile(r"[0-9a-f]{64}")
 _NONCE = re.compile(r"[0-9a-f]{16}")
 _ITEMSIZES = (1, 2, 4, 8, 16)
 _ALL_DIGITS = 64
+
+_Item = TypeVar("_Item")
 
 DELTA_DIGITS = 32
 """Digits of the base's identity in a delta's name: 128 bits tell the bases of a chunk apart, and file systems that
@@ -212,8 +226,8 @@ class Manifest:
     chunk_bytes: int
     structure: Json
     tensors: tuple[Mapping[str, Json], ...]
-    ranges: tuple[Range, ...]
-    chunks: tuple[Chunk, ...]
+    ranges: Sequence[Range]
+    chunks: Sequence[Chunk]
     packed: tuple[Range, ...] = ()
     norms: Mapping[str, tuple[float, float]] | None = None
     norms_since: int | None = None
@@ -222,6 +236,8 @@ class Manifest:
     @property
     def nbytes(self) -> int:
         """Raw bytes of all chunks."""
+        if isinstance(self.chunks, JsonList):
+            return self.chunks.nbytes
         return sum(chunk.nbytes for chunk in self.chunks)
 
     def to_json(self) -> bytes:
@@ -236,20 +252,24 @@ class Manifest:
             "chunk_bytes": self.chunk_bytes,
             "structure": self.structure,
             "tensors": list(self.tensors),
-            "ranges": [_range_to_json(item) for item in self.ranges],
-            "chunks": [_chunk_to_json(chunk) for chunk in self.chunks],
+            "ranges": _listed(self.ranges, range_to_json),
+            "chunks": _listed(self.chunks, chunk_to_json),
         }
         if self.packed:
-            document["packed"] = [_range_to_json(item) for item in self.packed]
+            document["packed"] = [range_to_json(item) for item in self.packed]
         if self.norms is not None:
             document["norms"] = {name: [encode_float(x) for x in pair] for name, pair in self.norms.items()}
         if self.norms_since is not None:
             document["norms_since"] = self.norms_since
         if self.blocked is not None:
             document["blocked"] = {phase: round(seconds, 6) for phase, seconds in self.blocked.items()}
+        return dump_document("manifest", document, version=2 if self._needs_format_2() else 1)
+
+    def _needs_format_2(self) -> bool:
+        if self.packed or isinstance(self.ranges, JsonList):
+            return True
         short = any(chunk.base is not None and chunk.base.digits != _ALL_DIGITS for chunk in self.chunks)
-        blocks = any(item.blocks for item in self.ranges)
-        return dump_document("manifest", document, version=2 if short or self.packed or blocks else 1)
+        return short or any(item.blocks for item in self.ranges)
 
     @classmethod
     def from_json(cls, data: bytes, name: str) -> Manifest:
@@ -264,7 +284,7 @@ class Manifest:
         """
         document = parse_document(data, "manifest", name)
         fields = Fields(document, name)
-        chunks = tuple(_chunk_from_json(item, f"{name}: chunk {i}") for i, item in enumerate(fields.list("chunks")))
+        chunks = tuple(chunk_from_json(item, f"{name}: chunk {i}") for i, item in enumerate(fields.list("chunks")))
         ranges = _ranges_from_json(fields, "ranges", chunks, f"{name}: range")
         packed = _ranges_from_json(fields, "packed", chunks, f"{name}: packed range") if "packed" in document else ()
         tensors = tuple(as_mapping(item, f"{name}: tensor {i}") for i, item in enumerate(fields.list("tensors")))
@@ -291,6 +311,10 @@ class Manifest:
         )
 
 
+def _listed(items: Sequence[_Item], to_json: Callable[[_Item], Json]) -> Json:
+    return items if isinstance(items, JsonList) else [to_json(item) for item in items]
+
+
 def _nonce(value: str, name: str) -> str:
     if _NONCE.fullmatch(value) is None:
         raise CorruptionError(f"{name}: not a nonce: {shown(value)}")
@@ -313,7 +337,8 @@ def _blocked(value: Json, name: str) -> dict[str, float]:
     return {phase: decode_float(seconds, f"{name}: {phase!r}") for phase, seconds in as_mapping(value, name).items()}
 
 
-def _chunk_to_json(chunk: Chunk) -> dict[str, Json]:
+def chunk_to_json(chunk: Chunk) -> dict[str, Json]:
+    """Return the JSON form of a chunk."""
     item: dict[str, Json] = {
         "id": chunk.identity,
         "bytes": chunk.nbytes,
@@ -328,7 +353,13 @@ def _chunk_to_json(chunk: Chunk) -> dict[str, Json]:
     return item
 
 
-def _chunk_from_json(item: Json, name: str) -> Chunk:
+def chunk_from_json(item: Json, name: str) -> Chunk:
+    """Reverse `chunk_to_json`; `name` is for messages.
+
+    Raises
+    ------
+    CorruptionError
+    """
     fields = Fields(as_mapping(item, name), name)
     base = None
     if "base" in item:
@@ -351,7 +382,8 @@ def _chunk_from_json(item: Json, name: str) -> Chunk:
     )
 
 
-def _range_to_json(item: Range) -> dict[str, Json]:
+def range_to_json(item: Range) -> dict[str, Json]:
+    """Return the JSON form of a range."""
     node = {"bytes": item.nbytes, "item": item.itemsize, "pieces": [list(piece) for piece in item.pieces]}
     if item.blocks:
         node["shape"] = list(item.shape)
@@ -360,10 +392,16 @@ def _range_to_json(item: Range) -> dict[str, Json]:
 
 
 def _ranges_from_json(fields: Fields, field: str, chunks: tuple[Chunk, ...], name: str) -> tuple[Range, ...]:
-    return tuple(_range_from_json(item, chunks, f"{name} {i}") for i, item in enumerate(fields.list(field)))
+    return tuple(range_from_json(item, chunks, f"{name} {i}") for i, item in enumerate(fields.list(field)))
 
 
-def _range_from_json(item: Json, chunks: tuple[Chunk, ...], name: str) -> Range:
+def range_from_json(item: Json, chunks: Sequence[Chunk], name: str) -> Range:
+    """Reverse `range_to_json`, and check the range against the chunks that it lies in; `name` is for messages.
+
+    Raises
+    ------
+    CorruptionError
+    """
     fields = Fields(as_mapping(item, name), name)
     nbytes, itemsize = fields.count("bytes"), fields.count("item")
     if itemsize not in _ITEMSIZES:

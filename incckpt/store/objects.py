@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from incckpt.backends.base import Backend, ReadableBuffer
 from incckpt.errors import CorruptionError, KeyNotFoundError, MissingObjectError
+from incckpt.store.encoded import EncodedChunks
 from incckpt.store.manifest import DELTA_DIGITS, Chunk, Manifest
 from incckpt.store.rereading import reread
 
@@ -91,6 +92,8 @@ def chunk_keys(chunk: Chunk) -> tuple[ObjectKey, ...]:
 
 def manifest_keys(manifest: Manifest) -> frozenset[str]:
     """Return the keys of all objects that a manifest lists, which do not include its own."""
+    if isinstance(manifest.chunks, EncodedChunks):
+        return frozenset(manifest.chunks.sizes)
     return frozenset(str(key) for chunk in manifest.chunks for key in chunk_keys(chunk))
 
 
@@ -101,6 +104,8 @@ def manifest_sizes(manifest: Manifest) -> dict[str, int]:
 
 def chunk_sizes(chunks: Iterable[Chunk]) -> dict[str, int]:
     """Return the sizes in bytes of the objects that chunks are read from, by key."""
+    if isinstance(chunks, EncodedChunks):
+        return dict(chunks.sizes)
     sizes: dict[str, int] = {}
     for chunk in chunks:
         stored = (chunk,) if chunk.base is None else (chunk, chunk.base)

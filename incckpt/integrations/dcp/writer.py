@@ -7,26 +7,28 @@ import os
 import pickle
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from incckpt.errors import IncckptError, OptionError, SaveError, StateError
+from incckpt.integrations.dcp.gathering import Failed, gathered
 from incckpt.integrations.dcp.places import step_of
 from incckpt.options import checked_flag
 from incckpt.retention import Mode, Policy, policy_of
 from incckpt.run.attempt import Attempt, IfExists, Origin, check_if_exists
 from incckpt.run.checkpoint import Checkpoint, checked_metrics
 from incckpt.run.joint import OpenSave
-from incckpt.run.merging import Leaf, Part, merge
-from incckpt.run.shards import Brief, Shard, ShardWriter
+from incckpt.run.merging import merge
+from incckpt.run.parts import Place
+from incckpt.run.shards import Brief, ShardWriter
 from incckpt.staging.detect import chosen_threads
 from incckpt.staging.layout import DEFAULT_CHUNK_BYTES, check_chunk_bytes
 from incckpt.store.location import locate
@@ -36,22 +38,6 @@ from incckpt.store.store import Store
 __all__ = ["IncrementalWriter"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """What a rank tells the coordinator of one item: its key in the rank's shard, and with the first item the shard."""
-
-    key: str
-    shard: Shard | None = None
-
-
-@dataclass(frozen=True)
-class _Failed:
-    """What a rank tells the coordinator instead if it could not store its part."""
-
-    error: IncckptError
-    tried: Sequence[str]
 
 
 class IncrementalWriter(StorageWriter, AsyncStager):
@@ -183,7 +169,7 @@ class IncrementalWriter(StorageWriter, AsyncStager):
             results = self._stored(plan, planner)
         except BaseException as error:  # noqa: BLE001 -- DCP takes any and does not tell the coordinator's writer
             tried = () if self._shards is None else tuple(self._shards.tried)
-            results = [WriteResult(MetadataIndex(""), 0, _Failed(_picklable(error), tried))]
+            results = [WriteResult(MetadataIndex(""), 0, Failed(_picklable(error), tried))]
         future.set_result(results)
         return future
 
@@ -196,22 +182,24 @@ class IncrementalWriter(StorageWriter, AsyncStager):
         if self._shards is None:
             store = Store.open(self._url, self._options)
             self._shards = ShardWriter(store, threads=self._threads, chunk_bytes=self._chunk_bytes, delta=self._delta)
-        keys: list[str] = []
         values: dict[str, Any] = {}
+        places: dict[str, Place] = {}
         for item in plan.items:
             key = item.index.fqn
             while key in values:
                 key += f"@{len(values)}"
-            keys.append(key)
             values[key] = _value(item, planner)
+            data = item.tensor_data
+            if data is not None and data.chunk.sizes != data.size:
+                places[key] = Place(item.index.fqn, tuple(data.chunk.offsets))
         if not values:
             return []
         snapshot = self._shards.stage(values)
         del values
-        shard = self._shards.put(snapshot, brief, self._count)
+        shard = self._shards.put(snapshot, brief, self._count, places)
         self._shards.rest()
-        first = [_Stored(keys[0], shard), *(_Stored(key) for key in keys[1:])]
-        return [WriteResult(item.index, _nbytes(item), one) for item, one in zip(plan.items, first, strict=True)]
+        told = [shard, *[None] * (len(plan.items) - 1)]
+        return [WriteResult(item.index, _nbytes(item), one) for item, one in zip(plan.items, told, strict=True)]
 
     # -- what DCP calls on the coordinator
 
@@ -246,7 +234,7 @@ class IncrementalWriter(StorageWriter, AsyncStager):
         save, self._open = self._open, None
         tried: list[str] = []
         try:
-            leaves, shards = _gathered(metadata, results, tried)
+            leaves, shards = gathered(metadata, results, tried)
             merged = merge(leaves, shards)
         except BaseException as error:
             save.abort(error, tried)
@@ -316,54 +304,6 @@ class IncrementalWriter(StorageWriter, AsyncStager):
         self.close()
 
 
-def _gathered(metadata: Metadata, results: list[list[WriteResult]], tried: list[str]) -> tuple[list[Leaf], list[Shard]]:
-    """Return what the ranks have stored, by leaf of the state; add to `tried` what they have put.
-
-    Raises
-    ------
-    IncckptError
-        That of a rank that has failed.
-    """
-    shards: list[Shard] = []
-    found: dict[tuple[str, tuple[int, ...] | None], tuple[int, str]] = {}
-    failures: list[tuple[int, IncckptError]] = []
-    for rank, parts in enumerate(results):
-        shard = Shard({}, (), (), (), (), 1 << 20)
-        for result in parts:
-            told = result.storage_data
-            if isinstance(told, _Failed):
-                failures.append((rank, told.error))
-                tried += told.tried
-                continue
-            if told.shard is not None:
-                shard = told.shard
-                tried += shard.tried
-            offset = None if result.index.offset is None else tuple(result.index.offset)
-            found[result.index.fqn, offset] = rank, told.key
-        shards.append(shard)
-    for rank, error in failures:
-        error.add_note(f"rank {rank} could not store its part of the checkpoint, so nothing was committed")
-        raise error
-    paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
-    leaves: list[Leaf] = []
-    for fqn, described in metadata.state_dict_metadata.items():
-        path = tuple(paths.get(fqn, (fqn,)))
-        places: list[tuple[tuple[int, ...] | None, tuple[int, ...]]] = [(None, ())]
-        shape: tuple[int, ...] | None = None
-        requires_grad = False
-        if isinstance(described, TensorStorageMetadata):
-            places = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in described.chunks]
-            shape, requires_grad = tuple(described.size), described.properties.requires_grad
-        part_of = []
-        for offset, size in places:
-            place = found.get((fqn, offset))
-            if place is None:
-                raise StateError(f"no rank has stored {fqn!r}" + (f" at {list(offset)}" if offset else ""))
-            part_of.append(Part(*place, offset or (), size))
-        leaves.append(Leaf(path, part_of, shape, requires_grad))
-    return leaves, shards
-
-
 def _value(item: WriteItem, planner: SavePlanner) -> Any:
     """Return what is to be stored for an item: a tensor in plain memory, or a value."""
     if item.type is WriteItemType.BYTE_IO:
@@ -379,6 +319,10 @@ def _value(item: WriteItem, planner: SavePlanner) -> Any:
         raise StateError(f"{type(planner).__name__} gives {type(tensor).__name__} for tensor {item.index.fqn!r}")
     tensor = tensor.detach()
     data = item.tensor_data
+    if data is not None and tensor.shape != data.chunk.sizes:
+        raise StateError(
+            f"tensor {item.index.fqn!r}: {list(data.chunk.sizes)} was planned, and it is {list(tensor.shape)} now"
+        )
     if data is not None and data.chunk.sizes != data.size:
         tensor = tensor.resolve_conj().resolve_neg().contiguous()
     return tensor
