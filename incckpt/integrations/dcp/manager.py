@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -172,7 +173,7 @@ class DistributedCheckpointManager:
         writer.step, writer.metrics, writer.if_exists = step, metrics, if_exists
         try:
             metadata = _unwrapped(
-                lambda: save(staged, storage_writer=writer, process_group=self._group, no_dist=self._alone)
+                lambda: save(staged, storage_writer=writer, process_group=self._group, **self._no_dist(save))
             )
         except BaseException as error:
             writer.give_up(error)  # a rank that died has told no one
@@ -221,7 +222,9 @@ class DistributedCheckpointManager:
                 storage_options=self._options,
             )
             try:
-                _unwrapped(partial(load, state, storage_reader=reader, process_group=self._group, no_dist=self._alone))
+                _unwrapped(
+                    partial(load, state, storage_reader=reader, process_group=self._group, **self._no_dist(load))
+                )
             except CorruptionError as error:
                 if index + 1 == len(names):
                     raise
@@ -297,6 +300,10 @@ class DistributedCheckpointManager:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _no_dist(self, act: Callable[..., Any]) -> dict[str, bool]:
+        """Return the argument that keeps DCP from talking to other processes; torch before 2.7 finds out by itself."""
+        return {"no_dist": self._alone} if "no_dist" in inspect.signature(act).parameters else {}
 
     def _agreed(self, act: Callable[[], _T]) -> _T:
         """Return what `act` gives on the coordinator, or raise what it raises there, on every rank."""
