@@ -253,12 +253,14 @@ class TorchCheckpointing(Files):
     def __init__(self, training: Training, folder: Path) -> None:
         super().__init__(training, folder)
         from torch_checkpointing import CheckpointManager
+        from torch_checkpointing.checkpoint_process import CheckpointProcessConfig
         from torch_checkpointing.config import AsyncCheckpointSaverConfig
         from torch_checkpointing.staging import CheckpointStagerConfig
         from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 
         staging = CheckpointStagerConfig(use_pinned_memory=False, use_async_staging=False, use_non_blocking_copy=False)
-        save = AsyncCheckpointSaverConfig(staging_config=staging)
+        process = CheckpointProcessConfig(subprocess_init_timeout_secs=300)  # a busy machine takes its time
+        save = AsyncCheckpointSaverConfig(staging_config=staging, process_config=process)
         storage = LocalFileSystemStorageConfig(use_direct_io=False)  # ext4 refuses its unaligned last writes
         self.manager = CheckpointManager(CheckpointManager.Config(save=save, storage_config=storage))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -78,6 +80,9 @@ def verbs() -> dict[str, str]:
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line, given without the program's name, and return its exit code."""
+    if "_INCCKPT_COMPLETE" in os.environ:
+        import_module("incckpt.cli.shell")  # answers the shell, and nothing else may be printed
+        logging.disable()
     output = Output()
     output.json = "--json" in arguments  # for errors of the command line itself
     try:

@@ -10,7 +10,7 @@ import click
 
 import incckpt
 from incckpt.backends.base import redact
-from incckpt.cli.options import STORE, best_options, storage_option, verb
+from incckpt.cli.options import STORE, best_options, storage_option, url_argument, verb
 from incckpt.cli.output import Output, as_json, plural, size
 from incckpt.errors import CheckpointNotFoundError, OptionError
 from incckpt.retention import Union, policy_of
@@ -31,7 +31,7 @@ def confirm(output: Output, question: str, yes: bool) -> None:
 
 
 @verb("rm")
-@click.argument("urls", metavar=f"{STORE}...", nargs=-1, required=True)
+@url_argument("urls", metavar=f"{STORE}...", nargs=-1, required=True)
 @click.option("--all", "all_steps", is_flag=True, help="Every checkpoint of the run that URL names.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @best_options
@@ -93,8 +93,8 @@ def rm_command(
 
 
 @verb("copy")
-@click.argument("source", metavar="SOURCE")
-@click.argument("destination", metavar="DESTINATION")
+@url_argument("source", metavar="SOURCE")
+@url_argument("destination", metavar="DESTINATION")
 @click.option(
     "--if-exists",
     type=click.Choice(["error", "skip", "replace"]),
@@ -163,7 +163,7 @@ def _steps(steps: Sequence[int]) -> str:
 
 
 @verb("prune")
-@click.argument("url", metavar=STORE)
+@url_argument("url", metavar=STORE)
 @click.option("--keep-last", type=click.IntRange(1), metavar="N", help="Keep the last N.")
 @click.option("--keep-best", type=click.IntRange(0), metavar="N", help="Keep the best N by --metric, and the last.")
 @click.option("--keep-every", type=click.IntRange(1), metavar="STEPS", help="Keep one of every so many steps.")

@@ -9,7 +9,7 @@ import click
 import incckpt
 from incckpt.backends.base import redact
 from incckpt.cli.errors import Exit, code_of
-from incckpt.cli.options import STORE, best_options, storage_option, verb
+from incckpt.cli.options import STORE, best_options, storage_option, url_argument, verb
 from incckpt.cli.output import Output, as_json, duration
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @verb("verify")
-@click.argument("url", metavar=STORE)
+@url_argument("url", metavar=STORE)
 @click.option(
     "--level",
     type=click.Choice(["list", "sizes", "hashes"]),
@@ -79,7 +79,7 @@ def verify_command(
 
 
 @verb("doctor")
-@click.argument("url", metavar=STORE)
+@url_argument("url", metavar=STORE)
 @click.option("--read-only", is_flag=True, help="Try nothing that writes.")
 @storage_option()
 def doctor_command(output: Output, url: str, read_only: bool, option: dict[str, Any] | None) -> int:

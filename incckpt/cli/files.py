@@ -7,18 +7,18 @@ from typing import Any
 
 import click
 
-from incckpt.cli.options import STORE, best_options, storage_option, verb
+from incckpt.cli.options import STORE, best_options, storage_option, url_argument, verb
 from incckpt.cli.output import Output, plural, size
 
 
 @verb("export")
-@click.argument("url", metavar=STORE)
-@click.argument("target", metavar="TARGET")
+@url_argument("url", metavar=STORE)
+@click.argument("target", metavar="TARGET", type=click.Path())
 @click.option("--format", "form", help="pt, safetensors, huggingface or dcp; by default as TARGET's suffix says.")
 @click.option("--keys", multiple=True, metavar="GLOB", help="Only what matches, as 'model.*'; may be repeated.")
 @click.option("--root", metavar="NAME", help="The part to export; names become relative to it.")
 @click.option("--shard-bytes", type=click.IntRange(1), default=5_000_000_000, help="Of files of safetensors (5 GB).")
-@click.option("--beside", metavar="FOLDER", help="huggingface: copy config and tokenizer from here.")
+@click.option("--beside", type=click.Path(), metavar="FOLDER", help="huggingface: copy config and tokenizer from here.")
 @click.option("--leave-out", is_flag=True, help="Leave out what the format cannot hold.")
 @click.option("--overwrite", is_flag=True, help="Replace TARGET.")
 @click.option("--allow-pickle", is_flag=True, help="Unpickle what the checkpoint holds as pickles.")
@@ -55,7 +55,7 @@ def export_command(
 
 
 @verb("import")
-@click.argument("paths", metavar="PATH... URL", nargs=-1, required=True)
+@url_argument("paths", metavar="PATH... URL", nargs=-1, required=True)
 @click.option("--step", type=click.IntRange(0), help="Of one file; by default as its name says, or the next.")
 @click.option(
     "--if-exists", type=click.Choice(["error", "skip", "replace"]), default="error", help="If the run has the step."

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import incckpt
-from incckpt.cli.options import STORE, best_options, storage_option, verb
+from incckpt.cli.options import STORE, best_options, storage_option, url_argument, verb
 from incckpt.cli.output import Output, number, plural, shape, size, when
+from incckpt.cli.urls import beside
 
 if TYPE_CHECKING:
     from incckpt.inspection.description import Description
@@ -21,7 +22,7 @@ _SHOWN = 20
 
 
 @verb("list")
-@click.argument("url", metavar=STORE)
+@url_argument("url", metavar=STORE)
 @click.option("--abandoned", is_flag=True, help="Also those that were abandoned by going back behind them.")
 @storage_option()
 def list_command(output: Output, url: str, abandoned: bool, option: dict[str, Any] | None) -> None:
@@ -58,7 +59,7 @@ def _metrics(metrics: Mapping[str, float]) -> str:
 
 
 @verb("info")
-@click.argument("url", metavar=STORE)
+@url_argument("url", metavar=STORE)
 @click.option("--tensors", is_flag=True, help="Also every tensor, with its dtype and shape.")
 @best_options
 @storage_option()
@@ -99,8 +100,8 @@ def _show_info(output: Output, found: Description, all_tensors: bool) -> None:
 
 
 @verb("diff")
-@click.argument("before", metavar="A")
-@click.argument("after", metavar="B")
+@url_argument("before", metavar="A")
+@url_argument("after", metavar="B")
 @click.option("--all", "all_tensors", is_flag=True, help="Every tensor that differs, not the 20 that moved most.")
 @best_options
 @storage_option()
@@ -118,10 +119,8 @@ def diff_command(
     B may be a fragment alone, of A's store: store#run@100 '#run@200', or a step of
     A's run: store#run@100 @200. Only tensors that differ are read.
     """
-    if after[:1] in ("#", "@"):
-        store, _, fragment = before.partition("#")
-        after = f"{store}{after}" if after[0] == "#" else f"{store}#{fragment.partition('@')[0]}{after}"
     with output.progress("comparing") as progress:
+        after = beside(before, after)
         found = incckpt.diff(before, after, metric=metric, mode=mode, progress=progress, storage_options=option)
     output.result(found, lambda: _show_diff(output, found, all_tensors))
 

@@ -12,12 +12,15 @@ from typing import Any, TypeVar
 import click
 
 from incckpt.cli.output import Output
+from incckpt.cli.urls import complete_url
 
-__all__ = ["STORE", "best_options", "global_options", "storage_option", "verb"]
+__all__ = ["STORE", "best_options", "global_options", "storage_option", "url_argument", "verb"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 STORE = "URL"
+
+url_argument = functools.partial(click.argument, shell_complete=complete_url)
 
 
 def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:

@@ -7,12 +7,12 @@ from typing import Any
 import click
 
 import incckpt
-from incckpt.cli.options import STORE, storage_option, verb
+from incckpt.cli.options import STORE, storage_option, url_argument, verb
 from incckpt.cli.output import Output
 
 
 @verb("recover")
-@click.argument("url", metavar=STORE)
+@url_argument("url", metavar=STORE)
 @click.option("--no-dry-run", is_flag=True, help="Do it; without, say only what would be done.")
 @click.option("--level", type=click.Choice(["list", "sizes", "hashes"]), default="sizes", help="As for verify (sizes).")
 @storage_option()

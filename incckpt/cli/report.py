@@ -7,13 +7,22 @@ from typing import Any
 import click
 
 import incckpt
-from incckpt.cli.options import STORE, storage_option, verb
+from incckpt.cli.options import STORE, storage_option, url_argument, verb
 from incckpt.cli.output import Output, size
 
 
 @verb("report")
-@click.argument("url", metavar=STORE)
-@click.option("-o", "--output", "path", metavar="FILE", default="report.html", show_default=True, help="The file.")
+@url_argument("url", metavar=STORE)
+@click.option(
+    "-o",
+    "--output",
+    "path",
+    type=click.Path(),
+    metavar="FILE",
+    default="report.html",
+    show_default=True,
+    help="The file.",
+)
 @storage_option(short=None)
 def report_command(output: Output, url: str, path: str, option: dict[str, Any] | None) -> None:
     """Write a page about a run for a browser: metrics, bytes, waits, changes.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import incckpt
-from incckpt.cli.options import STORE, best_options, storage_option, verb
+from incckpt.cli.options import STORE, best_options, storage_option, url_argument, verb
 from incckpt.cli.output import Output, as_json, plural, size
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def _usage(output: Output, url: str, option: dict[str, Any] | None, **choice: An
 
 
 @verb("stats")
-@click.argument("url", metavar=STORE)
+@url_argument("url", metavar=STORE)
 @storage_option()
 def stats_command(output: Output, url: str, option: dict[str, Any] | None) -> None:
     """Say how much a store or a run holds, and what storing it incrementally saves."""
@@ -73,7 +73,7 @@ def stats_command(output: Output, url: str, option: dict[str, Any] | None) -> No
 
 
 @verb("du")
-@click.argument("url", metavar=STORE)
+@url_argument("url", metavar=STORE)
 @best_options
 @storage_option()
 def du_command(output: Output, url: str, metric: str | None, mode: Any, option: dict[str, Any] | None) -> None:
@@ -111,7 +111,7 @@ def du_command(output: Output, url: str, metric: str | None, mode: Any, option: 
 
 
 @verb("blobs")
-@click.argument("url", metavar=STORE)
+@url_argument("url", metavar=STORE)
 @click.option("--limit", type=click.IntRange(0), default=20, help="How many to show, the largest first; 0 for all.")
 @best_options
 @storage_option()
@@ -146,7 +146,7 @@ def _short(key: str) -> str:
 
 
 @verb("gc")
-@click.argument("url", metavar=STORE)
+@url_argument("url", metavar=STORE)
 @click.option("--no-dry-run", is_flag=True, help="Delete; without, say only what would be deleted.")
 @click.option(
     "--min-age",

@@ -44,8 +44,10 @@ tools take it, the `AWS_…` variables, say; or given with `-o name=value`. Cred
 
 Every verb takes `--json`, which prints one JSON document on standard output: the fields of what the library returns
 ([reference](api/inspection.md)). Errors go to standard error as one line with the remedy, with `--json` as a JSON
-object; `--debug` adds the traceback. Progress is shown if standard error is a terminal. `incckpt completion bash`
-(`zsh`, `fish`) prints a script for the shell; its `--help` says where it goes.
+object; `--debug` adds the traceback. Progress is shown if standard error is a terminal.
+
+`incckpt completion bash` (`zsh`, `fish`) prints a script that completes verbs, options and URLs in the shell: folders
+and buckets, after `#` the runs of the store, after `@` a run's steps. Its `--help` says where it goes.
 
 {codes}
 
