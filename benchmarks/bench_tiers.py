@@ -10,12 +10,10 @@ import argparse
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +28,7 @@ import incckpt
 from incckpt.backends import open_backend
 from incckpt.testing.faults import Call, Fault, FaultyBackend, kill_process
 from tests.servers.processes import python_server
+from tests.servers.slow_relay import slowed
 
 KEYS = {"key": "test", "secret": "testtest"}
 RATE = 5 << 20  # bytes per second
@@ -80,46 +79,6 @@ def resume(megabytes: int) -> None:
         )
 
 
-@contextmanager
-def slowed(port: int) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield the port of a relay to a server, and its rate in bytes per second, 0 to hang."""
-    limit: dict[str, float] = {"rate": RATE}
-    lock, due = threading.Lock(), [time.monotonic()]
-
-    def wait(nbytes: int) -> None:
-        while not limit["rate"]:
-            time.sleep(0.1)
-        with lock:
-            due[0] = max(due[0], time.monotonic()) + nbytes / limit["rate"]
-            until = due[0]
-        time.sleep(max(0.0, until - time.monotonic()))
-
-    def pump(source: socket.socket, target: socket.socket, slow: bool) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                if slow:
-                    wait(len(data))
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
-        except OSError:
-            source.close()
-            target.close()
-
-    def accept() -> None:
-        while True:
-            try:
-                client, _ = listener.accept()
-            except OSError:
-                return
-            server = socket.create_connection(("127.0.0.1", port))
-            threading.Thread(target=pump, args=(client, server, True), daemon=True).start()
-            threading.Thread(target=pump, args=(server, client, False), daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=accept, daemon=True).start()
-        yield listener.getsockname()[1], limit
-
-
 def saves(manager: incckpt.CheckpointManager, megabytes: int, count: int) -> tuple[float, float]:
     """Save a state that changes; return medians of the seconds that a save blocked, and until it was durable."""
     state = state_of(megabytes)
@@ -142,16 +101,16 @@ def local(megabytes: int, count: int) -> None:
         print("a local store: blocked {:.3f} s, durable after {:.3f} s".format(*saves(plain, megabytes, count)))
         plain.close()
         for name, rate in (("takes 5 MB/s", RATE), ("hangs", 0)):
-            with slowed(port) as (relay, limit):
+            with slowed(port, RATE) as (relay, limit):
                 options = {**KEYS, "endpoint_url": f"http://127.0.0.1:{relay}"}
                 manager = incckpt.CheckpointManager(
                     f"s3://bench/{rate}", local=Path(folder) / str(rate), storage_options=options
                 )
-                limit["rate"] = rate
+                limit.rate = rate
                 figures = saves(manager, megabytes, count)
                 states = [report.tiers["bucket"].state for report in manager.history]
                 print("a bucket that {}: blocked {:.3f} s, durable after {:.3f} s".format(name, *figures), states)
-                limit["rate"] = 1 << 40
+                limit.rate = 1 << 40
                 manager.close()
             with incckpt.CheckpointManager(
                 f"s3://bench/{rate}", storage_options={**KEYS, "endpoint_url": f"http://127.0.0.1:{port}"}

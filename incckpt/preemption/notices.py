@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _METADATA = "http://169.254.169.254"  # of all three; to look up a name could take longer than a request may
 _LARGEST = 1 << 20  # bytes of an answer
-_TRIES = 3  # of a source that has never answered
+_TRIES = 15  # of a source that has never answered
 
 _TOKEN = re.compile(r"[\x21-\x7e]{1,4096}")
 
@@ -60,7 +60,7 @@ class Source(ABC):
     name
         Of the source.
     answers
-        Whether it has ever answered. One that has not is given up after three polls.
+        Whether it has ever answered. One that has not is given up after fifteen polls.
     """
 
     name: str
@@ -342,14 +342,14 @@ class Watcher:
     Parameters
     ----------
     sources
-        Those that have never answered are given up after three polls.
+        Those that have never answered are given up after fifteen polls.
     on_notice
         Is called in that thread, once with each notice.
     every
         Seconds between polls.
     """
 
-    def __init__(self, sources: Iterable[Source], on_notice: Callable[[Notice], object], every: float = 5.0) -> None:
+    def __init__(self, sources: Iterable[Source], on_notice: Callable[[Notice], object], every: float = 1.0) -> None:
         self._sources = tuple(sources)
         self._on_notice = on_notice
         self._every = every

@@ -36,7 +36,7 @@ class Preemption:
         Seconds from a signal, or a notice that does not say, to the end. Kubernetes gives 30 unless
         ``terminationGracePeriodSeconds`` says otherwise, Slurm ``KillWait`` (30), torchrun 30, docker stop 10.
     clouds
-        Whose notices to look for every few seconds: ``"auto"`` (whichever answers), or some of ``"aws"``, ``"gcp"``,
+        Whose notices to look for every second: ``"auto"`` (whichever answers), or some of ``"aws"``, ``"gcp"``,
         ``"azure"`` or of a `Source`; none by default.
     margin
         Seconds before the end at which saves are given up, so that the process can still end in order.
@@ -54,7 +54,7 @@ class Preemption:
         *,
         signals: Iterable[int] = (signal.SIGTERM,),
         grace: SupportsFloat | timedelta = 30.0,
-        clouds: str | Iterable[str | Source] = (),
+        clouds: str | Source | Iterable[str | Source] = (),
         margin: SupportsFloat | timedelta = 1.0,
         on_notice: Callable[[Notice], object] | None = None,
     ) -> None:

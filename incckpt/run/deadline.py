@@ -27,12 +27,20 @@ class Job:
         When it was begun, by `time.monotonic`; ``None`` while it waits.
     cut
         Why it is not to be made.
+    skipped
+        Raw bytes that saves cut before it would have stored: this one has to, unless they changed again.
     """
 
     report: SaveReport
     future: Future[Checkpoint]
     begun: float | None = None
     cut: str | None = None
+    skipped: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Raw bytes to store, at most."""
+        return min(self.report.nbytes, self.report.changed_bytes + self.skipped)
 
 
 class Rates:
@@ -44,10 +52,10 @@ class Rates:
     def __init__(self) -> None:
         self._past: deque[tuple[int, float, float]] = deque(maxlen=_REMEMBERED)
 
-    def learn(self, report: SaveReport) -> None:
+    def learn(self, job: Job) -> None:
         """Take a save into account that was made."""
-        store, commit = (report.seconds.get(phase, 0.0) for phase in ("store", "commit"))
-        self._past.append((report.changed_bytes, store, commit))
+        store, commit = (job.report.seconds.get(phase, 0.0) for phase in ("store", "commit"))
+        self._past.append((job.nbytes, store, commit))
 
     def seconds(self, nbytes: int, done: int = 0, elapsed: float = 0.0) -> float | None:
         """Return how long a save takes from now on; ``None`` if nothing is known.
@@ -81,13 +89,19 @@ def expected(job: Job, rates: Rates, skipped: int = 0) -> float | None:
     Parameters
     ----------
     skipped
-        Raw bytes that saves before it would have stored: it has to store them, unless they changed again.
+        Raw bytes that further saves before it would have stored.
     """
     report = job.report
-    nbytes = min(report.nbytes, report.changed_bytes + skipped)
+    nbytes = min(report.nbytes, job.nbytes + skipped)
     if job.begun is None:
         return rates.seconds(nbytes)
     return rates.seconds(nbytes, sum(way.raw for way in report.by_way.values()), time.monotonic() - job.begun)
+
+
+def expected_together(jobs: Sequence[Job], rates: Rates) -> float | None:
+    """Return how long it takes from now on until all of some saves are made; ``None`` if nothing is known."""
+    each = [expected(job, rates) for job in jobs]
+    return None if None in each else sum(seconds for seconds in each if seconds is not None)
 
 
 def to_cut(jobs: Sequence[Job], left: float, rates: Rates) -> list[Job]:
@@ -107,7 +121,7 @@ def to_cut(jobs: Sequence[Job], left: float, rates: Rates) -> list[Job]:
     if rest + sum(seconds for seconds in in_turn if seconds is not None) <= left and None not in in_turn:
         return []
     for newest in reversed(range(len(waiting))):
-        skipped = sum(job.report.changed_bytes for job in waiting[:newest])
+        skipped = sum(job.nbytes for job in waiting[:newest])
         alone = expected(waiting[newest], rates, skipped)
         if alone is None or rest + alone <= left:
             return waiting[:newest] + waiting[newest + 1 :]

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias, get_args
 from incckpt.errors import BacklogFullError, DeadlineError, IncckptError, ManagerClosedError, SaveError
 from incckpt.options import check_choice, checked_count
 from incckpt.run.checkpoint import Checkpoint
-from incckpt.run.deadline import Job, Rates, expected, to_cut
+from incckpt.run.deadline import Job, Rates, expected, expected_together, to_cut
 from incckpt.run.queue import BackgroundQueue
 from incckpt.run.report import SaveReport
 from incckpt.threads import Future
@@ -68,6 +68,7 @@ class PendingSaves:
         self._jobs: deque[Job] = deque()  # those that are pending, oldest first
         self._rates = Rates()
         self._deadline = deadline
+        self._skipped = 0  # raw bytes of saves that were cut, which the next one will have to store
         self._last: Checkpoint | None = None
         flush = weakref.WeakMethod(self.flush)  # no cycle: what is dropped is freed at once
         self._queue.at_exit = lambda: method() if (method := flush()) is not None else None
@@ -113,7 +114,8 @@ class PendingSaves:
         ManagerClosedError
             If the saves were stopped.
         """
-        job = Job(report, Future[Checkpoint]())
+        job = Job(report, Future[Checkpoint](), skipped=self._skipped)
+        self._skipped = 0
         self._jobs.append(job)
         try:
             report.expected_seconds = expected(job, self._rates)
@@ -141,12 +143,12 @@ class PendingSaves:
             raise
         finally:
             self._jobs.remove(job)
-        self._rates.learn(report)
+        self._rates.learn(job)
         if (deadline := self._deadline()) is not None:
             now = time.monotonic()
             log.info(
-                "step %d was saved in %.1f s, where %s expected; %.1f s are left",
-                *(report.step, now - job.begun, _in_words(report.expected_seconds), deadline - now),
+                "step %d was saved with %.1f s left, in %.1f s, where it was expected to take %s",
+                *(report.step, deadline - now, now - job.begun, _in_words(report.expected_seconds)),
             )
         self.reports.append(report)
         return checkpoint
@@ -158,11 +160,19 @@ class PendingSaves:
             return
         left = deadline - time.monotonic()
         cut = to_cut(jobs, left, self._rates)
-        for job in cut:
-            job.cut = f"in the {max(0.0, left):.1f} s left, another save is to be made"
-        made = [f"step {job.report.step}, {_in_words(expected(job, self._rates))}" for job in jobs if job not in cut]
-        left_out = [f"step {job.report.step}, left out" for job in cut]
-        log.info("%.1f s are left to save: %s expected", left, "; ".join([*made, *left_out]))
+        for job in jobs:
+            if job in cut:
+                job.cut = f"in the {max(0.0, left):.1f} s left, another save is to be made"
+                self._skipped += job.nbytes
+            else:
+                job.skipped += self._skipped
+                self._skipped = 0
+        kept = [job for job in jobs if job not in cut]
+        log.info(
+            "%.1f s are left, and step %d is expected to be saved in %s%s",
+            *(left, kept[-1].report.step, _in_words(expected_together(kept, self._rates))),
+            "".join(f"; step {job.report.step} is left out" for job in cut),
+        )
 
     def flush(self, deadline: float | None = None) -> Checkpoint | None:
         """Finish the pending saves by a deadline (of `time.monotonic`), by default that of the process, if any.

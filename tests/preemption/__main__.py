@@ -1,131 +1,160 @@
-"""Trainings preempted at random moments over a slow S3 server: ``python -m tests.preemption --rounds 50``.
+"""Trainings preempted at random moments over a slow S3 server.
 
-Every round starts ``examples/preemptible.py`` in a process of its own, which resumes from the bucket, and sends it
-SIGTERM after a random time, with a random grace. A process that has not ended by then is killed, and has failed. In the
-end the training is finished, and its losses have to be those of one that nobody disturbed. Estimates are printed beside
-what happened.
+    python -m tests.preemption --rounds 100                                          # moto
+    python -m tests.preemption --rounds 50 --endpoint http://127.0.0.1:8055          # a Ceph gateway (test/testtest)
+    python -m tests.preemption --table one.jsonl two.jsonl                           # of what --results has kept
+
+Every round starts ``examples/preemptible.py`` in a process of its own, which resumes from the bucket, and announces its
+end: by SIGTERM and by the notices of AWS, GCP and Azure in turn, at a random moment, with 2 to 30 seconds left, at a
+random upload rate. A process that has not ended by then is killed, and has failed. A training that is done is followed
+by another one. Every loss has to be that of a training that nobody disturbed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
-import re
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import s3fs
 
-from benchmarks.bench_tiers import slowed
+from tests.preemption.lives import KINDS, Life, Plan, live
+from tests.preemption.table import Row, failures, tables
 from tests.servers.processes import python_server
+from tests.servers.slow_relay import slowed
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "preemptible.py"
-SAVED = re.compile(r"step (\d+) was saved in ([\d.]+) s, where (\S+) s expected; (-?[\d.]+) s are left")
-
-
-@dataclass
-class Life:
-    """What one process did."""
-
-    status: int
-    losses: dict[int, str]
-    log: str
-    late: bool
-    estimates: list[tuple[float, float]] = field(default_factory=list)
+KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_DEFAULT_REGION": "us-east-1"}
+PREEMPTED = os.EX_TEMPFAIL
 
 
-def live(url: str, options: list[str], environment: dict[str, str], after: float | None, grace: float) -> Life:
-    """Train until the end, or until SIGTERM and the grace have passed."""
-    command = [sys.executable, str(EXAMPLE), url, "--grace", str(grace), *options]
-    with (
-        tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process,
-    ):
-        losses: dict[int, str] = {}
-        late = threading.Event()
-        timers: list[threading.Timer] = []
+class Training:
+    """A training that goes on from process to process.
 
-        def kill() -> None:
-            late.set()
-            process.kill()
+    Parameters
+    ----------
+    expected
+        The losses of an undisturbed one, by step.
+    """
 
-        def preempt() -> None:
-            process.send_signal(signal.SIGTERM)
-            timers.append(threading.Timer(grace, kill))
-            timers[-1].start()
+    def __init__(self, url: str, expected: dict[int, str]) -> None:
+        self.url = url
+        self._expected = expected
+        self._newest = 0  # step that was announced as durable
+        self._open: list[tuple[Life, Row]] = []  # of which the next process will show what was lost
+        self.done = False
 
-        assert process.stdout is not None
-        for line in process.stdout:
-            if not losses and after is not None:  # handlers are installed by then
-                timers.append(threading.Timer(after, preempt))
-                timers[-1].start()
-            _, step, _, loss = line.split()
-            losses[int(step)] = loss
-        status = process.wait()
-        for timer in timers:
-            timer.cancel()
-        log.seek(0)
-        text = log.read()
-    made = [(float(took), float(expected)) for _, took, expected, _ in SAVED.findall(text) if expected != "unknown"]
-    return Life(status, losses, text, late.is_set(), made)
+    def add(self, life: Life) -> Row:
+        """Take in what a process has done; return what is known of it so far."""
+        life.wrong = [step for step, loss in life.losses.items() if self._expected[step] != loss]
+        if life.losses:
+            for before, row in self._open:
+                row["resumed"] = life.first - 1 >= row["newest"]
+                row["lost"] = before.last - (life.first - 1) if before.losses else 0
+            self._open = []
+        self._newest = max([self._newest, *life.durable])
+        row = {**life.to_json(), "newest": self._newest, "resumed": None, "lost": None}
+        if life.status == os.EX_OK:
+            self.done = True
+        else:
+            self._open.append((life, row))
+        return row
+
+
+@contextmanager
+def s3(endpoint: str | None) -> Iterator[str]:
+    """Yield the URL of an S3 server: of the given one, or of moto."""
+    if endpoint is not None:
+        yield endpoint
+        return
+    with python_server("s3_server") as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+def run(given: argparse.Namespace) -> list[Row]:
+    """Preempt trainings; return what became of each process that was."""
+    chance = random.Random(given.seed)
+    options = ["--steps", str(given.steps), "--width", str(given.width)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), **KEYS}
+    end = time.monotonic() + given.seconds
+    rows: list[Row] = []
+    kinds = cycle(KINDS)
+    with tempfile.TemporaryDirectory() as folder, s3(given.endpoint) as server:
+        expected = live(None, f"{folder}/store", [*options, "--every", str(given.steps)], environment).losses
+        assert len(expected) == given.steps, "the undisturbed training did not get to its end"
+        bucket = f"preempted-{time.time_ns()}"
+        s3fs.S3FileSystem(key="test", secret="testtest", endpoint_url=server).mkdir(bucket)
+        parts = urlsplit(server)
+        assert parts.port is not None
+        with slowed(parts.port, 1e6, parts.hostname or "") as (relay, limit):
+            environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{relay}"
+            training = Training(f"s3://{bucket}/run0", expected)
+            count, preempted = 0, 0
+            while time.monotonic() < end:
+                last = preempted >= given.rounds
+                plan = None if last else Plan.drawn(next(kinds), chance)
+                limit.rate = 1e9 if plan is None else plan.rate
+                life = live(plan, training.url, options, environment, chance.randrange(1 << 30))
+                row = training.add(life)
+                if life.left is not None and plan is not None:
+                    preempted += 1
+                    rows.append(row)
+                    print(f"{preempted}: {told(life)}", flush=True)
+                    if life.wrong or life.left < 0 or life.status not in (os.EX_OK, PREEMPTED, -15):
+                        print(life.log, flush=True)
+                if training.done:
+                    count += 1
+                    training = Training(f"s3://{bucket}/run{count}", expected)
+                if last:
+                    break
+    return rows
+
+
+def told(life: Life) -> str:
+    """Return a line about a process."""
+    assert life.plan is not None
+    plan, forecast = life.plan, life.forecast
+    words = "nothing was to be saved"
+    if forecast is not None:
+        left, expected = forecast
+        happened = "given up" if life.took is None else f"took {life.took:.1f} s"
+        words = f"{left:.1f} s left, expected {'unknown' if expected is None else f'{expected:.1f} s'}, {happened}"
+    return (
+        f"{plan.kind} {plan.grace:.1f} s at {plan.rate / 1e6:.1f} MB/s, every {plan.every}: steps {life.first} to "
+        f"{life.last}, status {life.status}, {words}; ended with {life.left or 0:.1f} s left"
+        f"{', OTHER LOSSES' if life.wrong else ''}"
+    )
 
 
 def main() -> int:
     """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--width", type=int, default=3000)
-    parser.add_argument("--rate", type=float, default=1e6, help="bytes per second that the bucket takes")
-    parser.add_argument("--seconds", type=float, default=3600)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=100, help="preemptions")
+    parser.add_argument("--steps", type=int, default=20_000, help="of a training")
+    parser.add_argument("--width", type=int, default=3000, help="of the model")
+    parser.add_argument("--endpoint", help="of an S3 server whose keys are test and testtest; moto by default")
+    parser.add_argument("--seconds", type=float, default=7200, help="stop after this time, with fewer rounds")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--results", type=Path, help="append what became of each preemption to this file")
+    parser.add_argument("--table", type=Path, nargs="+", help="only print the table of such files")
     given = parser.parse_args()
-    chance = random.Random(given.seed)
-    options = ["--steps", str(given.steps), "--every", "200", "--width", str(given.width)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    end = time.monotonic() + given.seconds
-    with tempfile.TemporaryDirectory() as folder, python_server("s3_server") as port, slowed(port) as (relay, limit):
-        expected = live(f"{folder}/undisturbed", options, environment, None, 30).losses
-        limit["rate"] = given.rate
-        keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_DEFAULT_REGION": "us-east-1"}
-        environment |= {**keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{relay}"}
-        endpoint = f"http://127.0.0.1:{port}"
-        s3fs.S3FileSystem(key="test", secret="testtest", endpoint_url=endpoint).mkdir("preempted")
-        losses: dict[int, str] = {}
-        lives: list[Life] = []
-        while len(lives) < given.rounds and time.monotonic() < end:
-            grace = chance.uniform(2, 30)
-            life = live("s3://preempted/run", options, environment, chance.uniform(0, 15), grace)
-            lives.append(life)
-            again = [step for step in life.losses if losses.get(step, life.losses[step]) != life.losses[step]]
-            assert not again, f"other losses after a restart: steps {again}"
-            losses |= life.losses
-            reached = max(life.losses, default=0)
-            saved = "gave up" if "not saved in the time" in life.log else "saved"
-            took = ", ".join(f"{seconds:.1f} ({one:.1f})" for seconds, one in life.estimates)
-            print(
-                f"{len(lives)}: grace {grace:.1f} s, status {life.status}, step {reached}, "
-                f"{'LATE' if life.late else 'in time'}, {saved}; saves took (expected) {took or 'nothing'}",
-                flush=True,
-            )
-            if life.status == os.EX_OK:
-                break
-        if lives[-1].status != os.EX_OK:
-            losses |= live("s3://preempted/run", options, environment, None, 30).losses
-    late = sum(life.late for life in lives)
-    wrong = sum(took > 1.5 * one for life in lives for took, one in life.estimates)
-    total = sum(len(life.estimates) for life in lives)
-    same = losses == expected
-    print(f"{len(lives)} preemptions, {late} late; {wrong} of {total} saves took over 1.5 times what was expected")
-    print("losses are identical" if same else "LOSSES DIFFER")
-    return 0 if same and not late else 1
+    if given.table:
+        rows = [json.loads(line) for file in given.table for line in file.read_text().splitlines()]
+    else:
+        rows = run(given)
+        if given.results is not None:
+            with given.results.open("a") as results:
+                results.writelines(json.dumps(row) + "\n" for row in rows)
+    print(tables(rows))
+    return 1 if failures(rows) else 0
 
 
 if __name__ == "__main__":

@@ -31,16 +31,16 @@ class Cloud:
     requests
         Methods and paths of the requests so far.
     fault
-        Called in place of the service, if set; returns the bytes to send in place of an answer, or a reply.
+        Asked first, if set: returns the bytes to send in place of an answer, or a reply, or ``None`` to let it answer.
     """
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, str]] = []
-        self.fault: Callable[[], bytes | Reply] | None = None
+        self.fault: Callable[[], bytes | Reply | None] | None = None
         self.url = ""
 
-    def announce(self, seconds: float) -> None:
-        """Announce the end of the machine in so many seconds, where the service says when."""
+    def announce(self, seconds: float) -> float:
+        """Announce the end of the machine in so many seconds; return when that is, by `time.time`, as announced."""
         raise NotImplementedError
 
     def withdraw(self) -> None:
@@ -61,9 +61,10 @@ class Aws(Cloud):
         self.action: bytes | None = None
         self.rebalance = False
 
-    def announce(self, seconds: float) -> None:
+    def announce(self, seconds: float) -> float:
         when = datetime.fromtimestamp(int(time.time() + seconds), UTC)
         self.action = json.dumps({"action": "terminate", "time": when.strftime("%Y-%m-%dT%H:%M:%SZ")}).encode()
+        return when.timestamp()
 
     def withdraw(self) -> None:
         self.action = None
@@ -101,8 +102,9 @@ class Gcp(Cloud):
         self.values = {"preempted": "FALSE", "maintenance-event": "NONE"}
         self.flavor = "Google"
 
-    def announce(self, seconds: float) -> None:
+    def announce(self, seconds: float) -> float:
         self.values["preempted"] = "TRUE"
+        return time.time() + seconds
 
     def withdraw(self) -> None:
         self.values["preempted"] = "FALSE"
@@ -127,7 +129,8 @@ class Azure(Cloud):
         self.events: list[dict[str, object]] = []
         self.named = True
 
-    def announce(self, seconds: float, kind: str = "Preempt", machine: str = "worker_7", event: str = "E1") -> None:
+    def announce(self, seconds: float, kind: str = "Preempt", machine: str = "worker_7", event: str = "E1") -> float:
+        when = int(time.time() + seconds)
         self.events.append(
             {
                 "EventId": event,
@@ -135,10 +138,11 @@ class Azure(Cloud):
                 "EventType": kind,
                 "ResourceType": "VirtualMachine",
                 "Resources": [machine],
-                "NotBefore": formatdate(int(time.time() + seconds), usegmt=True),
+                "NotBefore": formatdate(when, usegmt=True),
                 "EventSource": "Platform",
             }
         )
+        return float(when)
 
     def begin(self) -> None:
         """Let the events begin: their times are blank from then on."""
@@ -182,10 +186,8 @@ def serving(service: Cloud) -> Iterator[None]:
             if not self.raw_requestline or not self.parse_request():
                 return
             service.requests.append((self.command, self.path))
-            reply: bytes | Reply
-            if service.fault is not None:
-                reply = service.fault()
-            else:
+            reply = service.fault() if service.fault is not None else None
+            if reply is None:
                 reply = service.reply(self.command, self.path, {k.lower(): v for k, v in self.headers.items()})
             try:
                 if isinstance(reply, bytes):

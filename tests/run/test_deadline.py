@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import incckpt
 from incckpt.backends.memory import MemoryBackend
 from incckpt.errors import DeadlineError, ManagerClosedError
-from incckpt.run.deadline import Job, Rates, expected, to_cut
+from incckpt.run.deadline import Job, Rates, expected, expected_together, to_cut
 from incckpt.run.report import SaveReport
 from incckpt.testing.faults import Fault, FaultyBackend, Pause
 from incckpt.threads import Future
@@ -24,7 +24,8 @@ MB = 1_000_000
 def rates_of(*past: tuple[int, float, float]) -> Rates:
     rates = Rates()
     for changed, store, commit in past:
-        rates.learn(SaveReport(changed_bytes=changed, seconds={"store": store, "commit": commit}))
+        report = SaveReport(changed_bytes=changed, nbytes=changed, seconds={"store": store, "commit": commit})
+        rates.learn(Job(report, Future()))
     return rates
 
 
@@ -97,6 +98,39 @@ def test_what_is_kept_fits_or_nothing_does(changed: list[int], begun: bool, left
         alone = expected(newest, rates, skipped)
         assert alone is not None
         assert alone <= left or newest is first[0]
+
+
+def test_what_was_left_out_is_still_to_be_stored() -> None:
+    rates = rates_of((10 * MB, 1.0, 0.0))
+    under_way, last = jobs_of([10 * MB, 10 * MB], begun=True)
+    assert expected_together([under_way, last], rates) == pytest.approx(2.0)
+    last.skipped = 20 * MB
+    assert expected_together([under_way, last], rates) == pytest.approx(4.0)
+    last.report.nbytes = 25 * MB
+    assert expected_together([under_way, last], rates) == pytest.approx(3.5), "no more than the whole state"
+    assert expected_together([under_way, last], Rates()) is None
+
+
+def test_the_log_tells_what_is_expected_and_what_happened(caplog: pytest.LogCaptureFixture) -> None:
+    pause = Pause()
+    backend = FaultyBackend(MemoryBackend("flush-log"), [Fault("create", "refs/*", nth=2, do=pause)])
+    state = {"w": torch.zeros(100_000)}
+    preemption = incckpt.Preemption(signals=(), margin=0)
+    with caplog.at_level("INFO"), incckpt.CheckpointManager(backend, preemption=preemption) as manager:
+        manager.save(1, state).result()
+        manager.save(2, {"w": torch.ones(100_000)})
+        pause.reached.wait(30)
+        left_out = manager.save(3, {"w": torch.full((100_000,), 3.0)})
+        preemption.announce(incckpt.Notice("test", time.time() + 3600, "an hour is left"))
+        manager._saves._rates = rates_of((1, 30.0, 0.0))  # 30 s for a byte: only what is under way goes on
+        last = manager.save(4, {"w": torch.full((100_000,), 4.0)})
+        pause.resume.set()
+        for cut in (left_out, last):
+            with pytest.raises(DeadlineError, match="another save is to be made"):
+                cut.result()
+    told = [record.getMessage() for record in caplog.records if record.name == "incckpt.run.pending"]
+    assert any("step 2 is expected to be saved in" in text and "step 4 is left out" in text for text in told), told
+    assert any(text.startswith("step 2 was saved with 3") for text in told), told
 
 
 @pytest.mark.parametrize("blocked", [False, True])
