@@ -43,7 +43,7 @@ def train(given: argparse.Namespace, preemption: incckpt.Preemption) -> int:
     with suppress(incckpt.errors.DeadlineError), manager:  # it is logged, and the checkpoint before stands
         start = manager.restore(state) or 0
         for step in range(start + 1, given.steps + 1):
-            inputs = torch.randn(32, 64)
+            inputs = torch.randn(8, 64)
             loss = (model(inputs) - inputs.sin()).square().mean()
             optimizer.zero_grad()
             loss.backward()

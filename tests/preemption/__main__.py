@@ -4,7 +4,7 @@
     python -m tests.preemption --rounds 50 --endpoint http://127.0.0.1:8055          # a Ceph gateway (test/testtest)
     python -m tests.preemption --table one.jsonl two.jsonl                           # of what --results has kept
 
-Every round starts ``examples/preemptible.py`` in a process of its own, which resumes from the bucket, and announces its
+Every round runs ``examples/preemptible.py`` in a process of its own, which resumes from the bucket, and announces its
 end: by SIGTERM and by the notices of AWS, GCP and Azure in turn, at a random moment, with 2 to 30 seconds left, at a
 random upload rate. A process that has not ended by then is killed, and has failed. A training that is done is followed
 by another one. Every loss has to be that of a training that nobody disturbed.
@@ -83,7 +83,8 @@ def run(given: argparse.Namespace) -> list[Row]:
     """Preempt trainings; return what became of each process that was."""
     chance = random.Random(given.seed)
     options = ["--steps", str(given.steps), "--width", str(given.width)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), **KEYS}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    environment = dict(KEYS)
     end = time.monotonic() + given.seconds
     rows: list[Row] = []
     kinds = cycle(KINDS)
@@ -110,6 +111,8 @@ def run(given: argparse.Namespace) -> list[Row]:
                     print(f"{preempted}: {told(life)}", flush=True)
                     if life.wrong or life.left < 0 or life.status not in (os.EX_OK, PREEMPTED, -15):
                         print(life.log, flush=True)
+                    if given.results is not None:
+                        given.results.write_text("".join(json.dumps(row) + "\n" for row in rows))
                 if training.done:
                     count += 1
                     training = Training(f"s3://{bucket}/run{count}", expected)
@@ -138,21 +141,18 @@ def main() -> int:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100, help="preemptions")
-    parser.add_argument("--steps", type=int, default=20_000, help="of a training")
+    parser.add_argument("--steps", type=int, default=2000, help="of a training")
     parser.add_argument("--width", type=int, default=3000, help="of the model")
     parser.add_argument("--endpoint", help="of an S3 server whose keys are test and testtest; moto by default")
     parser.add_argument("--seconds", type=float, default=7200, help="stop after this time, with fewer rounds")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--results", type=Path, help="append what became of each preemption to this file")
+    parser.add_argument("--results", type=Path, help="keep what became of each preemption in this file")
     parser.add_argument("--table", type=Path, nargs="+", help="only print the table of such files")
     given = parser.parse_args()
     if given.table:
         rows = [json.loads(line) for file in given.table for line in file.read_text().splitlines()]
     else:
         rows = run(given)
-        if given.results is not None:
-            with given.results.open("a") as results:
-                results.writelines(json.dumps(row) + "\n" for row in rows)
     print(tables(rows))
     return 1 if failures(rows) else 0
 

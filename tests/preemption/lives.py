@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from multiprocessing.context import ForkServerProcess as Process
 from pathlib import Path
 from typing import Any
 
 from tests.preemption.clouds import Aws, Cloud, Reply, cloud
+from tests.preemption.training import PROCESSES, train
 
 __all__ = ["KINDS", "Life", "Plan", "live"]
 
 KINDS = ("SIGTERM", "aws", "SIGTERM", "gcp", "SIGTERM", "azure")  # in turn: half of them are signals
 
-ROOT = Path(__file__).parents[2]
 FORECAST = re.compile(r"([\d.]+) s are left, and step (\d+) is expected to be saved in (?:([\d.]+) s|an unknown time)")
 SAVED = re.compile(r"step (\d+) was saved with (-?[\d.]+) s left")
 DURABLE = re.compile(r"step (\d+) is durable")
@@ -59,11 +58,11 @@ class Plan:
         """Draw one at random."""
         return cls(
             kind=kind,
-            after=round(chance.uniform(0, 6), 2),
-            early=chance.random() < 0.1,
+            after=round(chance.uniform(0, 12), 2),
+            early=kind == "SIGTERM" and chance.random() < 0.1,
             grace=round(chance.uniform(2, 30), 2),
             rate=round(10 ** chance.uniform(5.5, 6.7)),  # 0.3 to 5 MB/s
-            every=chance.choice([100, 500, 2000]),
+            every=chance.choice([10, 50, 250]),
         )
 
 
@@ -119,43 +118,44 @@ class Life:
 
 def live(plan: Plan | None, url: str, options: Sequence[str], environment: Mapping[str, str], seed: int = 0) -> Life:
     """Train until the end, or until the process was preempted as planned."""
-    life = Life(plan)
+    life, arguments, notices = Life(plan), [url, *options], None
     with ExitStack() as stack:
-        command = [sys.executable, "examples/preemptible.py", url, *options]
-        announce: Callable[[subprocess.Popen[str]], float]
+        announce: Callable[[Process], float] = _terminate(30.0)
         if plan is not None:
-            command += ["--grace", str(plan.grace), "--every", str(plan.every)]
-        if plan is None or plan.kind == "SIGTERM":
-            announce = _terminate(30.0 if plan is None else plan.grace)
-        else:
-            service = stack.enter_context(cloud(plan.kind))
-            command[1:2] = ["-m", "tests.preemption.training", plan.kind, service.url]
-            announce = _notice(service, plan.grace, random.Random(seed))
-        log = stack.enter_context(tempfile.TemporaryFile("w+"))
-        process = stack.enter_context(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=ROOT)
-        )
+            arguments += ["--grace", str(plan.grace), "--every", str(plan.every)]
+            announce = _terminate(plan.grace)
+            if plan.kind != "SIGTERM":
+                service = stack.enter_context(cloud(plan.kind))
+                notices = plan.kind, service.url
+                announce = _notice(service, plan.grace, random.Random(seed))
+        log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
+        lines, output = PROCESSES.Pipe(duplex=False)
+        process = PROCESSES.Process(target=train, args=(arguments, notices, output, str(log), environment))
+        process.start()
+        output.close()
         end = _Ending(process, announce)
         if plan is not None and plan.early:
             end.begin_in(plan.after)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if not life.losses and plan is not None and not plan.early:
-                end.begin_in(plan.after)
-            _, step, _, loss = line.split()
-            life.losses[int(step)] = loss
-        life.status = process.wait()
+        with os.fdopen(os.dup(lines.fileno())) as text:
+            for line in text:
+                if not life.losses and plan is not None and not plan.early:
+                    end.begin_in(plan.after)
+                _, step, _, loss = line.split()
+                life.losses[int(step)] = loss
+        lines.close()
+        process.join()
         life.left = end.left()
+        assert process.exitcode is not None
+        life.status = process.exitcode
         life.first, life.last = min(life.losses, default=0), max(life.losses, default=0)
-        log.seek(0)
-        life.read(log.read())
+        life.read(log.read_text() if log.exists() else "")
     return life
 
 
 class _Ending:
     """Announces the end of a process, and brings it about."""
 
-    def __init__(self, process: subprocess.Popen[str], announce: Callable[[subprocess.Popen[str]], float]) -> None:
+    def __init__(self, process: Process, announce: Callable[[Process], float]) -> None:
         self._process, self._announce = process, announce
         self._timers: list[threading.Timer] = []
         self._end: float | None = None  # by `time.time`
@@ -171,7 +171,7 @@ class _Ending:
         return None if self._end is None else self._end - now
 
     def _begin(self) -> None:
-        if self._process.poll() is None:
+        if self._process.exitcode is None:
             self._end = self._announce(self._process)
             self._start(self._end - time.time(), self._process.kill)
 
@@ -180,16 +180,16 @@ class _Ending:
         self._timers[-1].start()
 
 
-def _terminate(grace: float) -> Callable[[subprocess.Popen[str]], float]:
-    def announce(process: subprocess.Popen[str]) -> float:
+def _terminate(grace: float) -> Callable[[Process], float]:
+    def announce(process: Process) -> float:
         end = time.time() + grace
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         return end
 
     return announce
 
 
-def _notice(service: Cloud, grace: float, chance: random.Random) -> Callable[[subprocess.Popen[str]], float]:
+def _notice(service: Cloud, grace: float, chance: random.Random) -> Callable[[Process], float]:
     """Answer badly at times until the notice; then take the token back that was given out, and announce."""
     lock = threading.Lock()  # requests come from several threads
 
@@ -199,7 +199,7 @@ def _notice(service: Cloud, grace: float, chance: random.Random) -> Callable[[su
 
     service.fault = fault
 
-    def announce(_: subprocess.Popen[str]) -> float:
+    def announce(_: Process) -> float:
         service.fault = None
         if isinstance(service, Aws):
             service.expire()
