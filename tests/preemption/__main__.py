@@ -16,12 +16,13 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -34,6 +35,7 @@ from tests.servers.slow_relay import slowed
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_DEFAULT_REGION": "us-east-1"}
 PREEMPTED = os.EX_TEMPFAIL
+FAST = 1e9
 
 
 class Training:
@@ -79,45 +81,50 @@ def s3(endpoint: str | None) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
+def undisturbed(options: list[str], steps: int, kept: Path | None) -> dict[int, str]:
+    """Return the losses of a training that nobody disturbs, or those that an earlier run has kept."""
+    if kept is not None and kept.exists():
+        return {int(step): loss for step, loss in json.loads(kept.read_text()).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        losses = live(None, f"{folder}/store", [*options, "--every", str(steps)], {}).losses
+    assert len(losses) == steps, "the undisturbed training did not get to its end"
+    if kept is not None:
+        kept.write_text(json.dumps(losses))
+    return losses
+
+
 def run(given: argparse.Namespace) -> list[Row]:
     """Preempt trainings; return what became of each process that was."""
     chance = random.Random(given.seed)
     options = ["--steps", str(given.steps), "--width", str(given.width)]
     os.environ["OMP_NUM_THREADS"] = "1"
-    environment = dict(KEYS)
     end = time.monotonic() + given.seconds
     rows: list[Row] = []
-    kinds = cycle(KINDS)
-    with tempfile.TemporaryDirectory() as folder, s3(given.endpoint) as server:
-        expected = live(None, f"{folder}/store", [*options, "--every", str(given.steps)], environment).losses
-        assert len(expected) == given.steps, "the undisturbed training did not get to its end"
+    kinds = islice(cycle(KINDS), chance.randrange(len(KINDS)), None)
+    with s3(given.endpoint) as server:
+        expected = undisturbed(options, given.steps, given.undisturbed)
         bucket = f"preempted-{time.time_ns()}"
         s3fs.S3FileSystem(key="test", secret="testtest", endpoint_url=server).mkdir(bucket)
         parts = urlsplit(server)
         assert parts.port is not None
-        with slowed(parts.port, 1e6, parts.hostname or "") as (relay, limit):
-            environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{relay}"
-            training = Training(f"s3://{bucket}/run0", expected)
-            count, preempted = 0, 0
-            while time.monotonic() < end:
-                last = preempted >= given.rounds
-                plan = None if last else Plan.drawn(next(kinds), chance)
-                limit.rate = 1e9 if plan is None else plan.rate
+        with slowed(parts.port, FAST, parts.hostname or "") as (relay, limit):
+            environment = {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{relay}"}
+            trainings = (Training(f"s3://{bucket}/run{count}", expected) for count in range(given.rounds + 1))
+            training = next(trainings)
+            while len(rows) < given.rounds and time.monotonic() < end:
+                plan = Plan.drawn(next(kinds), chance)
+                limit.rate = plan.rate
                 life = live(plan, training.url, options, environment, chance.randrange(1 << 30))
                 row = training.add(life)
-                if life.left is not None and plan is not None:
-                    preempted += 1
+                if life.left is not None:
                     rows.append(row)
-                    print(f"{preempted}: {told(life)}", flush=True)
-                    if life.wrong or life.left < 0 or life.status not in (os.EX_OK, PREEMPTED, -15):
+                    print(f"{len(rows)}: {told(life)}", flush=True)
+                    if life.wrong or life.left < 0 or life.status not in (os.EX_OK, PREEMPTED, -signal.SIGTERM):
                         print(life.log, flush=True)
-                    if given.results is not None:
-                        given.results.write_text("".join(json.dumps(row) + "\n" for row in rows))
                 if training.done:
-                    count += 1
-                    training = Training(f"s3://{bucket}/run{count}", expected)
-                if last:
-                    break
+                    training = next(trainings)
+            limit.rate = FAST  # one more process shows where it goes on
+            training.add(live(Plan.short(), training.url, options, environment))
     return rows
 
 
@@ -146,13 +153,17 @@ def main() -> int:
     parser.add_argument("--endpoint", help="of an S3 server whose keys are test and testtest; moto by default")
     parser.add_argument("--seconds", type=float, default=7200, help="stop after this time, with fewer rounds")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--results", type=Path, help="keep what became of each preemption in this file")
+    parser.add_argument("--results", type=Path, help="append what became of each preemption to this file")
+    parser.add_argument("--undisturbed", type=Path, help="keep the losses of the undisturbed training in this file")
     parser.add_argument("--table", type=Path, nargs="+", help="only print the table of such files")
     given = parser.parse_args()
     if given.table:
         rows = [json.loads(line) for file in given.table for line in file.read_text().splitlines()]
     else:
         rows = run(given)
+        if given.results is not None:
+            with given.results.open("a") as results:
+                results.writelines(json.dumps(row) + "\n" for row in rows)
     print(tables(rows))
     return 1 if failures(rows) else 0
 
