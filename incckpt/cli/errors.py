@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 import click
 
 from incckpt import errors
@@ -52,6 +55,12 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.SupersededError, Exit.REFUSED),
     (errors.DistributedError, Exit.REFUSED),
     (errors.BackendError, Exit.BACKEND),
+    # Files named on the command line.
+    (PermissionError, Exit.REFUSED),
+    (FileNotFoundError, Exit.USAGE),
+    (FileExistsError, Exit.USAGE),
+    (IsADirectoryError, Exit.USAGE),
+    (NotADirectoryError, Exit.USAGE),
 )
 
 
@@ -60,8 +69,14 @@ def code_of(error: BaseException) -> int:
     return next((code for kind, code in _CODES if isinstance(error, kind)), Exit.OTHER)
 
 
-def message_of(error: BaseException) -> str:
-    """Return what to tell the user, in one line: what happened, and what to do."""
+def message_of(error: BaseException, flags: Mapping[str, str] | None = None) -> str:
+    """Return what to tell the user, in one line: what happened, and what to do.
+
+    Parameters
+    ----------
+    flags
+        How to write on the command line what Python calls ``name=``, by name.
+    """
     if isinstance(error, (KeyboardInterrupt, click.exceptions.Abort)):
         return "interrupted"
     if isinstance(error, click.ClickException):
@@ -72,6 +87,9 @@ def message_of(error: BaseException) -> str:
     elif isinstance(error, errors.IncckptError):
         # Of a BackendError with an errno, str() shows that number and the path besides the message.
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        text = re.sub(r"\b(\w+)=(True\b)?", lambda match: (flags or {}).get(match[1], match[0]), text)
+    elif isinstance(error, OSError):  # of a file that is read or written here
+        text = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
     else:
         kind = type(error).__name__
         text = f"{kind}: {error}; this is a bug in incckpt, please report it with what --debug shows"

@@ -84,6 +84,8 @@ def verb(name: str) -> Callable[[Callable[..., int | None]], click.Command]:
         @functools.wraps(function)
         def call(context: click.Context, *args: Any, **kwargs: Any) -> int:
             output = context.ensure_object(Output)
+            flags = [parameter.opts[0] for parameter in context.command.params if isinstance(parameter, click.Option)]
+            output.flags = {flag.lstrip("-").replace("-", "_"): flag for flag in flags}
             try:
                 with output.logging():
                     code = function(output, *args, **kwargs)

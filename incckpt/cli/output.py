@@ -39,12 +39,15 @@ class Output:
         Whether errors come with their traceback, and logs with all they have.
     quiet
         Whether progress and warnings are left out.
+    flags
+        The options of the verb, by what Python calls them.
     """
 
     def __init__(self) -> None:
         self.json = False
         self.debug = False
         self.quiet = False
+        self.flags: dict[str, str] = {}
 
     # -- results
 
@@ -149,15 +152,13 @@ class Output:
 
     def error(self, error: BaseException) -> int:
         """Tell of an error in one line, and return the exit code for it."""
-        code = code_of(error)
+        code, message = code_of(error), message_of(error, self.flags)
         if self.debug:
             traceback.print_exception(error)
         if self.json:
-            print(
-                json.dumps({"error": type(error).__name__, "message": message_of(error), "code": code}), file=sys.stderr
-            )
+            print(json.dumps({"error": type(error).__name__, "message": message, "code": code}), file=sys.stderr)
         else:
-            print(f"incckpt: error: {message_of(error)}", file=sys.stderr)
+            print(f"incckpt: error: {message}", file=sys.stderr)
         return code
 
     @contextmanager

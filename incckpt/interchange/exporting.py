@@ -13,10 +13,10 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 from incckpt.backends.base import Backend
 from incckpt.errors import OptionError, StateError
-from incckpt.interchange.outputs import Outputs
 from incckpt.interchange.safetensors_files import check_dtypes, write_safetensors
 from incckpt.interchange.source import CheckpointBytes, NamedTensor, named_tensors, subtree
 from incckpt.interchange.torch_files import takes_weights_only, write_torch_file
+from incckpt.outputs import Outputs
 from incckpt.retention import Mode
 from incckpt.run.choose import Which, checked_which, not_found
 from incckpt.run.contents import Contents, read_packed

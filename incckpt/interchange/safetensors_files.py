@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from incckpt.errors import CorruptionError, MissingExtraError, OptionError, StateError
-from incckpt.interchange.outputs import Outputs
 from incckpt.interchange.source import CheckpointBytes, NamedTensor
+from incckpt.outputs import Outputs
 
 __all__ = ["INDEX_SUFFIX", "check_dtypes", "files_of_index", "read_safetensors", "write_safetensors"]
 

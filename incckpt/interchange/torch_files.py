@@ -21,8 +21,8 @@ import numpy.typing as npt
 import torch
 
 from incckpt.errors import CorruptionError, PickleRefusedError, StateError
-from incckpt.interchange.outputs import Outputs
 from incckpt.interchange.source import CheckpointBytes
+from incckpt.outputs import Outputs
 from incckpt.run.contents import Contents
 from incckpt.run.reader import Bytes
 from incckpt.staging.hostmem import new_buffer

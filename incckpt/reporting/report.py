@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from incckpt.backends.base import Backend, redact
 from incckpt.errors import OptionError
+from incckpt.outputs import Outputs
 from incckpt.reporting.history import read_history
 from incckpt.reporting.page import render
 from incckpt.store.location import locate
@@ -39,7 +39,7 @@ def write_report(
         Of the store, with the run as a fragment where wanted: ``s3://bucket/sweep#lr3e-4``. Or a `Backend`, which stays
         open.
     path
-        The file to write; replaced if it is there.
+        The file to write; replaced if it is there. Folders above it are made.
     run
         In place of the fragment.
     progress
@@ -76,22 +76,18 @@ def write_report(
     with ExitStack() as stack:
         store = stack.enter_context(Store.lent(url, location.store, storage_options))
         page = render(read_history(store, location.run, progress)).encode()
-    _replace(Path(path), page)
+    _write(Path(path), page)
     return len(page)
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    if path.is_dir():
-        raise OptionError(f"{path} is a folder; give the name of a file, as {path / 'report.html'}")
-    if path.exists() and not path.is_file():  # /dev/stdout
-        path.write_bytes(data)
+def _write(path: Path, page: bytes) -> None:
+    if path.exists() and not (path.is_file() or path.is_dir()):  # /dev/stdout
+        path.write_bytes(page)
         return
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    outputs = Outputs(overwrite=True)
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        with outputs.open(path) as file:
+            file.write(page)
+        outputs.publish()
+    finally:
+        outputs.discard()

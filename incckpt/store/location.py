@@ -86,7 +86,7 @@ def locate(
         store = place = url.url
     elif isinstance(url, str):
         store, mark, fragment = url.partition("#")
-        place = redact(url)
+        place = redact(url).partition("#")[0]
         if mark:
             in_url = _parse_fragment(place, fragment, secret=_SECRET.match(store) is not None)
         check_url(store)

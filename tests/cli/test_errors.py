@@ -29,6 +29,27 @@ def test_every_error_of_the_library_has_a_documented_code_and_one_line(kind: typ
     assert message_of(error) == "what happened what to do"
 
 
+def test_what_python_calls_an_option_is_told_as_the_option(command: Command, store: str, tmp_path: Path) -> None:
+    (tmp_path / "there.pt").touch()
+    assert (
+        "there.pt exists; give another target, or --overwrite\n" in command("export", store, tmp_path / "there.pt").err
+    )
+    assert "give --format, one of pt" in command("export", store, tmp_path / "there").err
+
+
+@pytest.mark.parametrize("line", ["export {store} {place}/state.pt", "report {store} -o {place}/report.html"])
+def test_a_file_that_cannot_be_written_is_no_bug(command: Command, store: str, tmp_path: Path, line: str) -> None:
+    for place, code in (("/proc", Exit.USAGE), (str(tmp_path / "file"), Exit.USAGE)):
+        (tmp_path / "file").touch()
+        done = command(*line.format(store=store, place=place).split())
+        assert done.code == code
+        assert done.err.startswith(f"incckpt: error: {place}")
+        assert "bug" not in done.err
+        assert done.err.count("\n") == 1
+    full = command(*line.format(store=store, place=tmp_path / ("a" * 300)).split())
+    assert (full.code, "bug" in full.err) == (Exit.OTHER, False)
+
+
 def test_a_more_special_class_is_not_hidden_by_its_base() -> None:
     """`KeyNotFoundError` is an `OSError` of the backend; `StoreReplacedError` a missing store; and so on."""
     assert code_of(errors.BackendPermissionError("no")) == Exit.REFUSED

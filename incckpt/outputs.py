@@ -17,7 +17,7 @@ _PARTIAL = ".partial"
 
 
 class Outputs:
-    """The files of one export: written beside their places, and moved there together by `publish`.
+    """Files that belong together: written beside their places, and moved there by `publish`.
 
     Parameters
     ----------
