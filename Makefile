@@ -102,7 +102,7 @@ sharding: $(VENV)/built ## Sharded models saved and loaded by 1 to 4 processes, 
 	$(BIN)/python -m tests.sharding --kills 50
 
 frameworks: $(FRAMEWORKS)/installed $(VENV)/built ## The adapters for training frameworks, over the frameworks themselves
-	OMP_WAIT_POLICY=passive $(FRAMEWORKS)/bin/python -m pytest -n $(JOBS) --dist loadscope tests/integrations tests/test_docs.py
+	OMP_WAIT_POLICY=passive $(FRAMEWORKS)/bin/python -m pytest -n $(JOBS) --dist loadscope tests/integrations tests/interchange/test_folders.py tests/test_docs.py
 
 lint: $(VENV)/built ## Style, formatting, layers
 	$(BIN)/ruff check .
