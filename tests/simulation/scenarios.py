@@ -105,6 +105,7 @@ SCENARIOS: dict[str, Scenario] = {
         },
         {"faults": 1, "faulty": ("lost",), "faulty_at": ("refs/",), "switches": 3},
         {"faults": 1},
+        long=True,
     ),
     "a replacement that goes back to what the writer prunes": Scenario(
         [first],
@@ -114,12 +115,14 @@ SCENARIOS: dict[str, Scenario] = {
         },
         {},
         {"faults": 1},
+        long=True,
     ),
     "two replacements at once": Scenario(
         [first],
         {"old": saver((200, "a", "b1"), ready=0), "new": saver((200, "a")), "other": saver((200, "b"))},
         {"switches": 3},
         {"switches": 5},
+        long=True,
     ),
     "a writer, and one who only looks": Scenario(
         [first],
@@ -313,6 +316,7 @@ LIES: dict[str, Scenario] = {
         {"lies": 1},
         {"lies": 2},
         remote=True,
+        long=True,
     ),
     "a writer and its replacement, and one wrong answer": Scenario(
         [first],
