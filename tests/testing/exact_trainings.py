@@ -48,15 +48,13 @@ class Sampler(torch.utils.data.Sampler[int]):
         self.epoch, self.position = state["epoch"], state["position"]
 
 
-def with_a_sampler(*, with_random_state: bool = True, with_sampler: bool = True) -> Training:
+def with_a_sampler(*, with_random_state: bool = True) -> Training:
     """Shuffling, dropout and a schedule of a lambda."""
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.99**step)
     sampler = Sampler(len(EXAMPLES))
-    state: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    if with_sampler:
-        state["sampler"] = sampler
+    state: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule, "sampler": sampler}
     if with_random_state:
         state["rng"] = incckpt.RngState()
 
@@ -75,10 +73,6 @@ def with_a_sampler(*, with_random_state: bool = True, with_sampler: bool = True)
 
 def without_random_state() -> Training:
     return with_a_sampler(with_random_state=False)
-
-
-def without_sampler() -> Training:
-    return with_a_sampler(with_sampler=False)
 
 
 class Gradients:
@@ -156,6 +150,13 @@ def compiled() -> Training:
             yield
 
     return state, train
+
+
+def every_recipe() -> Training:
+    """All of the above side by side, a step of each in turn: processes take longer to start than to train."""
+    trainings = {make.__name__: make() for make in (with_a_sampler, with_accumulation, with_amp_and_ema, compiled)}
+    states = {name: state for name, (state, _) in trainings.items()}
+    return states, lambda done: zip(*(train(done) for _, train in trainings.values()), strict=True)
 
 
 def that_ends_early() -> Training:

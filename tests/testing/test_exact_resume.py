@@ -15,6 +15,24 @@ from tests.testing import exact_trainings
 pytestmark = pytest.mark.slow
 
 
+def test_every_recipe_is_exact() -> None:
+    # After step 7: in the middle of an epoch, and of three batches whose gradients are accumulated.
+    assert_exact_resume(exact_trainings.every_recipe, steps=9, kill_at=[7])
+
+
+def test_what_may_differ_is_left_out() -> None:
+    with pytest.raises(AssertionError, match=r"before any resume.*clock"):
+        assert_exact_resume(exact_trainings.with_a_clock, steps=2, kill_at=[1])
+    assert_exact_resume(exact_trainings.with_a_clock, steps=2, kill_at=[1], ignore=["clock.*"])
+
+
+def test_trainings_that_fail_are_shown() -> None:
+    with pytest.raises(AssertionError, match="no such thing"):
+        assert_exact_resume(exact_trainings.that_raises, steps=2)
+    with pytest.raises(AssertionError, match="ended after step 3, of 4"):
+        assert_exact_resume(exact_trainings.that_ends_early, steps=4)
+
+
 def test_a_forgotten_generator_is_found() -> None:
     with pytest.raises(AssertionError, match=r"from step 5 on \(after the resume at step 4\), in .*model"):
         assert_exact_resume(exact_trainings.without_random_state, steps=6, kill_at=[4])
