@@ -16,9 +16,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import s3fs
@@ -54,29 +55,34 @@ def save_all(url: str, endpoint: str, megabytes: int, kill_at: int) -> None:
 
 
 @contextmanager
-def s3() -> Iterator[tuple[int, Any]]:
-    """Yield the port of an S3 server with a bucket `bench`, and a file system that looks into it."""
-    with python_server("s3_server") as port:
-        files = s3fs.S3FileSystem(**KEYS, endpoint_url=f"http://127.0.0.1:{port}", use_listings_cache=False)
-        files.mkdir("bench")
-        yield port, files
+def s3(endpoint: str | None = None) -> Iterator[tuple[str, str, Any]]:
+    """Yield the URL of an S3 server (moto unless one is given), a new bucket, and a file system that looks into it."""
+    with ExitStack() as stack:
+        if endpoint is None:
+            endpoint = f"http://127.0.0.1:{stack.enter_context(python_server('s3_server'))}"
+        files = s3fs.S3FileSystem(**KEYS, endpoint_url=endpoint, use_listings_cache=False)
+        bucket = f"bench-{time.time_ns()}"
+        files.mkdir(bucket)
+        yield endpoint, bucket, files
 
 
-def resume(megabytes: int) -> None:
+def resume(megabytes: int, given: str | None) -> None:
     """Kill a process when 60 % of its state are in the bucket; let another one save the same."""
-    with s3() as (port, files):
-        endpoint = f"http://127.0.0.1:{port}"
+    with s3(given) as (endpoint, bucket, files):
         command = [sys.executable, __file__, "child", "--endpoint", endpoint, "--size", str(megabytes)]
+        command += ["--bucket", bucket]
         total = megabytes // 10 * (10 << 20)
         kill_at = str(int(0.6 * megabytes / 10))
+        started = time.perf_counter()
         first = subprocess.run([*command, "--kill-at", kill_at], stdout=subprocess.DEVNULL, cwd=tempfile.mkdtemp())
         assert first.returncode == -signal.SIGKILL
-        put = sum(entry["size"] for entry in files.find("bench/run", detail=True).values())
+        put = sum(entry["size"] for entry in files.find(bucket, detail=True).values())
+        seconds = time.perf_counter() - started
+        print(f"killed with {put / total:.0%} of {total >> 20} MiB in the bucket, after {seconds:.0f} s", flush=True)
+        started = time.perf_counter()
         second = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=tempfile.mkdtemp())
         again = json.loads(second.stdout)["put_bytes"]
-        print(
-            f"killed with {put / total:.0%} of {total >> 20} MiB in the bucket; the next start put {again / total:.0%}"
-        )
+        print(f"the next start put {again / total:.0%}, in {time.perf_counter() - started:.0f} s")
 
 
 def saves(manager: incckpt.CheckpointManager, megabytes: int, count: int) -> tuple[float, float]:
@@ -96,7 +102,9 @@ def saves(manager: incckpt.CheckpointManager, megabytes: int, count: int) -> tup
 
 def local(megabytes: int, count: int) -> None:
     """Compare a local store with a local tier whose bucket is slow, and hangs."""
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder, s3() as (port, _):
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder, s3() as (endpoint, bucket, _):
+        port = urlsplit(endpoint).port
+        assert port is not None
         plain = incckpt.CheckpointManager(Path(folder) / "plain")
         print("a local store: blocked {:.3f} s, durable after {:.3f} s".format(*saves(plain, megabytes, count)))
         plain.close()
@@ -104,7 +112,7 @@ def local(megabytes: int, count: int) -> None:
             with slowed(port, RATE) as (relay, limit):
                 options = {**KEYS, "endpoint_url": f"http://127.0.0.1:{relay}"}
                 manager = incckpt.CheckpointManager(
-                    f"s3://bench/{rate}", local=Path(folder) / str(rate), storage_options=options
+                    f"s3://{bucket}/{rate}", local=Path(folder) / str(rate), storage_options=options
                 )
                 limit.rate = rate
                 figures = saves(manager, megabytes, count)
@@ -113,7 +121,7 @@ def local(megabytes: int, count: int) -> None:
                 limit.rate = 1 << 40
                 manager.close()
             with incckpt.CheckpointManager(
-                f"s3://bench/{rate}", storage_options={**KEYS, "endpoint_url": f"http://127.0.0.1:{port}"}
+                f"s3://{bucket}/{rate}", storage_options={**KEYS, "endpoint_url": endpoint}
             ) as reader:
                 assert reader.latest is not None
                 print(f"    once it goes on, the bucket's latest is step {reader.latest.step} of {count}")
@@ -125,13 +133,14 @@ def main() -> None:
     parser.add_argument("what", choices=["resume", "local", "child"])
     parser.add_argument("--size", type=int, default=100, help="of the state, MB")
     parser.add_argument("--saves", type=int, default=8)
-    parser.add_argument("--endpoint", default="")
+    parser.add_argument("--endpoint", help="of an S3 server whose keys are test and testtest; moto by default")
+    parser.add_argument("--bucket", default="", help="of the child")
     parser.add_argument("--kill-at", type=int, default=0)
     options = parser.parse_args()
     if options.what == "child":
-        save_all("s3://bench/run", options.endpoint, options.size, options.kill_at)
+        save_all(f"s3://{options.bucket}/run", options.endpoint, options.size, options.kill_at)
     elif options.what == "resume":
-        resume(options.size)
+        resume(options.size, options.endpoint)
     else:
         local(options.size, options.saves)
 

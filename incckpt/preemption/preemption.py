@@ -39,7 +39,8 @@ class Preemption:
         Whose notices to look for every second: ``"auto"`` (whichever answers), or some of ``"aws"``, ``"gcp"``,
         ``"azure"`` or of a `Source`; none by default.
     margin
-        Seconds before the end at which saves are given up, so that the process can still end in order.
+        Seconds before the end at which saves are given up, so that the process can still end in order, even if the
+        machine is busy.
     on_notice
         Is called once with each `Notice`, in a thread of its own.
 
@@ -55,7 +56,7 @@ class Preemption:
         signals: Iterable[int] = (signal.SIGTERM,),
         grace: SupportsFloat | timedelta = 30.0,
         clouds: str | Source | Iterable[str | Source] = (),
-        margin: SupportsFloat | timedelta = 1.0,
+        margin: SupportsFloat | timedelta = 2.0,
         on_notice: Callable[[Notice], object] | None = None,
     ) -> None:
         try:

@@ -149,7 +149,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100, help="preemptions")
     parser.add_argument("--steps", type=int, default=2000, help="of a training")
-    parser.add_argument("--width", type=int, default=3000, help="of the model")
+    parser.add_argument("--width", type=int, default=1000, help="of the model")
     parser.add_argument("--endpoint", help="of an S3 server whose keys are test and testtest; moto by default")
     parser.add_argument("--seconds", type=float, default=7200, help="stop after this time, with fewer rounds")
     parser.add_argument("--seed", type=int, default=1)

@@ -6,21 +6,18 @@ import logging
 import multiprocessing
 import os
 import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-
-import s3fs  # noqa: F401 - imported before the fork
-
-import incckpt
-from incckpt.preemption.notices import AwsNotices, AzureNotices, GcpNotices, Source
 
 __all__ = ["PROCESSES", "train"]
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([__name__])
-
-_example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "preemptible.py"))
+PROCESSES.set_forkserver_preload(
+    ["torch._dynamo", "s3fs", "incckpt.manager", "incckpt.backends.s3", "incckpt.preemption.preemption"]
+)
+EXAMPLE = Path(__file__).parents[2] / "examples" / "preemptible.py"
 
 
 def train(
@@ -47,12 +44,15 @@ def train(
     os.dup2(output.fileno(), 1)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    given = _example["options"]().parse_args(arguments)
-    clouds = () if notices is None else [_source_of(*notices, given.grace)]
-    os._exit(_example["train"](given, incckpt.Preemption(grace=given.grace, clouds=clouds)))
+    from incckpt.preemption.notices import AwsNotices, AzureNotices, GcpNotices, Source
+    from incckpt.preemption.preemption import Preemption
 
-
-def _source_of(cloud: str, url: str, grace: float) -> Source:
-    if cloud == "gcp":
-        return GcpNotices(url, seconds=grace)  # which its notices do not say
-    return AwsNotices(url) if cloud == "aws" else AzureNotices(url)
+    example = runpy.run_path(str(EXAMPLE))
+    given = example["options"]().parse_args(arguments)
+    sources: list[Source] = []
+    if notices is not None:
+        cloud, url = notices
+        makers: dict[str, Callable[[str], Source]]
+        makers = {"aws": AwsNotices, "azure": AzureNotices, "gcp": partial(GcpNotices, seconds=given.grace)}
+        sources.append(makers[cloud](url))
+    os._exit(example["train"](given, Preemption(grace=given.grace, clouds=sources)))

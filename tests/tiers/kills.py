@@ -10,6 +10,7 @@ tier still has, or a later one, bit for bit; every checkpoint that the bucket li
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import tempfile
@@ -27,13 +28,14 @@ from tests.forks import exit_code, fork
 from tests.stores import orphans
 
 KILLED = -9
+MEMORY = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
 
 
 def state_at(step: int) -> dict[str, torch.Tensor]:
     """Return a state of a tensor that stays, one that changes a little, and one that is new each time."""
-    moving = torch.arange(200_000, dtype=torch.float32)
+    moving = torch.arange(20_000, dtype=torch.float32)
     moving[: 10 * step] *= 1 + step
-    return {"fixed": torch.arange(200_000), "moving": moving, "small": torch.full((9,), float(step))}
+    return {"fixed": torch.arange(20_000), "moving": moving, "small": torch.full((9,), float(step))}
 
 
 class Round:
@@ -106,12 +108,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=3600.0, help="stop after this time, with fewer kills")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=MEMORY, help="in memory by default: a kill needs no fsync")
     options = parser.parse_args()
     chance = random.Random(options.seed)
     torch.set_num_threads(1)
     done: Counter[str] = Counter()
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="incckpt-tiers-") as folder:
+    with tempfile.TemporaryDirectory(prefix="incckpt-tiers-", dir=options.folder) as folder:
         life = Round(Path(folder))
         least = 0
         while done["kills"] < options.kills and time.monotonic() - began < options.seconds:
