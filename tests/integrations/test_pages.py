@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import re
@@ -174,7 +175,7 @@ def test_accelerates_examples(tmp_path: Path) -> None:
     names = {"accelerator": accelerator, "IncrementalState": IncrementalState, "loss": 0.5}
     for code in blocks("accelerate", "python"):
         exec(code.replace(URL, str(tmp_path)), names)
-    names["checkpoints"].close()  # type: ignore[attr-defined]
+    names["checkpoints"].close()
     assert [found.metrics for found in incckpt.list_checkpoints(tmp_path)] == [{"loss": 0.5}]
 
 
@@ -184,9 +185,7 @@ def test_the_examples_of_exact_resume(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "training_of_a_page.py").write_text(head + check)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-    import training_of_a_page
-
-    training_of_a_page.test_resuming_is_exact()
+    importlib.import_module("training_of_a_page").test_resuming_is_exact()
     names: dict[str, Any] = {"torch": torch, "make_model": lambda: nn.Linear(2, 2), "optimizer": None}
     exec(compiled, names)
     assert sorted(names["state"]["model"].state_dict()) == ["bias", "weight"]
