@@ -426,7 +426,7 @@ def main() -> None:
         nbytes = sum(tensor.nbytes for tensor in training.tensors().values())
         what = f"{options.layers - 1} of {options.layers} blocks frozen" if frozen else "all weights trained"
         title = f"{nbytes / 1e6:.0f} MB of float32 weights and AdamW's moments, {what}"
-        print(f"\n{title}; {options.saves} saves\n")
+        print(f"\n{title}; {options.saves} saves; load average {os.getloadavg()[0]:.1f}\n")
         folder = Path(tempfile.mkdtemp(prefix="rivals-", dir=options.folder))
         rows = tables[title] = []
         print("| | blocked, ms | durable, s | first | later | restore, s |\n| --- | ---: | ---: | ---: | ---: | ---: |")

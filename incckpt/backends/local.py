@@ -508,7 +508,7 @@ class LocalBackend(Backend):
         if code in _GONE and missing_is_key:
             return self._missing(key, path)
         advice = f" ({ADVICE[code]})" if code in ADVICE else ""
-        message = f"{self.url}: cannot {verb} {key!r}: {os.strerror(code)}{advice}"
+        message = f"{self.url}: cannot {verb} {repr(key) if key else 'the folder'}: {os.strerror(code)}{advice}"
         if code in _REFUSED:
             return BackendPermissionError(code, message, path)
         return BackendError(code, message, path, transient=code in _MAY_PASS)

@@ -275,7 +275,8 @@ class Checker:
             problems.append(f"the manifest of step {ref.step} cannot be restored: {error}")
             lost = isinstance(error, CorruptionError)
         damage = self._check_objects(ref, _reads(manifest, names))
-        return Checked(ref, (*problems, *damage), lost or bool(damage))
+        # A base that is damaged is found so by itself, and by each delta against it.
+        return Checked(ref, (*problems, *dict.fromkeys(damage)), lost or bool(damage))
 
     def _check_objects(self, ref: Ref, reads: Sequence[ChunkRead]) -> list[str]:
         if self._level != "hashes":

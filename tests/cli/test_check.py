@@ -33,6 +33,8 @@ def test_a_damaged_one(command: Command, store: str) -> None:
     assert done.code == 4
     assert path.name in done.out
     assert "model.changing" in done.out
+    lines = done.out.splitlines()
+    assert len(set(lines)) == len(lines), "the same problem is told twice"
     assert command("verify", store, "--level", "sizes").code == 0
     path.unlink()
     found = command("verify", store, "--level", "list", "--json")
