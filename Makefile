@@ -14,7 +14,7 @@ FRAMEWORKS := .venv-frameworks
 CEPH_PORT ?= 8055
 
 .PHONY: help demo test quick thorough test-ceph docs sanitize build/sanitized fuzz-coder fuzz-stores soak interrupt peers chaos chaos-frameworks frameworks lint types bench
-.PHONY: wheel clean sharding
+.PHONY: wheel clean sharding preemption
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -100,6 +100,10 @@ chaos-frameworks: $(FRAMEWORKS)/installed $(VENV)/built ## ckpt-chaos over the T
 sharding: $(VENV)/built ## Sharded models saved and loaded by 1 to 4 processes, and ranks killed in 50 saves
 	$(BIN)/python -m tests.sharding
 	$(BIN)/python -m tests.sharding --kills 50
+
+preemption: $(VENV)/built ## Trainings preempted 100 times over a slow bucket; two tiers killed at 200 points of copying (an hour)
+	$(BIN)/python -m tests.preemption --rounds 100
+	$(BIN)/python -m tests.tiers.kills --kills 200
 
 frameworks: $(FRAMEWORKS)/installed $(VENV)/built ## The adapters for training frameworks, over the frameworks themselves
 	OMP_WAIT_POLICY=passive $(FRAMEWORKS)/bin/python -m pytest -n $(JOBS) --dist loadscope tests/integrations tests/interchange/test_folders.py tests/test_docs.py
