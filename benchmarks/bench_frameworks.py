@@ -230,7 +230,8 @@ def limit(framework: str, kind: str, every: int, folder: Path) -> Limit:
 
 
 def prepare() -> None:
-    """Quiet the frameworks; what they say is no part of the table."""
+    """Compute in one thread, which leaves a core for saves, and quiet the frameworks: the table is not theirs."""
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
