@@ -9,7 +9,7 @@ import click
 
 from incckpt import errors
 
-__all__ = ["EXIT_CODES", "Exit", "code_of", "message_of"]
+__all__ = ["EXIT_CODES", "Exit", "as_commands", "code_of", "message_of"]
 
 
 class Exit:
@@ -69,6 +69,24 @@ def code_of(error: BaseException) -> int:
     return next((code for kind, code in _CODES if isinstance(error, kind)), Exit.OTHER)
 
 
+# Calls that messages of the library advise, and the commands that do the same.
+_CALLS = (
+    (
+        re.compile(r"incckpt\.recover\('([^']+)', run='([^']+)', dry_run=False\)"),
+        r"'incckpt recover \1#\2 --no-dry-run'",
+    ),
+    (re.compile(r"incckpt\.recover\('([^']+)', run='([^']+)'\)"), r"'incckpt recover \1#\2'"),
+    (re.compile(r"CheckpointManager\('([^']+)', run='([^']+)'\)\.delete\((\d+)\)"), r"'incckpt rm \1#\2@\3'"),
+)
+
+
+def as_commands(text: str) -> str:
+    """Return a message of the library as it is told on the command line: a command in place of a call."""
+    for call, command in _CALLS:
+        text = call.sub(command, text)
+    return text
+
+
 def message_of(error: BaseException, flags: Mapping[str, str] | None = None) -> str:
     """Return what to tell the user, in one line: what happened, and what to do.
 
@@ -87,6 +105,7 @@ def message_of(error: BaseException, flags: Mapping[str, str] | None = None) -> 
     elif isinstance(error, errors.IncckptError):
         # Of a BackendError with an errno, str() shows that number and the path besides the message.
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        text = as_commands(text)
         text = re.sub(r"\b(\w+)=(True\b)?", lambda match: (flags or {}).get(match[1], match[0]), text)
     elif isinstance(error, OSError):  # of a file that is read or written here
         text = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from incckpt.cli.errors import code_of, message_of
+from incckpt.cli.errors import as_commands, code_of, message_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -148,7 +148,7 @@ class Output:
     def warn(self, text: str) -> None:
         """Tell of something to know, in one line."""
         if not self.quiet:
-            print(f"incckpt: warning: {' '.join(text.split())}", file=sys.stderr)
+            print(f"incckpt: warning: {as_commands(' '.join(text.split()))}", file=sys.stderr)
 
     def error(self, error: BaseException) -> int:
         """Tell of an error in one line, and return the exit code for it."""

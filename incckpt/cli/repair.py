@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 import incckpt
+from incckpt.cli.errors import as_commands
 from incckpt.cli.options import STORE, storage_option, url_argument, verb
 from incckpt.cli.output import Output
 
@@ -25,7 +26,7 @@ def recover_command(output: Output, url: str, no_dry_run: bool, level: Any, opti
         plan = incckpt.recover(url, dry_run=not no_dry_run, level=level, progress=progress, storage_options=option)
 
     def show() -> None:
-        output.line(str(plan))
+        output.line(as_commands(str(plan)))
         if not no_dry_run and plan.needed:
             output.line("Nothing was changed; --no-dry-run does it.")
 

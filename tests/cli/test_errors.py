@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,19 @@ def test_what_python_calls_an_option_is_told_as_the_option(command: Command, sto
         "there.pt exists; give another target, or --overwrite\n" in command("export", store, tmp_path / "there.pt").err
     )
     assert "give --format, one of pt" in command("export", store, tmp_path / "there").err
+
+
+def test_what_to_do_is_a_command(command: Command, store: str) -> None:
+    shutil.copytree(Path(store, "runs"), Path(store).parent / "kept")
+    shutil.rmtree(Path(store, "runs"))
+    place = Path(store).as_uri()
+    for done in (command("list", store), command("info", store)):
+        assert f"see what 'incckpt recover {place}#default' would make" in done.err
+    assert f"'incckpt recover {place}#default'" in command("recover", store).out
+    shutil.copytree(Path(store).parent / "kept", Path(store, "runs"))
+    ref = next(Path(store, "refs", "default").iterdir())
+    ref.write_bytes(ref.read_bytes()[:-2])
+    assert f"delete it: 'incckpt rm {place}#default@{int(ref.name.split('-')[1])}'" in command("gc", store).err
 
 
 @pytest.mark.parametrize("line", ["export {store} {place}/state.pt", "report {store} -o {place}/report.html"])
