@@ -93,8 +93,8 @@ def undisturbed(options: list[str], steps: int, kept: Path | None) -> dict[int, 
     return losses
 
 
-def run(given: argparse.Namespace) -> list[Row]:
-    """Preempt trainings; return what became of each process that was."""
+def run(given: argparse.Namespace) -> Iterator[list[Row]]:
+    """Preempt trainings; yield, again and again, what is known so far of each process that was preempted."""
     chance = random.Random(given.seed)
     options = ["--steps", str(given.steps), "--width", str(given.width)]
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -121,11 +121,12 @@ def run(given: argparse.Namespace) -> list[Row]:
                     print(f"{len(rows)}: {told(life)}", flush=True)
                     if life.wrong or life.left < 0 or life.status not in (os.EX_OK, PREEMPTED, -signal.SIGTERM):
                         print(life.log, flush=True)
+                    yield rows
                 if training.done:
                     training = next(trainings)
             limit.rate = FAST  # one more process shows where it goes on
             training.add(live(Plan.short(), training.url, options, environment))
-    return rows
+            yield rows
 
 
 def told(life: Life) -> str:
@@ -160,10 +161,12 @@ def main() -> int:
     if given.table:
         rows = [json.loads(line) for file in given.table for line in file.read_text().splitlines()]
     else:
-        rows = run(given)
-        if given.results is not None:
-            with given.results.open("a") as results:
-                results.writelines(json.dumps(row) + "\n" for row in rows)
+        results = given.results
+        earlier = results.read_text() if results is not None and results.exists() else ""
+        rows = []
+        for rows in run(given):
+            if results is not None:
+                results.write_text(earlier + "".join(json.dumps(row) + "\n" for row in rows))
     print(tables(rows))
     return 1 if failures(rows) else 0
 
