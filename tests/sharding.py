@@ -2,6 +2,7 @@
 
 python -m tests.sharding                    every kind, saved and loaded by 1, 2, 3 and 4 processes
 python -m tests.sharding --kills 50         a rank of four killed in each of 50 saves, and the job started again
+python -m tests.sharding --stops 10         a rank of four stopped in each of 10 saves until the job has gone on without
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import argparse
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import incckpt
@@ -81,16 +84,109 @@ def kill(folder: Path, kills: int, seconds: float) -> None:
             if word == "saved":
                 announced.add(int(number))
         job.wait()
-        found = [checkpoint.step for checkpoint in incckpt.list_checkpoints(str(store))]
-        assert max(announced) in found, f"step {max(announced)} was announced, and lost: {found}"
-        for step in found[-2:]:
-            state = incckpt.load(str(store), step=step)
-            wrong = {name for name, tensor in state["model"].items() if not bool((tensor == step).all())}
-            assert not wrong, f"step {step} mixes saves: {wrong}"
-    result = incckpt.verify(str(store), level="hashes")
-    assert result.ok, result
+        found = check(store, announced)
     print(
         f"{done} kills in {time.monotonic() - started:.0f} s, {len(announced)} announced, {len(found)} found, all whole"
+    )
+
+
+def check(store: Path, announced: set[int]) -> list[int]:
+    """Check that the run is not behind what was announced, and every checkpoint whole; return their steps."""
+    found = [checkpoint.step for checkpoint in incckpt.list_checkpoints(str(store))]
+    assert found[-1] >= max(announced), f"step {max(announced)} was announced, and lost: {found}"
+    for step in found:
+        state = incckpt.load(str(store), step=step)
+        wrong = {name for name, tensor in state["model"].items() if not bool((tensor == step).all())}
+        assert not wrong, f"step {step} mixes saves: {wrong}"
+    result = incckpt.verify(str(store), level="hashes")
+    assert result.ok, result
+    return found
+
+
+@dataclass
+class Job:
+    """Four ranks without a launcher, so that nothing kills one that is stopped.
+
+    Parameters
+    ----------
+    store
+        Where they save.
+    timeout
+        Seconds that they wait for each other.
+    """
+
+    store: Path
+    timeout: float
+    ranks: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "4"}
+        command = [sys.executable, "-m", "tests.integrations.sharded", str(self.store), "train"]
+        for rank in range(4):
+            one = subprocess.Popen(
+                [*command, "--timeout", str(self.timeout)], env={**environment(), **where, "RANK": str(rank)},
+                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
+            )  # fmt: skip
+            self.ranks.append(one)
+
+    def steps(self) -> Iterator[tuple[str, int]]:
+        """Yield what rank 0 says: ``saving`` or ``saved``, and the step."""
+        assert self.ranks[0].stdout is not None
+        for line in self.ranks[0].stdout:
+            word, _, number = line.partition(" ")
+            if word in ("saving", "saved"):
+                yield word, int(number)
+
+    def end(self, ranks: Sequence[subprocess.Popen[str]], seconds: float = 0) -> None:
+        """Wait for ranks to end by themselves, and kill those that do not."""
+        limit = time.monotonic() + seconds
+        for rank in ranks:
+            try:
+                rank.wait(max(0, limit - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                rank.kill()
+                rank.wait()
+
+
+def stop(folder: Path, stops: int, seconds: float) -> None:
+    """Stop a rank at random in a save, past all time limits, and let it go on when another job has saved meanwhile."""
+    store, started, done = folder / "store", time.monotonic(), 0
+    announced: set[int] = set()
+    found: list[int] = []
+    dice = random.Random(0)
+    while done < stops and time.monotonic() - started < seconds:
+        job = Job(store, timeout=10)
+        wanted = dice.randint(1, 4)
+        stopped = dice.choice(job.ranks)
+        told = job.steps()
+        for word, step in told:
+            if word == "saved":
+                announced.add(step)
+                wanted -= 1
+            elif wanted <= 0:
+                time.sleep(dice.uniform(0, 0.15))
+                stopped.send_signal(signal.SIGSTOP)
+                break
+        others = [rank for rank in job.ranks if rank is not stopped]
+        job.end(others, 60)  # they wait in vain, for ten seconds
+        another = Job(store, timeout=60)
+        for count, (word, step) in enumerate(another.steps()):
+            if word == "saved":
+                announced.add(step)
+            if count > 6:
+                break
+        incckpt.collect(str(store), dry_run=False)
+        stopped.send_signal(signal.SIGCONT)
+        job.end([stopped], 60)
+        announced.update(step for word, step in told if word == "saved")
+        another.end(another.ranks)
+        done += 1
+        found = check(store, announced)
+    print(
+        f"{done} stops in {time.monotonic() - started:.0f} s, {len(announced)} announced, {len(found)} found, all whole"
     )
 
 
@@ -99,13 +195,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--kills", type=int)
+    parser.add_argument("--stops", type=int)
     parser.add_argument("--seconds", type=float, default=3600)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.kills is None:
-            reshard(Path(folder), arguments.worlds, max(arguments.worlds))
-        else:
+        if arguments.kills is not None:
             kill(Path(folder), arguments.kills, arguments.seconds)
+        elif arguments.stops is not None:
+            stop(Path(folder), arguments.stops, arguments.seconds)
+        else:
+            reshard(Path(folder), arguments.worlds, max(arguments.worlds))
 
 
 if __name__ == "__main__":

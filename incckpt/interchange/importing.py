@@ -180,7 +180,7 @@ class _Importer:
             attempt.start()
             step = 0 if attempt.last_step is None else attempt.last_step + 1
         report = SaveReport(step=step)
-        layout = self._baseline.layout_for(flat.sizes, flat.kinds)
+        layout = self._baseline.layout_for(flat.sizes, flat.kinds, flat.tensors)
         total = sum(nbytes for nbytes, _ in flat.sizes)
         count = counter(self._progress, source.path.name, total, index, self._count)
         contents = file_contents(flat, layout, foreign.mappings or Mappings(foreign.files), count)

@@ -115,7 +115,7 @@ def restore_into(
     base.forget()
     layout = None
     if base.keep and len(assignment.ranges) == len(sizes):
-        layout = base.layout_for(sizes, range_kinds(contents.entries, len(sizes)))
+        layout = base.layout_for(sizes, range_kinds(contents.entries, len(sizes)), contents.entries)
     if layout is not None and not layout.describes(manifest):
         log.warning(
             "the first save will copy everything: the checkpoint was cut into other chunks (here of up to %d bytes)",

@@ -156,7 +156,6 @@ class ShardWriter:
         self._uploader = Uploader(store, threads=threads, baseline=self.base, pipeline=pipeline)
         self._scrubber = Scrubber(store.objects)
         self._last: tuple[int, frozenset[str]] = 0, frozenset()
-        self.report = SaveReport()
 
     def stage(self, values: Mapping[str, Any]) -> Snapshot:
         """Copy what changed of `values` since the last save; after this returns, they may change.
@@ -166,8 +165,7 @@ class ShardWriter:
         StateError
             If one cannot be saved.
         """
-        self.report = SaveReport()
-        return stage(0, dict(values), {}, self.report, base=self.base, allow_pickle=False)()
+        return stage(0, dict(values), {}, SaveReport(), base=self.base, allow_pickle=False)()
 
     def put(
         self, snapshot: Snapshot, brief: Brief, save: int, places: Mapping[str, Place] = MappingProxyType({})
@@ -193,9 +191,10 @@ class ShardWriter:
         self._uploader.tried = []
         self._check_store(brief)
         known = self._look_around(brief if brief.save == save else None)
-        chunks = self._uploader.store(snapshot, new_nonce(), known, self.report)
+        report = SaveReport()
+        chunks = self._uploader.store(snapshot, new_nonce(), known, report)
         self.base.settle(snapshot.layout, snapshot.contents)
-        shard = Shard.of(snapshot, places, chunks, self.report)
+        shard = Shard.of(snapshot, places, chunks, report)
         sizes = shard.chunks.sizes
         same = {key: key for key in sizes}  # one string each, which is pickled once
         shard = replace(shard, tried=[same.get(key, key) for key in self._uploader.tried])

@@ -27,6 +27,7 @@ from incckpt.staging.hostmem import HostPool
 from incckpt.staging.layout import Addresses, ChunkTable, Layout, batches, check_chunk_bytes
 from incckpt.staging.packed import PackedChunks, PackedStage
 from incckpt.staging.threshold import RangeThresholds, Thresholds
+from incckpt.state.entries import TensorEntry, range_names
 from incckpt.state.flatten import ByteRange, FlatState
 
 __all__ = ["Baseline", "ChunkSegments", "Slot", "StageReport", "live_contents"]
@@ -135,13 +136,21 @@ class Baseline:
         self.pool.trim(keep_bytes)
         self._pinned.trim(keep_bytes)
 
-    def layout_for(self, sizes: list[tuple[int, int]], kinds: list[str]) -> Layout:
-        """Return the layout of ranges of these ``(bytes, element size)``; if it is a new one, forget the base."""
+    def layout_for(self, sizes: list[tuple[int, int]], kinds: list[str], entries: Sequence[TensorEntry] = ()) -> Layout:
+        """Return the layout of ranges of these ``(bytes, element size)``.
+
+        If it is a new one, only the base of chunks that are made of the same bytes of the same tensors stays.
+
+        Parameters
+        ----------
+        entries
+            The tensors in the ranges.
+        """
         layout, _ = self._current
         if sizes != layout.sizes or kinds != layout.kinds:
-            layout = Layout.of(sizes, kinds, self.chunk_bytes)
+            layout = Layout.of(sizes, kinds, self.chunk_bytes, range_names(entries, len(sizes)))
             with self._lock:
-                self._current = layout, _slots_of(layout)
+                self._current = layout, _moved(*self._current, layout)
         return layout
 
     def forget(self) -> None:
@@ -178,7 +187,7 @@ class Baseline:
         layout, contents
             One content per chunk of the layout.
         """
-        layout = self.layout_for(flat.sizes, flat.kinds)
+        layout = self.layout_for(flat.sizes, flat.kinds, flat.tensors)
         table = layout.table
         with self._lock:
             slots = self._current[1]
@@ -356,6 +365,12 @@ class Baseline:
 
 def _slots_of(layout: Layout) -> list[Slot]:
     return [Slot() for _ in range(len(layout.table.chunk_nbytes))]
+
+
+def _moved(before: Layout, slots: Sequence[Slot], layout: Layout) -> list[Slot]:
+    """Return the slots of a new layout: those of the one before, where chunks are made of the same."""
+    held = dict(zip(before.compositions(), slots, strict=True))
+    return [held.pop(made_of, None) or Slot() for made_of in layout.compositions()]
 
 
 @functools.cache

@@ -65,8 +65,8 @@ class Layout:
     ----------
     chunk_bytes
         The most that a chunk holds.
-    sizes, kinds
-        ``(bytes, element size)`` of each range, and its kind, from `range_kinds`.
+    sizes, kinds, names
+        ``(bytes, element size)`` of each range, its kind, from `range_kinds`, and the name of its first tensor.
     table
         The segments.
     ranges
@@ -76,11 +76,12 @@ class Layout:
     chunk_bytes: int
     sizes: list[tuple[int, int]]
     kinds: list[str]
+    names: Sequence[str]
     table: ChunkTable
     ranges: tuple[Range, ...]
 
     @classmethod
-    def of(cls, sizes: list[tuple[int, int]], kinds: list[str], chunk_bytes: int) -> Layout:
+    def of(cls, sizes: list[tuple[int, int]], kinds: list[str], chunk_bytes: int, names: Sequence[str] = ()) -> Layout:
         """Plan the chunks of ranges of these sizes and kinds."""
         table = plan(sizes, kinds, chunk_bytes=chunk_bytes)
         pieces: list[list[tuple[int, int, int]]] = [[] for _ in sizes]
@@ -89,7 +90,16 @@ class Layout:
         for index, *piece in zip(*(column[order].tolist() for column in columns), strict=True):
             pieces[index].append((piece[0], piece[1], piece[2]))
         ranges = (Range(nbytes, item, tuple(parts)) for (nbytes, item), parts in zip(sizes, pieces, strict=True))
-        return cls(chunk_bytes, sizes, kinds, table, tuple(ranges))
+        return cls(chunk_bytes, sizes, kinds, names, table, tuple(ranges))
+
+    def compositions(self) -> list[Hashable]:
+        """Return what each chunk is made of: which bytes of which tensors. Across layouts, equal ones are the same."""
+        table = self.table
+        found: list[list[Hashable]] = [[itemsize] for itemsize in table.chunk_itemsize.tolist()]
+        columns = (table.seg_chunk, table.seg_range, table.seg_range_offset, table.seg_nbytes)
+        for chunk, index, offset, nbytes in zip(*(column.tolist() for column in columns), strict=True):
+            found[chunk].append((self.names[index] if self.names else index, offset, nbytes))
+        return [tuple(parts) for parts in found]
 
     def describes(self, manifest: Manifest) -> bool:
         """Return whether a checkpoint's tensors lie in these very chunks; its packed values come after."""

@@ -34,6 +34,7 @@ __all__ = [
     "numpy_dtype_to_text",
     "packed_shape",
     "range_kinds",
+    "range_names",
 ]
 
 Json: TypeAlias = Any  # None | bool | int | str | list[Json] | dict[str, Json]; mypy has no recursive alias through Any
@@ -140,6 +141,15 @@ def range_kinds(entries: Sequence[TensorEntry], count: int) -> list[str]:
         if entry.range >= 0:
             kinds[entry.range] = f"{entry.name.rpartition('.')[2]} {entry.dtype}"
     return kinds
+
+
+def range_names(entries: Sequence[TensorEntry], count: int) -> list[str]:
+    """Return the name of the first tensor in each of `count` ranges."""
+    names = [""] * count
+    for entry in reversed(entries):
+        if entry.range >= 0:
+            names[entry.range] = entry.name
+    return names
 
 
 def byte_strides(entry: TensorEntry) -> tuple[int, ...]:

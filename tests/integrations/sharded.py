@@ -12,6 +12,7 @@ import argparse
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -153,14 +154,14 @@ def _say(line: str) -> None:
     os.write(1, f"{line}\n".encode())  # at once: the ranks share a pipe
 
 
-def endless(store: Path) -> None:
-    """Restore, and save step after step, the weights of each being its number, until killed."""
+def endless(store: Path, timeout: timedelta) -> None:
+    """Restore, and save step after step, the weights of each being its number, until killed or failed."""
     torch.manual_seed(0)
     rank = dist.get_rank()
     _say(f"pid {os.getpid()}")
     model = Net()
     fully_shard(model)
-    with DistributedCheckpointManager(str(store), keep_last_n=3, threads=1) as manager:
+    with DistributedCheckpointManager(str(store), keep_last_n=3, threads=1, timeout=timeout) as manager:
         state = {"model": model.state_dict()}
         restored = manager.restore(state) or 0
         for step in range(restored + 1, 1 << 20):
@@ -180,14 +181,16 @@ def main() -> None:
     parser.add_argument("action", choices=("save", "load", "train"))
     parser.add_argument("worlds", type=int, nargs="*")
     parser.add_argument("--kinds", nargs="+", default=KINDS)
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds that ranks wait for each other (1800)")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    timeout = timedelta(seconds=arguments.timeout)
+    dist.init_process_group("gloo", timeout=timeout)
     if arguments.action == "save":
         save(arguments.folder, arguments.kinds)
     if arguments.action == "train":
-        endless(arguments.folder)
+        endless(arguments.folder, timeout)
     for world in arguments.worlds:
         load(arguments.folder, world, arguments.kinds)
     dist.destroy_process_group()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
+import tempfile
 from collections import OrderedDict
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlanner
@@ -190,6 +194,75 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         dcp_load({"w": torch.ones(1)}, storage_reader=IncrementalReader(str(tmp_path / "none")), no_dist=True)
     assert isinstance(_cause(caught), StoreNotFoundError)
     assert [checkpoint.step for checkpoint in incckpt.list_checkpoints(store)] == [7]
+
+
+_tensors = st.dictionaries(
+    st.sampled_from(["a", "b", "c"]),
+    st.tuples(st.sampled_from([(), (0, 2), (3, 5), (300, 1000)]), st.sampled_from([torch.float32, torch.int16])),
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    saves=st.lists(
+        st.tuples(_tensors, st.sampled_from([None, 1, [1, {"x": 2}]]), st.booleans()), min_size=2, max_size=5
+    )
+)
+def test_what_is_saved_is_the_state_when_save_returned(saves: list[tuple[dict[str, Any], Any, bool]]) -> None:
+    """Tensors come, go, change shape, dtype and content between saves, and right after each, while it is written."""
+    state: dict[str, Any] = {"model": {}, "tied": torch.zeros(5)}
+    with tempfile.TemporaryDirectory() as store, DistributedCheckpointManager(store, threads=1) as manager:
+        for step, (tensors, value, changes) in enumerate(saves):
+            before = state["model"]
+            state["value"] = value
+            state["model"] = {
+                name: before[name]
+                if name in before and (before[name].shape, before[name].dtype) == kind
+                else torch.full(kind[0], step).to(kind[1])
+                for name, kind in tensors.items()
+            }
+            if changes:
+                for tensor in state["model"].values():
+                    tensor += 1
+            expected = copy.deepcopy(state)
+            saved = manager.save(step, state)
+            for tensor in state["model"].values():
+                tensor -= 7
+            saved.result()
+            assert not same(expected, incckpt.load(store, step=step)), f"step {step}"
+            for tensor in state["model"].values():
+                tensor += 7
+
+
+def test_a_save_in_the_background_copies_what_changed(tmp_path: Path) -> None:
+    """From the second on; what was staged is not taken for another state, nor given to another kind of planner."""
+    state = {"frozen": torch.randn(1 << 19), "learns": torch.randn(1 << 19), "lr": 0.1}
+    with IncrementalWriter(str(tmp_path / "store"), delta=False) as writer:
+        assert not any(one.is_meta for one in writer.stage(state).values() if isinstance(one, torch.Tensor))
+        dcp_save(state, storage_writer=writer, no_dist=True)
+        state["learns"] += 1
+        staged = writer.stage(state)
+        assert staged["frozen"].is_meta
+        assert staged["learns"].is_meta
+        expected = copy.deepcopy(state)
+        state["frozen"] += 1
+        dcp_save(staged, storage_writer=writer, no_dist=True)
+        assert not same(expected, incckpt.load(str(tmp_path / "store")))
+        # A staged state that was never saved is not taken for another one.
+        writer.stage(state)
+        state["learns"] += 1
+        dcp_save(state, storage_writer=writer, no_dist=True)
+        assert not same(state, incckpt.load(str(tmp_path / "store")))
+
+        class Halved(DefaultSavePlanner):
+            def transform_object(self, write_item: Any, object: Any) -> Any:  # noqa: A002 -- DCP's name
+                found = super().transform_object(write_item, object)
+                return found * 0.5 if isinstance(found, torch.Tensor) else found
+
+        with pytest.raises(CheckpointException, match="meta"):
+            dcp_save(writer.stage(state), storage_writer=writer, planner=Halved(), no_dist=True)
+        dcp_save(writer.stage(state), storage_writer=writer, planner=Halved(), no_dist=True)
+        assert torch.equal(incckpt.load(str(tmp_path / "store"))["learns"], state["learns"] * 0.5)
 
 
 def launch(processes: int, *arguments: str, timeout: float = 500) -> str:

@@ -7,7 +7,7 @@ import os
 import pickle
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -15,19 +15,19 @@ from typing import Any, Self
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
-from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStager
+from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from incckpt.errors import IncckptError, OptionError, SaveError, StateError
 from incckpt.integrations.dcp.gathering import Failed, gathered
 from incckpt.integrations.dcp.places import step_of
+from incckpt.integrations.dcp.staging import Staged, copied, is_plain, keys_of, places_of, staged, stored_form
 from incckpt.options import checked_flag
 from incckpt.retention import Mode, Policy, policy_of
 from incckpt.run.attempt import Attempt, IfExists, Origin, check_if_exists
 from incckpt.run.checkpoint import Checkpoint, checked_metrics
 from incckpt.run.joint import OpenSave
 from incckpt.run.merging import merge
-from incckpt.run.parts import Place
 from incckpt.run.shards import Brief, ShardWriter
 from incckpt.staging.detect import chosen_threads
 from incckpt.staging.layout import DEFAULT_CHUNK_BYTES, check_chunk_bytes
@@ -128,6 +128,8 @@ class IncrementalWriter(StorageWriter, AsyncStager):
         self._open: OpenSave | None = None
         self._previous: tuple[int, RefName] | None = None
         self._count = 0
+        self._planned: Sequence[WriteItem] | None = None  # of the last save, for the next one to stage
+        self._staged: Staged | None = None
 
     # -- what DCP calls on every rank
 
@@ -182,22 +184,21 @@ class IncrementalWriter(StorageWriter, AsyncStager):
         if self._shards is None:
             store = Store.open(self._url, self._options)
             self._shards = ShardWriter(store, threads=self._threads, chunk_bytes=self._chunk_bytes, delta=self._delta)
-        values: dict[str, Any] = {}
-        places: dict[str, Place] = {}
-        for item in plan.items:
-            key = item.index.fqn
-            while key in values:
-                key += f"@{len(values)}"
-            values[key] = _value(item, planner)
-            data = item.tensor_data
-            if data is not None and data.chunk.sizes != data.size:
-                places[key] = Place(item.index.fqn, tuple(data.chunk.offsets))
-        if not values:
+        if not plan.items:
             return []
-        snapshot = self._shards.stage(values)
-        del values
-        shard = self._shards.put(snapshot, brief, self._count, places)
+        staged, self._staged, self._planned = self._staged, None, None
+        of_state = staged is not None and staged.is_of(planner)
+        if staged is not None and of_state and list(staged.items) == plan.items:
+            snapshot = staged.snapshot
+        else:
+            before = staged if of_state else None
+            snapshot = self._shards.stage(
+                {key: _value(item, planner, before) for key, item in zip(keys_of(plan.items), plan.items, strict=True)}
+            )
+        shard = self._shards.put(snapshot, brief, self._count, places_of(plan.items))
         self._shards.rest()
+        if is_plain(planner):
+            self._planned = tuple(plan.items)
         told = [shard, *[None] * (len(plan.items) - 1)]
         return [WriteResult(item.index, _nbytes(item), one) for item, one in zip(plan.items, told, strict=True)]
 
@@ -275,8 +276,18 @@ class IncrementalWriter(StorageWriter, AsyncStager):
     # -- staging
 
     def stage(self, state_dict: Any) -> Any:
-        """Return a copy of the state in host memory, for ``dcp.async_save``."""
-        return BlockingAsyncStager().stage(state_dict)
+        """Return a state that DCP can plan with, and that does not change any more, for ``dcp.async_save``.
+
+        From the second save on, what this rank is to write is compared with what is stored, and copied only if it has
+        changed.
+        """
+        self._staged = None
+        if self._planned is not None and self._shards is not None:
+            found = staged(state_dict, self._planned, self._shards)
+            if found is not None:
+                state, self._staged = found
+                return state
+        return copied(state_dict)
 
     def synchronize_staging(self) -> None:
         """Return at once: `stage` has made the copy."""
@@ -304,8 +315,8 @@ class IncrementalWriter(StorageWriter, AsyncStager):
         self.close()
 
 
-def _value(item: WriteItem, planner: SavePlanner) -> Any:
-    """Return what is to be stored for an item: a tensor in plain memory, or a value."""
+def _value(item: WriteItem, planner: SavePlanner, before: Staged | None) -> Any:
+    """Return what is to be stored for an item: a tensor in plain memory, or a value; perhaps from what was staged."""
     if item.type is WriteItemType.BYTE_IO:
         look = getattr(planner, "lookup_object", None)
         if look is None:
@@ -317,15 +328,9 @@ def _value(item: WriteItem, planner: SavePlanner) -> Any:
     tensor = planner.resolve_data(item)
     if not isinstance(tensor, torch.Tensor):
         raise StateError(f"{type(planner).__name__} gives {type(tensor).__name__} for tensor {item.index.fqn!r}")
-    tensor = tensor.detach()
-    data = item.tensor_data
-    if data is not None and tensor.shape != data.chunk.sizes:
-        raise StateError(
-            f"tensor {item.index.fqn!r}: {list(data.chunk.sizes)} was planned, and it is {list(tensor.shape)} now"
-        )
-    if data is not None and data.chunk.sizes != data.size:
-        tensor = tensor.resolve_conj().resolve_neg().contiguous()
-    return tensor
+    if tensor.is_meta and before is not None:
+        tensor = before.value(item)
+    return stored_form(item, tensor)
 
 
 def _nbytes(item: WriteItem) -> int:
