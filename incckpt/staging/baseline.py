@@ -370,7 +370,7 @@ def _slots_of(layout: Layout) -> list[Slot]:
 def _moved(before: Layout, slots: Sequence[Slot], layout: Layout) -> list[Slot]:
     """Return the slots of a new layout: those of the one before, where chunks are made of the same."""
     held = dict(zip(before.compositions(), slots, strict=True))
-    return [held.pop(made_of, None) or Slot() for made_of in layout.compositions()]
+    return [held.pop(made_of, Slot()) for made_of in layout.compositions()]
 
 
 @functools.cache
