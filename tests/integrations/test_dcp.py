@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -202,7 +202,7 @@ _tensors = st.dictionaries(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     saves=st.lists(
         st.tuples(_tensors, st.sampled_from([None, 1, [1, {"x": 2}]]), st.booleans()), min_size=2, max_size=5
@@ -236,7 +236,7 @@ def test_what_is_saved_is_the_state_when_save_returned(saves: list[tuple[dict[st
 
 def test_a_save_in_the_background_copies_what_changed(tmp_path: Path) -> None:
     """From the second on; what was staged is not taken for another state, nor given to another kind of planner."""
-    state = {"frozen": torch.randn(1 << 19), "learns": torch.randn(1 << 19), "lr": 0.1}
+    state: dict[str, Any] = {"frozen": torch.randn(1 << 19), "learns": torch.randn(1 << 19), "lr": 0.1}
     with IncrementalWriter(str(tmp_path / "store"), delta=False) as writer:
         assert not any(one.is_meta for one in writer.stage(state).values() if isinstance(one, torch.Tensor))
         dcp_save(state, storage_writer=writer, no_dist=True)
@@ -265,11 +265,11 @@ def test_a_save_in_the_background_copies_what_changed(tmp_path: Path) -> None:
         assert torch.equal(incckpt.load(str(tmp_path / "store"))["learns"], state["learns"] * 0.5)
 
 
-def launch(processes: int, *arguments: str, timeout: float = 500) -> str:
-    """Run `tests.integrations.sharded` under ``torchrun``; return what it prints."""
+def launch(processes: int, *arguments: str, module: str = "sharded", timeout: float = 500) -> str:
+    """Run a module of these tests under ``torchrun``; return what it prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*command, "-m", "tests.integrations.sharded", *arguments],
+        [*command, "-m", f"tests.integrations.{module}", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
@@ -295,6 +295,14 @@ def test_shards_of_two_processes(tmp_path: Path) -> None:
         assert manager.restore(restored := _empty(expected)) == 2
     assert not same(expected, restored)
     assert incckpt.verify(store).ok
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_torch_tests_storages_for(tmp_path: Path) -> None:
+    """Its cases for sharded tensors, replicas, groups of ranks, and failures in each method, over four processes."""
+    printed = launch(4, str(tmp_path), module="dcp_cases")
+    assert printed.count("as expected") == 4
 
 
 def test_a_manager_of_one_process_goes_on_from_what_it_restored(tmp_path: Path) -> None:

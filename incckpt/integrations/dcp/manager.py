@@ -97,6 +97,7 @@ class DistributedCheckpointManager:
         self._threads = chosen_threads(threads)
         self._verify = verify
         self._options = storage_options
+        self._store: Store | None = None
         self._writer = IncrementalWriter(
             location.store,
             run=location.run,
@@ -214,13 +215,8 @@ class DistributedCheckpointManager:
         names: list[RefName] = self._agreed(lambda: self._candidates(wanted))
         for index, name in enumerate(names):
             reader = IncrementalReader(
-                self._url,
-                run=self._run,
-                step=str(name),
-                verify=self._verify,
-                threads=self._threads,
-                storage_options=self._options,
-            )
+                self._url, run=self._run, step=str(name), verify=self._verify, threads=self._threads
+            ).over(self._opened())
             try:
                 _unwrapped(
                     partial(load, state, storage_reader=reader, process_group=self._group, **self._no_dist(load))
@@ -236,26 +232,30 @@ class DistributedCheckpointManager:
 
     def _candidates(self, wanted: int | str | RefName | None) -> list[RefName]:
         """Return, on the coordinator, the checkpoints to try: the one that is meant, or else all, newest first."""
-        with Store.open(self._url, self._options) as store:
-            if wanted is None:
-                try:
-                    store.check()
-                except StoreNotFoundError:
-                    return []
-                return list(reversed(store.run(self._run).lineage().live))
-            metric, mode = self._ranking
-            with RunView(store, self._run, threads=1, metric=metric, mode=mode) as view:
-                _, found = view.read(wanted, lambda reader, manifest: None)
-            return [] if found is None else [found[0]]
+        store = self._opened()
+        if wanted is None:
+            try:
+                store.check()
+            except StoreNotFoundError:
+                return []
+            return list(reversed(store.run(self._run).lineage().live))
+        metric, mode = self._ranking
+        with RunView(store, self._run, threads=1, metric=metric, mode=mode) as view:
+            _, found = view.read(wanted, lambda reader, manifest: None)
+        return [] if found is None else [found[0]]
 
     def _go_on_from(self, name: RefName) -> None:
-        with (
-            Store.open(self._url, self._options) as store,
-            RunView(store, self._run, threads=1) as view,
-        ):
+        store = self._opened()
+        with RunView(store, self._run, threads=1) as view:
             lineage, found = view.read(name, lambda reader, manifest: None, continues=True)
-            manifest: Manifest | None = None if found is None else found[1]
-            self._writer.go_on_from(Origin.restored(store.run(self._run), lineage, name, manifest))
+        manifest: Manifest | None = None if found is None else found[1]
+        self._writer.go_on_from(Origin.restored(store.run(self._run), lineage, name, manifest))
+
+    def _opened(self) -> Store:
+        """Return the store as this rank reads it, which stays open."""
+        if self._store is None:
+            self._store = Store.open(self._url, self._options)
+        return self._store
 
     # -- the run
 
@@ -263,7 +263,7 @@ class DistributedCheckpointManager:
         """Return the run's checkpoints by step, as the coordinator sees them."""
 
         def look() -> list[Checkpoint]:
-            with Store.open(self._url, self._options) as store, RunView(store, self._run, threads=1) as view:
+            with RunView(self._opened(), self._run, threads=1) as view:
                 return view.checkpoints()
 
         self.wait()
@@ -289,6 +289,9 @@ class DistributedCheckpointManager:
         finally:
             self._background.shutdown()
             self._writer.close()
+            if self._store is not None:
+                self._store.close()
+                self._store = None
             if self._group is not None and dist.is_initialized():
                 dist.destroy_process_group(self._group)
                 self._group = None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -91,8 +92,14 @@ class IncrementalReader(StorageReader):
         self._verify = verify
         self._threads = chosen_threads(threads)
         self._options = storage_options
+        self._store: Store | None = None
         self._found: _Found | None = None
         self._error: IncckptError | None = None
+
+    def over(self, store: Store) -> Self:
+        """Read from a store that is open already, and stays so."""
+        self._store = store
+        return self
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a load; `checkpoint_id` may end in the step."""
@@ -160,7 +167,7 @@ class IncrementalReader(StorageReader):
         """
         assert self._found is not None
         with (
-            Store.open(self._url, self._options) as store,
+            self._opened() as store,
             Reader(store, threads=self._threads, verify=self._verify) as reader,
         ):
             _Load(self._found, reader, planner).run(plan.items)
@@ -168,10 +175,13 @@ class IncrementalReader(StorageReader):
         future.set_result(None)
         return future
 
+    def _opened(self) -> AbstractContextManager[Store]:
+        return Store.open(self._url, self._options) if self._store is None else nullcontext(self._store)
+
     def _look(self) -> _Found:
         metric, mode = self._ranking
         with (
-            Store.open(self._url, self._options) as store,
+            self._opened() as store,
             RunView(store, self._run, threads=self._threads, verify=self._verify, metric=metric, mode=mode) as view,
         ):
             _, found = view.read(
