@@ -1,7 +1,8 @@
 """Checkpoints of several ranks: what the coordinator does for a thousand of them, and saves beside DCP's own storage.
 
-    python benchmarks/bench_distributed.py coordinator                 # 1,000 ranks of 1,000 tensors, and smaller
-    torchrun --nproc-per-node 4 benchmarks/bench_distributed.py saves  # beside FileSystemWriter, in one run
+    python -m benchmarks.bench_distributed coordinator                              # 1,000 ranks of 1,000 tensors
+    torchrun --nproc-per-node 4 -m benchmarks.bench_distributed saves               # beside DCP's own, on a local disk
+    torchrun --nproc-per-node 4 -m benchmarks.bench_distributed saves --gigabits 1  # the same over a slow link
 
 `coordinator` makes what ranks would report, 10 MB a shard, and measures the processor time of everything between the
 reports and the commit: putting them together, checking that they cover every tensor, making the manifest. Nothing is
@@ -15,16 +16,18 @@ import hashlib
 import itertools
 import pickle
 import resource
-import shutil
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import ExitStack
+from typing import Any
 
+import fsspec
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -34,22 +37,25 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from benchmarks.bench_tiers import KEYS, s3, slowed
 from incckpt.codec import objects as codec
 from incckpt.integrations.dcp import IncrementalReader, IncrementalWriter
 from incckpt.integrations.dcp.gathering import gathered
 from incckpt.run import shards
 from incckpt.run.merging import merge
 from incckpt.run.parts import Parts, Place
+from incckpt.run.view import RunView
 from incckpt.state.entries import TensorEntry
 from incckpt.store.encoded import EncodedChunks
 from incckpt.store.manifest import Chunk, Range
 from incckpt.store.objects import chunk_sizes, manifest_keys, manifest_sizes
 from incckpt.store.refs import RefName
+from incckpt.store.store import Store
 
 _SHARD = 10 << 20  # bytes of a shard: 1,000 tensors over 1,000 ranks are 10 TB
 
@@ -111,9 +117,69 @@ def coordinator(sizes: Sequence[tuple[int, int]]) -> None:
         )
 
 
-def saves(megabytes: int, rounds: int, changed: float) -> None:
-    """Print what saves and loads take beside DCP's own, alternating, on a local disk."""
+class Target:
+    """Where the savers save: a local folder, or a bucket behind a link; the same for all ranks.
+
+    Parameters
+    ----------
+    rate
+        Bytes per second of the link to an S3 server of this machine; ``None`` for a folder.
+    """
+
+    def __init__(self, rate: float | None) -> None:
+        self._stack = ExitStack()
+        told: list[Any] = [None, None]
+        if dist.get_rank() == 0 and rate is None:
+            told[0] = self._stack.enter_context(tempfile.TemporaryDirectory())
+        elif dist.get_rank() == 0 and rate is not None:
+            port, _ = self._stack.enter_context(s3())
+            relay, limit = self._stack.enter_context(slowed(port))
+            limit["rate"] = rate
+            told = ["s3://bench", {**KEYS, "endpoint_url": f"http://127.0.0.1:{relay}"}]
+        dist.broadcast_object_list(told, 0)
+        self.root, self.options = told
+        self.remote = rate is not None
+
+    def file_system(self, name: str) -> StorageWriter:
+        """Return DCP's own writer of a new checkpoint."""
+        if self.remote:
+            return FsspecWriter(f"{self.root}/{name}", **self.options)
+        return FileSystemWriter(f"{self.root}/{name}")
+
+    def fsspec(self, name: str) -> StorageWriter:
+        """Return DCP's writer over fsspec."""
+        prefix = "" if self.remote else "file://"
+        return FsspecWriter(f"{prefix}{self.root}/{name}", **(self.options or {}))
+
+    def reader(self, name: str) -> StorageReader:
+        """Return DCP's reader of a checkpoint."""
+        return (
+            FsspecReader(f"{self.root}/{name}", **self.options)
+            if self.remote
+            else FileSystemReader(f"{self.root}/{name}")
+        )
+
+    def nbytes(self, name: str) -> int:
+        """Return what is stored below a name."""
+        files = fsspec.filesystem("s3" if self.remote else "file", **(self.options or {}), use_listings_cache=False)
+        return sum(entry["size"] for entry in files.find(f"{self.root}/{name}", detail=True).values())
+
+    def close(self) -> None:
+        """Remove it."""
+        self._stack.close()
+
+
+def slowest(seconds: float) -> float:
+    """Return the longest that any rank took."""
+    told = torch.tensor([seconds], dtype=torch.float64)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return float(told.item())
+
+
+def saves(megabytes: int, rounds: int, changed: float, rate: float | None) -> None:
+    """Print what saves in the background and loads take beside DCP's own, alternating."""
     dist.init_process_group("gloo")
+    group = dist.new_group(backend="gloo")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -122,43 +188,49 @@ def saves(megabytes: int, rounds: int, changed: float) -> None:
     elements = (megabytes << 20) // 4 // count // dist.get_world_size() // 1024
     locals_ = [torch.randn(elements, 1024, generator=generator) for _ in range(count)]
     state = {f"w{i}": DTensor.from_local(one, mesh, [Shard(0)], run_check=False) for i, one in enumerate(locals_)}
-    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(folder, 0)
-    root = Path(folder[0])
-    writer = IncrementalWriter(str(root / "incckpt"), threads=1)
-    took: dict[str, list[float]] = {"incckpt": [], "FileSystemWriter": []}
-
-    def timed(act: Callable[[], object]) -> float:
-        dist.barrier()
-        started = time.perf_counter()
-        act()
-        dist.barrier()
-        return time.perf_counter() - started
-
+    place = Target(rate)
+    ours = IncrementalWriter(f"{place.root}/incckpt", threads=1, storage_options=place.options)
+    writers: dict[str, Callable[[str], StorageWriter]] = {"incckpt": lambda name: ours, "FsspecWriter": place.fsspec}
+    if not place.remote:
+        writers["FileSystemWriter"] = place.file_system
+    blocked: dict[str, list[float]] = {name: [] for name in writers}
+    whole: dict[str, list[float]] = {name: [] for name in writers}
     for number in range(rounds):
-        took["incckpt"].append(timed(lambda: save(state, storage_writer=writer)))
-        other = FileSystemWriter(root / f"dcp-{number}")
-        took["FileSystemWriter"].append(timed(lambda other=other: save(state, storage_writer=other)))  # type: ignore[misc]
+        for name, writer in sorted(writers.items(), reverse=bool(number % 2)):
+            storage = writer(f"{name}-{number}")
+            dist.barrier()
+            started = time.perf_counter()
+            future = async_save(state, storage_writer=storage, process_group=group)
+            blocked[name].append(slowest(time.perf_counter() - started))
+            future.result()  # type: ignore[union-attr]
+            whole[name].append(slowest(time.perf_counter() - started))
         for one in locals_[: round(count * changed)]:
             one += 1e-3 * torch.randn(one.shape, generator=generator)
-    reading = {
-        "incckpt": timed(lambda: load(state, storage_reader=IncrementalReader(str(root / "incckpt"), threads=1))),
-        "FileSystemWriter": timed(lambda: load(state, storage_reader=FileSystemReader(root / f"dcp-{rounds - 1}"))),
-    }
+    loads: dict[str, float] = {}
+    reader = IncrementalReader(f"{place.root}/incckpt", threads=1, storage_options=place.options)
+    for name in writers:
+        dist.barrier()
+        started = time.perf_counter()
+        load(state, storage_reader=reader if name == "incckpt" else place.reader(f"{name}-{rounds - 1}"))
+        loads[name] = slowest(time.perf_counter() - started)
     if dist.get_rank() == 0:
-        stored = {
-            "incckpt": [root / "incckpt"],
-            "FileSystemWriter": [root / f"dcp-{number}" for number in range(rounds)],
-        }
-        print(f"{megabytes} MiB over {dist.get_world_size()} ranks, {changed:.0%} of the tensors changed between saves")
-        print("| | first save | later saves (median) | load | stored by all saves |")
+        where = "a local disk" if rate is None else f"a link of {rate * 8 / 1e9:g} Gbit/s to an S3 server"
+        print(f"{megabytes} MiB over {dist.get_world_size()} ranks, {changed:.0%} of the tensors changed, {where}")
+        print("| | blocked by the first, later saves | first save, later ones | load | stored by the first, by all |")
         print("| --- | --- | --- | --- | --- |")
-        for name, seconds in took.items():
-            nbytes = sum(path.stat().st_size for one in stored[name] for path in one.rglob("*") if path.is_file())
-            later = statistics.median(seconds[1:])
-            print(f"| {name} | {seconds[0]:.2f} s | {later:.2f} s | {reading[name]:.2f} s | {nbytes / 1e6:.0f} MB |")
-        shutil.rmtree(root)
-    writer.close()
+        first = Store.open(f"{place.root}/incckpt", place.options)
+        with first, RunView(first, "default", threads=1) as view:
+            written = view.checkpoints()[0].written
+        for name in writers:
+            pairs = [(one[name][0], statistics.median(one[name][1:])) for one in (blocked, whole)]
+            times = " | ".join(f"{one:.2f} s, {later:.2f} s" for one, later in pairs)
+            names = [name] if name == "incckpt" else [f"{name}-{number}" for number in range(rounds)]
+            sizes = [place.nbytes(one) for one in names]
+            early = written if name == "incckpt" else sizes[0]
+            print(f"| {name} | {times} | {loads[name]:.2f} s | {early / 1e6:.0f} MB, {sum(sizes) / 1e6:.0f} MB |")
+    dist.barrier()
+    ours.close()
+    place.close()
     dist.destroy_process_group()
 
 
@@ -168,14 +240,20 @@ def main() -> None:
     parser.add_argument("which", choices=("coordinator", "saves"))
     parser.add_argument("--ranks", type=int, nargs="+", default=[250, 500, 1000])
     parser.add_argument("--tensors", type=int, default=1000)
-    parser.add_argument("--megabytes", type=int, default=256)
+    parser.add_argument("--megabytes", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--changed", type=float, default=0.3)
+    parser.add_argument("--gigabits", type=float, help="save to an S3 server over a link of so many Gbit/s")
     arguments = parser.parse_args()
     if arguments.which == "coordinator":
         coordinator([(ranks, arguments.tensors) for ranks in arguments.ranks])
     else:
-        saves(arguments.megabytes, arguments.rounds, arguments.changed)
+        saves(
+            arguments.megabytes,
+            arguments.rounds,
+            arguments.changed,
+            arguments.gigabits and arguments.gigabits / 8 * 1e9,
+        )
 
 
 if __name__ == "__main__":
