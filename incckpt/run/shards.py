@@ -19,15 +19,16 @@ from incckpt.run.scrub import Scrubber
 from incckpt.run.snapshot import Snapshot, stage
 from incckpt.run.upload import Known, Uploader
 from incckpt.staging.baseline import Baseline
+from incckpt.staging.content import compute_digests
 from incckpt.state.entries import TensorEntry
 from incckpt.store.document import Json
 from incckpt.store.encoded import EncodedChunks
-from incckpt.store.manifest import Chunk, Range
+from incckpt.store.manifest import Chunk, Manifest, Range
 from incckpt.store.objects import chunk_sizes
 from incckpt.store.refs import Ref, RefName, new_nonce
 from incckpt.store.store import Store
 
-__all__ = ["Brief", "Shard", "ShardWriter"]
+__all__ = ["Brief", "Shard", "ShardWriter", "Source"]
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +129,22 @@ class Shard:
         return cls({}, {}, {}, (), Parts.of({}, {}, (), ()), chunks, 1 << 20)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where the bytes of a tensor are in a checkpoint.
+
+    Attributes
+    ----------
+    range
+        The range that has them.
+    start
+        The first of them among the bytes of the range as they are stored.
+    """
+
+    range: Range
+    start: int
+
+
 class ShardWriter:
     """Stores a process's part of one checkpoint after the other.
 
@@ -166,6 +183,49 @@ class ShardWriter:
             If one cannot be saved.
         """
         return stage(0, dict(values), {}, SaveReport(), base=self.base, allow_pickle=False)()
+
+    def adopt(self, values: Mapping[str, Any], sources: Mapping[str, Source], manifest: Manifest) -> None:
+        """Take tensors that were restored as what the next save is compared with, and its deltas are against.
+
+        Nothing is relied on: whether a chunk is as the manifest says is found out by hashing it, and the save looks
+        whether its object is there.
+
+        Parameters
+        ----------
+        values
+            The tensors, by key.
+        sources
+            Where the bytes of each are in the checkpoint; those without are copied all the same.
+        manifest
+            Of the checkpoint.
+        """
+        snapshot = self.stage(values)
+        layout = snapshot.layout
+        nodes, origin = dict(snapshot.structure["dict"]), dict[int, Source]()
+        for key, source in sources.items():
+            entry = snapshot.entries[nodes[key]["tensor"]]
+            if entry.range >= 0 and not entry.packed and layout.ranges[entry.range].nbytes == entry.nbytes:
+                origin[entry.range] = source
+        table = layout.table
+        numbers: list[set[int]] = [set() for _ in snapshot.contents]
+        columns = (table.seg_chunk, table.seg_range, table.seg_range_offset, table.seg_nbytes)
+        for chunk, index, offset, nbytes in zip(*(column.tolist() for column in columns), strict=True):
+            if index in origin:
+                start = origin[index].start + offset
+                numbers[chunk].update(number for number, _, _ in origin[index].range.stored(start, start + nbytes))
+            else:
+                numbers[chunk].add(-1)
+        chunks = [manifest.chunks[min(one)] if len(one) == 1 and min(one) >= 0 else None for one in numbers]
+        alike = [
+            (content, chunk)
+            for content, chunk in zip(snapshot.contents, chunks, strict=True)
+            if chunk is not None and chunk.nbytes == content.nbytes
+        ]
+        compute_digests([content for content, _ in alike])
+        for content, chunk in alike:
+            if content.identity == chunk.identity:
+                content.stored = replace(chunk, itemsize=content.itemsize)
+        self.base.settle_full(layout, snapshot.contents)
 
     def put(
         self, snapshot: Snapshot, brief: Brief, save: int, places: Mapping[str, Place] = MappingProxyType({})

@@ -240,6 +240,15 @@ class Baseline:
                 for slot, content in zip(slots, contents, strict=True):
                     slot.settle(content)
 
+    def settle_full(self, layout: Layout, contents: Sequence[Content]) -> None:
+        """Let those of the contents become the base that are known to be stored as full objects."""
+        with self._lock:
+            current, slots = self._current
+            if layout is current:
+                for slot, content in zip(slots, contents, strict=True):
+                    if content.stored is not None and content.stored.base is None:
+                        slot.settle(content)
+
     def full(self, layout: Layout, index: int) -> Content | None:
         """Return the content of the last full object of chunk `index`, if deltas against it are allowed.
 

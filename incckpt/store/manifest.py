@@ -126,13 +126,13 @@ class Range:
     def part(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield the pieces of the bytes ``[start, stop)``."""
         if not self.blocks:
-            yield from self._stored(start, stop)
+            yield from self.stored(start, stop)
             return
         starts, sources, lengths = self._runs
         for index in range(int(np.searchsorted(starts, start, "right")) - 1, int(np.searchsorted(starts, stop))):
             first, source, nbytes = int(starts[index]), int(sources[index]), int(lengths[index])
             low, high = max(start, first), min(stop, first + nbytes)
-            yield from self._stored(source + low - first, source + high - first)
+            yield from self.stored(source + low - first, source + high - first)
 
     def boxes(self, wanted: Block, shape: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[int, ...], Block]]:
         """Yield which bytes of which chunks fill a box of the range.
@@ -155,7 +155,7 @@ class Range:
             if overlap(block, wanted) is not None:
                 strides = row_major(block.shape)
                 position = 0
-                for chunk, offset, length in self._stored(before, before + nbytes):
+                for chunk, offset, length in self.stored(before, before + nbytes):
                     for at, size in cut(block.shape, position, position + length):
                         place = Block(tuple(a + b for a, b in zip(block.at, at, strict=True)), size)
                         inner = overlap(place, wanted)
@@ -166,7 +166,7 @@ class Range:
                     position += length
             before += nbytes
 
-    def _stored(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    def stored(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield the pieces that hold bytes ``[start, stop)`` of what is stored."""
         ends = self._ends
         for at in range(bisect_right(ends, start), len(ends)):

@@ -199,6 +199,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
 _tensors = st.dictionaries(
     st.sampled_from(["a", "b", "c"]),
     st.tuples(st.sampled_from([(), (0, 2), (3, 5), (300, 1000)]), st.sampled_from([torch.float32, torch.int16])),
+    min_size=1,  # DCP leaves empty dicts out
 )
 
 
@@ -336,6 +337,24 @@ def test_a_manager_of_one_process_goes_on_from_what_it_restored(tmp_path: Path) 
     latest.write_bytes(latest.read_bytes().replace(b'"bytes"', b'"bites"'))
     with DistributedCheckpointManager(store) as manager:
         assert manager.restore(state) == 6
+
+
+def test_what_was_restored_is_what_the_next_save_is_against(tmp_path: Path) -> None:
+    """The first save after a restore stores a changed tensor as a delta, and the others not at all."""
+    store = str(tmp_path / "store")
+    state: dict[str, Any] = {"frozen": torch.randn(1 << 19), "learns": torch.randn(1 << 19), "small": torch.randn(3)}
+    with DistributedCheckpointManager(store) as manager:
+        manager.save(1, state).result()
+    target = _empty(state)
+    with DistributedCheckpointManager(store) as manager:
+        assert manager.restore(target) == 1
+        target["learns"].mul_(1 + 1e-6)
+        manager.save(2, target).result()
+    assert not same(target, incckpt.load(store))
+    deltas = [path for path in Path(store, "deltas").rglob("*") if path.is_file()]
+    assert len(deltas) == 1, "the changed tensor was stored in full"
+    first, second = (checkpoint.written for checkpoint in incckpt.list_checkpoints(store))
+    assert second < first / 2
 
 
 def test_a_failed_save_leaves_no_pin_and_the_next_one_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,6 +227,8 @@ class DistributedCheckpointManager:
                 log.error("step %d cannot be read, falling back to the one before it: %s", name.step, error)
                 continue
             self._agreed(partial(self._go_on_from, name))
+            named = {key: value.state_dict() if is_stateful(value) else value for key, value in state.items()}
+            reader.adopt_into(self._writer.shards, named)
             return name.step
         return None
 

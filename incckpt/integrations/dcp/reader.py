@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,8 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -19,15 +22,25 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.checkpoint.utils import find_state_dict_object
 
 from incckpt.errors import CheckpointNotFoundError, FormatError, IncckptError, StateMismatchError
 from incckpt.integrations.dcp.places import step_of
+from incckpt.integrations.dcp.staging import keys_of, stored_form
 from incckpt.retention import Mode
 from incckpt.run.choose import Which, checked_which, not_found
 from incckpt.run.contents import Contents, read_packed
 from incckpt.run.reader import Bytes, ChunkRead, Reader, read_box, reads_for
+from incckpt.run.shards import ShardWriter, Source
 from incckpt.run.view import RunView
 from incckpt.staging.detect import chosen_threads
 from incckpt.staging.hostmem import new_buffer
@@ -175,6 +188,21 @@ class IncrementalReader(StorageReader):
         future.set_result(None)
         return future
 
+    def adopt_into(self, shards: ShardWriter, state: Mapping[str, Any]) -> None:
+        """Let a writer compare its next save with `state`, which was loaded, where this rank has what a rank has saved.
+
+        With another number of ranks nothing is adopted.
+        """
+        assert self._found is not None
+        flat, _ = flatten_state_dict(dict(state))
+        plan = create_default_local_save_plan(flat, is_coordinator=False)
+        items = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO]
+        keyed = list(zip(keys_of(items), items, strict=True))
+        sources = {key: found for key, item in keyed if (found := self._found.source(item)) is not None}
+        if sources:
+            values = {key: stored_form(item, find_state_dict_object(flat, item.index)) for key, item in keyed}
+            shards.adopt(values, sources, self._found.contents.manifest)
+
     def _opened(self) -> AbstractContextManager[Store]:
         return Store.open(self._url, self._options) if self._store is None else nullcontext(self._store)
 
@@ -225,6 +253,26 @@ class _Found:
             return None
         entry = self.contents.entries[leaf.index]
         return entry if entry.kind == "torch" else None
+
+    def source(self, item: WriteItem) -> Source | None:
+        """Return where the checkpoint has just what a rank would write for an item."""
+        leaf = self.leaves.get(item.index.fqn)
+        entry = None if leaf is None else self.entry(leaf)
+        data = item.tensor_data
+        if entry is None or data is None or entry.range < 0 or not _is_plain(entry) or entry.shape != data.size:
+            return None
+        source = self.contents.manifest.ranges[entry.range]
+        if not source.blocks:
+            return Source(source, entry.offset) if data.chunk.sizes == data.size else None
+        if not _fills(entry, source):
+            return None
+        at, size = ((*where[:-1], where[-1] * entry.itemsize) for where in (data.chunk.offsets, data.chunk.sizes))
+        start = 0
+        for block in source.blocks:
+            if block == (at, size):
+                return Source(source, start)
+            start += math.prod(block.shape)
+        return None
 
     def _tensor(self, entry: TensorEntry) -> TensorStorageMetadata:
         dtype = getattr(torch, entry.dtype, None)

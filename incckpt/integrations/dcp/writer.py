@@ -175,15 +175,21 @@ class IncrementalWriter(StorageWriter, AsyncStager):
         future.set_result(results)
         return future
 
+    @property
+    def shards(self) -> ShardWriter:
+        """What stores this rank's part."""
+        if self._shards is None:
+            store = Store.open(self._url, self._options)
+            self._shards = ShardWriter(store, threads=self._threads, chunk_bytes=self._chunk_bytes, delta=self._delta)
+        return self._shards
+
     def _stored(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         brief = plan.storage_data
         if not isinstance(brief, Brief):
             raise SaveError(
                 f"{type(planner).__name__} has not passed on what the coordinator's writer put into the plan"
             )
-        if self._shards is None:
-            store = Store.open(self._url, self._options)
-            self._shards = ShardWriter(store, threads=self._threads, chunk_bytes=self._chunk_bytes, delta=self._delta)
+        shards = self.shards
         if not plan.items:
             return []
         staged, self._staged, self._planned = self._staged, None, None
@@ -192,11 +198,11 @@ class IncrementalWriter(StorageWriter, AsyncStager):
             snapshot = staged.snapshot
         else:
             before = staged if of_state else None
-            snapshot = self._shards.stage(
+            snapshot = shards.stage(
                 {key: _value(item, planner, before) for key, item in zip(keys_of(plan.items), plan.items, strict=True)}
             )
-        shard = self._shards.put(snapshot, brief, self._count, places_of(plan.items))
-        self._shards.rest()
+        shard = shards.put(snapshot, brief, self._count, places_of(plan.items))
+        shards.rest()
         if is_plain(planner):
             self._planned = tuple(plan.items)
         told = [shard, *[None] * (len(plan.items) - 1)]
