@@ -42,7 +42,6 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from benchmarks.bench_tiers import KEYS, s3, slowed
 from incckpt.codec import objects as codec
 from incckpt.integrations.dcp import IncrementalReader, IncrementalWriter
 from incckpt.integrations.dcp.gathering import gathered
@@ -56,6 +55,8 @@ from incckpt.store.manifest import Chunk, Range
 from incckpt.store.objects import chunk_sizes, manifest_keys, manifest_sizes
 from incckpt.store.refs import RefName
 from incckpt.store.store import Store
+from tests.servers.processes import python_server
+from tests.servers.slow_relay import slowed
 
 _SHARD = 10 << 20  # bytes of a shard: 1,000 tensors over 1,000 ranks are 10 TB
 
@@ -132,10 +133,11 @@ class Target:
         if dist.get_rank() == 0 and rate is None:
             told[0] = self._stack.enter_context(tempfile.TemporaryDirectory())
         elif dist.get_rank() == 0 and rate is not None:
-            port, _ = self._stack.enter_context(s3())
-            relay, limit = self._stack.enter_context(slowed(port))
-            limit["rate"] = rate
-            told = ["s3://bench", {**KEYS, "endpoint_url": f"http://127.0.0.1:{relay}"}]
+            port = self._stack.enter_context(python_server("s3_server"))
+            relay, _ = self._stack.enter_context(slowed(port, rate))
+            options = {"key": "test", "secret": "testtest", "endpoint_url": f"http://127.0.0.1:{relay}"}
+            fsspec.filesystem("s3", **options).mkdir("bench")
+            told = ["s3://bench", options]
         dist.broadcast_object_list(told, 0)
         self.root, self.options = told
         self.remote = rate is not None
