@@ -93,9 +93,10 @@ class Watch:
         self._last.update(into)
 
 
-def tensors(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model and its optimizer, by name."""
-    found = dict(model.state_dict())
+def tensors(model: Any, optimizer: Any, *, frozen: bool = True) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model, those that are not trained perhaps among them, and of its optimizer, by name."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = {name: tensor for name, tensor in model.state_dict().items() if frozen or name in trained}
     for number, values in optimizer.state_dict()["state"].items():
         found.update({f"{number} {name}": value for name, value in values.items() if isinstance(value, torch.Tensor)})
     return found
@@ -134,7 +135,7 @@ def train_with_trainer(kind: str, contender: str, every: int, folder: Path, watc
     class Watching(TrainerCallback):  # type: ignore[misc, unused-ignore]
         def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             if watch is not None and state.global_step % every == 0:
-                watch(tensors(given["model"], given["optimizer"]))
+                watch(tensors(given["model"], given["optimizer"], frozen=kind != "lora"))  # PEFT leaves its base out
 
     model, rows = minilm(kind)
     arguments = TrainingArguments(
@@ -255,7 +256,7 @@ def lines(framework: str, kind: str, every: int, rounds: int) -> Iterator[str]:
     own_blocked = statistics.median(sum(one.blocked) for one in found["own"])
 
     def row(what: str, nbytes: float, blocked: float, seconds: float | None) -> str:
-        slower = "" if seconds is None else f"+{100 * (seconds / alone - 1):.0f} %"
+        slower = "" if seconds is None else f"{100 * (seconds / alone - 1):+.0f} %"
         return (
             f"| {framework}, {kind} | {what} | {nbytes / 1e6:.1f} | {own_bytes / nbytes:.1f} | "
             f"{1000 * blocked / SAVES:.0f} | {own_blocked / blocked:.1f} | {slower} |"
