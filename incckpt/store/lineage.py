@@ -34,7 +34,7 @@ from incckpt.store.refs import (
     validate_run,
 )
 from incckpt.store.rereading import reread
-from incckpt.store.untrusted import LIST_BYTES, fetch
+from incckpt.store.untrusted import MemoryLimit, fetch
 
 __all__ = ["Lineage", "Run"]
 
@@ -117,9 +117,11 @@ class Run:
         *,
         clock: Callable[[], float],
         monotonic: Callable[[], float] = time.monotonic,
+        memory: MemoryLimit,
     ) -> None:
         self.backend = backend
         self.name = validate_run(name)
+        self._memory = memory
         self._clock = clock
         self._monotonic = monotonic
         self._committed: dict[RefName, float] = {}
@@ -274,7 +276,7 @@ class Run:
         key = self.seal_key(attempt)
 
         def read() -> tuple[dict[RefName, Ref | None], dict[RefName, Ref | None]]:
-            fields = Fields(parse_document(fetch(self.backend, key, LIST_BYTES), "lineage", key), key)
+            fields = Fields(parse_document(self._memory.fetch_list(self.backend, key), "lineage", key), key)
             if fields.count("attempt") != attempt:
                 raise CorruptionError(f"{key} says that it is of attempt {fields.count('attempt')}")
             inherited, abandoned = (

@@ -29,7 +29,7 @@ from incckpt.store.document import (
     parse_document,
 )
 from incckpt.store.rereading import reread
-from incckpt.store.untrusted import LIST_BYTES, fetch
+from incckpt.store.untrusted import LIST_BYTES, MemoryLimit, fetch
 
 __all__ = [
     "CondemnedLists",
@@ -375,8 +375,9 @@ class CondemnedLists:
     need be read only once.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, memory: MemoryLimit | None = None) -> None:
         self._backend = backend
+        self._memory = MemoryLimit() if memory is None else memory
         self._known: dict[str, frozenset[str]] = {}
 
     @staticmethod
@@ -440,7 +441,7 @@ class CondemnedLists:
         return dict(lists)
 
     def _get(self, key: str) -> frozenset[str]:
-        return self.parse(fetch(self._backend, key, LIST_BYTES), key)
+        return self.parse(self._memory.fetch_list(self._backend, key), key)
 
     @staticmethod
     def parse(data: bytes, key: str) -> frozenset[str]:

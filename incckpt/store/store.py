@@ -66,7 +66,7 @@ class Store:
         self.backend = backend
         self.memory = MemoryLimit(max_bytes)
         self.objects = Objects(backend)
-        self.condemned = CondemnedLists(backend)
+        self.condemned = CondemnedLists(backend, self.memory)
         self._clock = clock
         self._monotonic = monotonic
         self._created = False
@@ -110,7 +110,7 @@ class Store:
 
     def run(self, name: str) -> Run:
         """Return a run, whether it exists or not."""
-        return Run(self.backend, name, clock=self._clock, monotonic=self._monotonic)
+        return Run(self.backend, name, clock=self._clock, monotonic=self._monotonic, memory=self.memory)
 
     def manifest(self, ref: Ref) -> Manifest:
         """Read the manifest of a checkpoint (one request, if it is sound).
@@ -123,13 +123,14 @@ class Store:
         return reread(lambda: self._read_manifest(ref))
 
     def _read_manifest(self, ref: Ref) -> Manifest:
-        key = ObjectKey.parse(ref.manifest)
+        key, what = ObjectKey.parse(ref.manifest), f"the manifest of step {ref.step}"
         try:
-            self.memory.check(ref.manifest_size, f"the manifest of step {ref.step}")
+            self.memory.check(ref.manifest_size, what)
             data = self.objects.get(key, ref.manifest_size)
             with reading("it"):
+                self.memory.check(codec.read_header(data).nbytes, what)  # a small object may hold a long document
                 document = codec.decode_document(data, max_bytes=LIST_BYTES, identity=bytes.fromhex(key.identity))
-            self.memory.check_json(document, f"the manifest of step {ref.step}")
+            self.memory.check_json(document, what)
             manifest = Manifest.from_json(document, ref.manifest)
         except MissingObjectError as error:
             raise MissingObjectError(f"the manifest of step {ref.step} is missing: {error}") from error

@@ -112,6 +112,25 @@ class MemoryLimit:
                 f"memory, give max_bytes={nbytes} or more, or set {VARIABLE}"
             )
 
+    def fetch_list(self, backend: Backend, key: str) -> bytes:
+        """Return the bytes of a document that lists others; no more than the limit and `LIST_BYTES` are ever read.
+
+        Raises
+        ------
+        KeyNotFoundError
+            If the key does not exist.
+        CorruptionError
+            If it is longer than `LIST_BYTES`.
+        MemoryLimitError
+            If it would take more memory than allowed.
+        """
+        if self._given is None or self._given >= LIST_BYTES:
+            data = fetch(backend, key, LIST_BYTES)
+        else:
+            data = backend.get(key, 0, self._given + 1)
+        self.check_json(data, key)
+        return data
+
     def check_json(self, data: bytes, what: str) -> None:
         """Check that the values of a JSON document may be made.
 

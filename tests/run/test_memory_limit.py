@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ import incckpt
 from incckpt.backends.memory import MemoryBackend
 from incckpt.errors import CollectionError, CorruptionError, IncckptError, MemoryLimitError, OptionError
 from incckpt.store import refs, untrusted
+from incckpt.store.document import dump_document
 from tests.hostile import Contents, filled, manifest_of, rewrite_manifest, saved, with_manifest
 
 TIB = 1 << 40
@@ -140,6 +142,35 @@ def test_a_document_that_is_mostly_brackets() -> None:
     assert sum(map(len, small.values())) < 200_000
     with pytest.raises(MemoryLimitError, match="the manifest of step 1 takes"):
         incckpt.load(filled(small), max_bytes=1 << 30)
+
+
+def test_a_small_object_that_holds_a_long_manifest() -> None:
+    contents = sound()
+    key, document = manifest_of(contents)
+    bomb = with_manifest({**contents}, key, document[:-1] + b" " * (24 * MIB) + b"}")
+    assert sum(map(len, bomb.values())) < 200_000
+    backend = filled(bomb)
+    tracemalloc.start()
+    try:
+        with pytest.raises(MemoryLimitError, match="the manifest of step 1 takes"):
+            incckpt.load(backend, max_bytes=8 * MIB)
+        assert tracemalloc.get_traced_memory()[1] < 8 * MIB, "more was taken than allowed"
+    finally:
+        tracemalloc.stop()
+
+
+def test_lists_are_limited_too() -> None:
+    contents = sound()
+    names = [{"ref": f"000001-{step:012}-{'0' * 16}"} for step in range(40_000)]
+    lineage = dump_document("lineage", {"attempt": 1, "refs": [], "abandoned": names})
+    condemned = dump_document("condemned", {"keys": [f"objects/00/{'0' * 62}.{index:016x}" for index in range(20_000)]})
+    for key, data in (("runs/default/attempts/000001.from", lineage), ("gc/0123456789abcdef.condemned", condemned)):
+        backend = filled(contents | {key: data})
+        with pytest.raises(IncckptError) as raised, incckpt.CheckpointManager(backend, max_bytes=MIB) as manager:
+            manager.save(2, state()).result()
+        assert isinstance(raised.value.__cause__ or raised.value, MemoryLimitError), key
+        with incckpt.CheckpointManager(backend, max_bytes=100 * MIB) as manager:
+            manager.save(2, state()).result()
 
 
 def test_a_long_ref_is_not_read(tmp_path: Path) -> None:
