@@ -4,7 +4,8 @@ Writers of one store on an S3 server save, prune, restart and collect, while the
 nothing, with half of the answer, or with an answer of before. No checkpoint that was announced may be lost, and no
 tensor wrong. An error is no loss: the writer starts again.
 
-    python -m tests.lying_soak --saves 10000 --seconds 3600
+    python -m tests.lying_soak --saves 10000 --seconds 10800
+    python -m tests.lying_soak --endpoint http://127.0.0.1:8055    # a real server: tests/servers/ceph-up.sh FOLDER 8055
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import argparse
 import json
 import logging
 import random
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from urllib.parse import urlsplit
 
 import s3fs
 import torch
@@ -101,8 +104,10 @@ class LyingSoak:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join()
-            requests = len(proxy.seen)
+                while thread.is_alive():
+                    thread.join(60)
+                    print(dict(self.counts), file=sys.stderr, flush=True)
+            self._tally(proxy)
             lies = {rule.do: rule.struck for rule in rules}
         assert not self._wrong, self._wrong
         with self._straight() as backend:
@@ -117,9 +122,8 @@ class LyingSoak:
         return {
             "saves": self.counts["saved"],
             "seconds": round(time.monotonic() - started),
-            "requests": requests,
-            "lies": lies,
             **self.counts,
+            "lies": lies,
             "errors": dict(self.errors),
         }
 
@@ -137,6 +141,7 @@ class LyingSoak:
             with RetryBackend(S3Backend(BUCKET, "store", self._options(proxy.port)), first_wait=0.01) as backend:
                 done = 0
                 while done < saves and time.monotonic() < until:
+                    self._tally(proxy)
                     try:
                         done += self._train(backend, run, min(self._session, saves - done))
                     except IncckptError as error:
@@ -182,6 +187,12 @@ class LyingSoak:
                 self._count("swept")
         return done
 
+    def _tally(self, proxy: FaultProxy) -> None:
+        """Count the requests that went by, and let go of them."""
+        seen, proxy.seen = proxy.seen, []
+        with self._lock:
+            self.counts["requests"] += len(seen)
+
     def _count(self, what: str) -> None:
         with self._lock:
             self.counts[what] += 1
@@ -191,12 +202,13 @@ def main() -> None:
     """Run a soak and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--saves", type=int, default=10_000)
-    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--seconds", type=float, default=3600, help="stop after so many")
     parser.add_argument("--chance", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--endpoint", help="an S3 server on loopback, with the keys test and testtest; default: moto")
     arguments = parser.parse_args()
     logging.disable(logging.ERROR)
-    with python_server("s3_server") as port:
+    with nullcontext(urlsplit(arguments.endpoint).port) if arguments.endpoint else python_server("s3_server") as port:
         soak = LyingSoak(port, arguments.seed, chance=arguments.chance)
         figures = soak.run(arguments.saves, arguments.seconds)
     print(json.dumps(figures | {"seed": arguments.seed}))

@@ -36,7 +36,7 @@ import socket
 import ssl
 import struct
 import threading
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -46,6 +46,7 @@ from typing import Self
 _BUFFER = 1 << 20
 _SMALL = 1 << 16  # bytes of a reply that is passed on, and remembered, as a whole
 _REMEMBERED = 2  # replies to one request
+_REQUESTS = 4096  # whose replies are remembered
 _PIECE = 64 << 10
 _ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected by the test</Message></Error>"
 _PAGE = (
@@ -151,7 +152,7 @@ class FaultProxy:
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault proxy", daemon=True)
         self._tasks: set[asyncio.Task[None]] = set()
         self._hanging: set[asyncio.Event] = set()
-        self._past: defaultdict[tuple[str, str], deque[bytes]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
+        self._past: dict[tuple[str, str], deque[bytes]] = {}  # the latest last
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -209,7 +210,10 @@ class FaultProxy:
             await self._refuse(
                 connection, request, method, Rule("status", status=200, body=_PAGE if do == "page" else " ")
             )
-        past = self._past[method, target]
+        past = self._past.pop((method, target), None) or deque(maxlen=_REMEMBERED)
+        self._past[method, target] = past
+        if len(self._past) > _REQUESTS:
+            del self._past[next(iter(self._past))]
         if do == "stale" and len(past) == _REMEMBERED:
             connection.writer.write(past[0])
             await connection.writer.drain()
