@@ -3,9 +3,10 @@
 Each store is a real one with changes that get past the digests: fields of documents, what is packed, headers and frames
 of objects, keys and sizes. Whatever is done with it ends in an error of incckpt's or in a state whose memory is its
 own; it ends soon, runs no code of the store's, takes no more memory than allowed, deletes nothing that an intact
-checkpoint needs or an unreadable one may need, and touches nothing outside its folder. Some stores are only damaged,
-with digests that are wrong: what is read of them is what was saved. A number names a store: ``--first N --count 1``
-repeats it; ``python -m tests.fuzz.power`` shows which checks are missed.
+checkpoint needs or an unreadable one may need, touches nothing outside its folder, and accepts nothing that breaks a
+rule of the formats (`tests.fuzz.conformity`). Some stores are only damaged, with digests that are wrong: what is read
+of them is what was saved. A number names a store: ``--first N --count 1`` repeats it; ``python -m tests.fuzz.power``
+shows which checks are missed.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from incckpt.store.manifest import Manifest
 from incckpt.store.objects import DELTAS, OBJECTS, ObjectKey, manifest_keys
 from incckpt.store.refs import CondemnedLists, Ref, RefName, Tombstone, list_refs
 from incckpt.store.store import Store
+from tests.fuzz import conformity
 from tests.hostile import Contents, fields_of, rewrite, with_manifest
 
 __all__ = ["CHANGES", "alarm_raises_in", "check_store", "main", "prepared"]
@@ -63,6 +65,7 @@ ON_DISK = 40  # one store in so many lies in a folder
 BY_THREADS = 16  # one in so many is read by a pipeline's threads: to start them takes longer than the rest
 RAM_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
+EMPTY = np.empty
 Chance = random.Random
 Change = Callable[[Contents, Chance], Contents]
 Point = collections.namedtuple("Point", "x y")
@@ -83,6 +86,7 @@ def plain_state(step: int) -> dict[Any, Any]:
         "parameter": torch.nn.Parameter(torch.ones(3)),
         "conjugate": torch.view_as_complex(torch.ones(3, 2)).conj(),
         "half": torch.ones(5, dtype=torch.bfloat16),
+        "noise": torch.randint(-(2**63), 2**63 - 1, (300, 3), generator=torch.Generator().manual_seed(step)),
         "empty": torch.empty(0, 3),
         "scalar": torch.tensor(step),
         "array": np.zeros(3, [("a", "<i4"), ("b", "<f8", 2)]),
@@ -122,24 +126,26 @@ def module_state(step: int) -> dict[str, Any]:
 
 
 class Held(Backend):
-    """Keys in a dict: as fast to fill as to drop."""
+    """Keys in a dict: as fast to fill as to drop. What it holds at first is a day old."""
 
     remote = False
     url = "memory://fuzzed"
 
     def __init__(self, contents: Contents) -> None:
         self.contents = dict(contents)
+        self._new: set[str] = set()
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         return self._value(key)[start:end]
 
     def put(self, key: str, data: ReadableBuffer) -> None:
         self.contents[validate_key(key)] = bytes(data)
+        self._new.add(key)
 
     def create(self, key: str, data: ReadableBuffer) -> None:
         if validate_key(key) in self.contents:
             raise KeyExistsError(errno.EEXIST, f"key {key!r} exists")
-        self.contents[key] = bytes(data)
+        self.put(key, data)
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -147,10 +153,13 @@ class Held(Backend):
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         validate_prefix(prefix)
-        return iter([Entry(key, len(data), 0.0) for key, data in self.contents.items() if key.startswith(prefix)])
+        return iter([self._entry(key, data) for key, data in self.contents.items() if key.startswith(prefix)])
 
     def head(self, key: str) -> Entry:
-        return Entry(key, len(self._value(key)), 0.0)
+        return self._entry(key, self._value(key))
+
+    def _entry(self, key: str, data: bytes) -> Entry:
+        return Entry(key, len(data), 86_400.0 if key in self._new else 0.0)
 
     def _value(self, key: str) -> bytes:
         try:
@@ -259,7 +268,7 @@ ODD_TEXT = [
 ]
 ODD_NUMBERS = [
     0, -1, 1, 2, 3, 7, 16, 64, 65, 255, 256, 4096, 65536, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63,
-    2**64, -(2**63), 10**30, 0.5, -0.0, 1e308, 5e-324,
+    2**64, -(2**63), 10**30, 10**400, 0.5, -0.0, 1e308, 5e-324,
 ]  # fmt: skip
 
 
@@ -290,47 +299,55 @@ def odd_value(chance: Chance, old: Any) -> Any:
             return chance.choice(ODD_NUMBERS)
 
 
-def places(value: Any) -> list[tuple[Any, Any]]:
-    """Return every container and key in a JSON value."""
-    found: list[tuple[Any, Any]] = []
-    pending = [value]
+def places(value: Any) -> dict[Any, list[tuple[Any, Any]]]:
+    """Return every container and key in a JSON value by what they are: the members around, or the list they are in."""
+    found: collections.defaultdict[Any, list[tuple[Any, Any]]] = collections.defaultdict(list)
+    pending: list[tuple[Any, Any]] = [(value, None)]
     while pending:
-        current = pending.pop()
+        current, around = pending.pop()
         if isinstance(current, dict | list):
+            members = tuple(current) if isinstance(current, dict) else around
             for key in list(current) if isinstance(current, dict) else range(len(current)):
-                found.append((current, key))
-                pending.append(current[key])
+                kind = (members, key if isinstance(current, dict) else None)
+                found[kind].append((current, key))
+                pending.append((current[key], kind))
     return found
 
+
+CHECK_BYTES = len(b',"check":"01234567"}')
 
 WEIGHTS = {"structure": 12, "tensors": 12, "ranges": 4, "chunks": 4, "packed": 4}
 """How often a part of a manifest is changed, for once of any other."""
 
 
 def change_fields(chance: Chance, document: dict[str, Any]) -> None:
-    """Change some fields of a document, favouring none of its parts for its length."""
+    """Change some fields of a document, favouring none of its parts for its length, nor a field for its number."""
     for _ in range(chance.choice([1, 1, 1, 2, 3])):
         weights = [WEIGHTS.get(name, 1) for name in document]
         part = chance.choices(list(document), weights)[0] if document and chance.random() < 0.9 else None
         found = places({part: document[part]} if part is not None else document)
         if not found:
             return
-        container, key = chance.choice(found)
+        alike = found[chance.choice(list(found))]
+        container, key = chance.choice(alike)
         if part is not None and key == part and container is not document:
             container = document
-        match chance.randrange(8):
+        match chance.randrange(9):
             case _ if part == "structure" and chance.random() < 0.05:
                 container[key] = copy.deepcopy(EVIL)
             case 0 if isinstance(container, dict):
                 del container[key]
-            case 1:
-                other, its = chance.choice(places(document))
+            case 1 if container is not document:
+                other, its = chance.choice(alike)
                 container[key] = copy.deepcopy(other[its])
-            case 2 if isinstance(container, dict):
+            case 2:
+                other, its = chance.choice(found[chance.choice(list(found))])
+                container[key] = copy.deepcopy(other[its])
+            case 3 if isinstance(container, dict):
                 container[chance.choice([*ODD_TEXT, "base", "digits", "flags", "device", "stride", "packed"])] = (
                     odd_value(chance, container.pop(key))
                 )
-            case 3 if isinstance(container, list):
+            case 4 if isinstance(container, list):
                 container.insert(key, copy.deepcopy(container[key]))
             case _:
                 container[key] = odd_value(chance, container[key])
@@ -378,6 +395,19 @@ def of_repetition(contents: Contents, chance: Chance) -> Contents:
     return with_manifest(contents, key, rewrite(document_of(contents[key]), repeat))
 
 
+def of_padding(contents: Contents, chance: Chance) -> Contents:
+    """Make a manifest long: a few bytes of an object that stand for more than may be taken."""
+    key = chance.choice(manifests(contents))
+    head = document_of(contents[key])[:-CHECK_BYTES]
+    head += chance.choice([b" ", b',"x":[' + b"[]," * 9 + b"0]"]) * chance.choice([1 << 10, 1 << 14, 1 << 20])
+    return with_manifest(contents, key, checked(head))
+
+
+def checked(head: bytes) -> bytes:
+    """Return a document with its last field, the checksum."""
+    return head + b',"check":"%08x"}' % zlib.crc32(head)
+
+
 def of_text(contents: Contents, chance: Chance) -> Contents:
     """Change the text of a document, with the right checksum or digest."""
     key = chance.choice([*documents(contents), *manifests(contents) * 2])
@@ -401,27 +431,33 @@ def of_text(contents: Contents, chance: Chance) -> Contents:
             b"",
         ]
         text[at : at + chance.choice([0, 1, 5])] = chance.choice(some)
-    head = bytes(text[:-19])
-    data = head + b',"check":"%08x"}' % zlib.crc32(head)
+    data = checked(bytes(text[:-CHECK_BYTES]))
     return contents | {key: data} if bare else with_manifest(contents, key, data)
 
 
 def of_chunks(contents: Contents, chance: Chance) -> Contents:
-    """Change the raw bytes of a chunk, and store them as the codec does: what is packed, tensors."""
+    """Change the raw bytes of a tensor or packed value, and store its chunk as the codec does."""
     key = chance.choice(manifests(contents))
     document = document_of(contents[key])
     fields = json.loads(document)
-    packed = {piece[0] for item in fields.get("packed", []) for piece in item["pieces"]}
-    full = [index for index, chunk in enumerate(fields["chunks"]) if "base" not in chunk]
-    wanted = [index for index in full if index in packed] if packed and chance.random() < 0.9 else full
-    if not wanted:
+    packed = fields.get("packed", [])
+    tensors = [one["pieces"][0] for one in fields["tensors"] if "pieces" in one]
+    if packed and (not tensors or chance.random() < 0.9):
+        span, start = chance.choice(packed), 0
+    else:
+        place = chance.choice(tensors)
+        span, start = fields["ranges"][place["range"]], place.get("offset", 0)
+    pieces = [piece for piece in span["pieces"] if "base" not in fields["chunks"][piece[0]]]
+    if not pieces:
         return of_a_manifest(contents, chance)
-    chunk = fields["chunks"][chance.choice(wanted)]
+    index, offset, length = chance.choice(pieces)
+    first = offset + (start if start < length else 0)
+    chunk = fields["chunks"][index]
     old = ObjectKey(chunk["id"], chunk["nonce"])
     raw = np.empty(chunk["bytes"], np.uint8)
     codec.decode(contents[str(old)], raw, identity=bytes.fromhex(old.identity))
     for _ in range(chance.choice([1, 1, 2, 5])):
-        at = chance.randrange(len(raw))
+        at = first + chance.randrange(chance.choice([1, 40, 1 << 40])) % (offset + length - first)
         some = [0, 1, 127, 128, 255, chance.randrange(256), int(raw[at]) ^ (1 << chance.randrange(8))]
         raw[at : at + chance.choice([1, 1, 1, 2, 4, 9])] = chance.choice(some)
     digest = codec.digest(raw)
@@ -451,15 +487,19 @@ def of_an_object(contents: Contents, chance: Chance) -> Contents:
     entries = [list(ENTRY.unpack_from(data, HEADER.size + ENTRY.size * index)) for index in range(frames)]
     body = bytearray(data[header.offsets[0] :])
     for _ in range(chance.choice([1, 1, 2, 3])):
-        match chance.randrange(6):
+        match chance.randrange(7):
             case 0:
-                head[chance.choice([2, 3, 4, 5])] = chance.choice([0, 1, 2, 3, 4, 5, 8, 16, 255])
-            case 1 if entries:
+                head[chance.choice([2, 3, 4])] = chance.choice([0, 1, 2, 3, 4, 5, 8, 16, 255])
+            case 1:
+                head[5] = max(0, chance.choice([head[5] - 1, head[5] + 1, head[5] // 2, 2 * head[5]]))
+            case 2:
+                head[6] = chance.choice([bytes(32), chance.randbytes(32)])
+            case 3 if entries:
                 chance.choice(entries)[0] = chance.choice([0, 1, 2, 3, 4, 255])
-            case 2 if entries:
+            case 4 if entries:
                 entry = chance.choice(entries)
                 entry[2] = max(0, min(2**32 - 1, chance.choice([0, 1, entry[2] - 1, entry[2] + 1, 2**31, 2**32 - 1])))
-            case 3 if entries:
+            case 5 if entries:
                 chance.choice(entries)[3] = chance.randbytes(32)
             case _ if body:
                 at = chance.randrange(len(body))
@@ -543,7 +583,7 @@ DAMAGE: list[Change] = [of_bytes, of_a_name, of_a_size]
 CHANGES: list[Change] = [
     *[of_a_manifest] * 3,
     *[of_chunks, of_an_object, of_a_document, of_bytes] * 2,
-    *[of_text, of_a_name, of_a_size, of_repetition],
+    *[of_text, of_a_name, of_a_size, of_repetition, of_padding],
 ]
 
 
@@ -748,26 +788,27 @@ def standing(backend: Backend) -> tuple[dict[str, frozenset[str]], bool]:
     readable
         Whether every ref can be read, and its manifest.
     """
-    store = Store(backend, max_bytes=MAX_BYTES)
     there = {entry.key for entry in backend.list()}
     needed: dict[str, frozenset[str]] = {}
     readable = True
-    for run, name, key, tombstone in list_refs(backend):
-        if tombstone:
-            readable &= backend.get(key) in [one.value for one in Tombstone]
-            continue
-        ref = attempted(lambda: store.run(run).read(name)) if name is not None else None  # noqa: B023 -- called at once
-        manifest = attempted(lambda: store.manifest(ref)) if isinstance(ref, Ref) else None  # noqa: B023
-        if isinstance(ref, Ref) and isinstance(manifest, Manifest):
-            needed[key] = frozenset(there & (manifest_keys(manifest) | {ref.manifest}))
-        else:
-            readable = False
+    with allocations_watched(MAX_BYTES):
+        store = Store(backend)
+        for run, name, key, tombstone in list_refs(backend):
+            if tombstone:
+                readable &= backend.get(key) in [one.value for one in Tombstone]
+                continue
+            ref = attempted(lambda: store.run(run).read(name)) if name is not None else None  # noqa: B023 -- at once
+            manifest = attempted(lambda: store.manifest(ref)) if isinstance(ref, Ref) else None  # noqa: B023
+            if isinstance(ref, Ref) and isinstance(manifest, Manifest):
+                needed[key] = frozenset(there & (manifest_keys(manifest) | {ref.manifest}))
+            else:
+                readable = False
     return needed, readable
 
 
 @contextlib.contextmanager
 def allocations_watched(most: int) -> Iterator[None]:
-    """Note in `happened` if a buffer of more than `most` bytes is taken for what a store says."""
+    """Allow `most` bytes, and note in `happened` if a buffer of more is taken for what a store says."""
 
     def watched(function: Callable[..., Any], own: int) -> Callable[..., Any]:
         def call(shape: Any, *arguments: Any, **options: Any) -> Any:
@@ -778,7 +819,11 @@ def allocations_watched(most: int) -> Iterator[None]:
 
         return call
 
-    with mock.patch("incckpt.staging.hostmem.np.empty", watched(np.empty, 64)):
+    with (
+        mock.patch.dict(os.environ, INCCKPT_MAX_BYTES=str(most)),
+        mock.patch("incckpt.staging.hostmem.np.empty", watched(EMPTY, 64)),
+        mock.patch("incckpt.codec.objects.bytearray", watched(bytearray, 0), create=True),
+    ):
         yield
 
 
@@ -808,6 +853,11 @@ def prepared() -> None:
     for kind in range(len(STATES)):
         saved(kind, restored=False)
         saved(kind, restored=True)
+
+
+def watched() -> contextlib.AbstractContextManager[None]:
+    """Have `check_store` see what is accepted against a rule of the formats."""
+    return conformity.watched(happened)
 
 
 def check_store(number: int, change: Change | None = None, way: str | None = None) -> str:
@@ -888,8 +938,9 @@ def main(arguments: list[str] | None = None) -> int:
     # In the main thread, every call of a manager would start another thread: see `incckpt.threads`.
     worker = threading.Thread(target=lambda: failed.append(check_stores(given.first, given.count, given.seconds)))
     alarm_raises_in(worker)
-    worker.start()
-    worker.join()
+    with watched():
+        worker.start()
+        worker.join()
     return failed[0] if failed else 1
 
 
