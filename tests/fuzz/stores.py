@@ -42,6 +42,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import incckpt
 from incckpt.backends.base import Backend, Entry, ReadableBuffer, is_key, validate_key, validate_prefix
@@ -66,6 +67,7 @@ BY_THREADS = 16  # one in so many is read by a pipeline's threads: to start them
 RAM_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 EMPTY = np.empty
+torch.serialization.add_safe_globals([TwoTensor])
 Chance = random.Random
 Change = Callable[[Contents, Chance], Contents]
 Point = collections.namedtuple("Point", "x y")
@@ -83,6 +85,8 @@ def plain_state(step: int) -> dict[Any, Any]:
         "weights": weights,
         "tied": [tied, tied[1:3, ::2], tied.T],
         "strided": torch.arange(40)[::4],
+        "expanded": torch.ones(1).expand(3, 4),
+        "subclass": TwoTensor(torch.ones(2, 3), torch.zeros(2, 3)),
         "parameter": torch.nn.Parameter(torch.ones(3)),
         "conjugate": torch.view_as_complex(torch.ones(3, 2)).conj(),
         "half": torch.ones(5, dtype=torch.bfloat16),
@@ -283,15 +287,18 @@ def odd_value(chance: Chance, old: Any) -> Any:
             return chance.choice([None, True, False, [], {}, [[]], [None], {"a": 1}, [0, 0, 0], EVIL])
         case 3:
             deep: Any = old
+            form = chance.choice(["list", "tuple", "a", None])
             for _ in range(chance.choice([1, 2, 70, 250])):
-                deep = chance.choice([[deep], {"list": [deep]}, {"tuple": [deep]}, {"a": deep}])
+                deep = [deep] if form is None else {form: [deep]}
             return deep
         case 4 if isinstance(old, list):
             return old * chance.choice([0, 2, 3, 200]) if len(old) < 500 else old[: chance.randrange(len(old))]
         case _ if isinstance(old, bool):
             return not old
         case _ if isinstance(old, int):
-            return old + chance.choice([-1, 1, -old, old, 2**32, -(2**63), chance.randrange(100)])
+            return old + chance.choice([-1, 1, -old, old, 2**32, -(2**63), 10**400, chance.randrange(100)])
+        case _ if isinstance(old, float):
+            return chance.choice([-old, int(old), 10**400, -(10**309)])
         case _ if isinstance(old, str) and old:
             at = chance.randrange(len(old))
             return old[:at] + chance.choice(["", "0", "f", "\ud800", "é", old[at:] * 2]) + old[at + 1 :]
@@ -375,6 +382,55 @@ def of_a_manifest(contents: Contents, chance: Chance) -> Contents:
     key = chance.choice(manifests(contents))
     document = document_of(contents[key])
     return with_manifest(contents, key, rewrite(document, lambda fields: change_fields(chance, fields)))
+
+
+def of_a_shape(contents: Contents, chance: Chance) -> Contents:
+    """Give a tensor another shape, strides and place, of numbers that are its own or at the edge of what there is."""
+    key = chance.choice(manifests(contents))
+
+    def reshape(fields: dict[str, Any]) -> None:
+        if not fields["tensors"]:
+            return
+        entry = chance.choice(fields["tensors"])
+        old = entry["shape"]
+        if chance.random() < 0.7:
+            dimensions = max(0, len(old) + chance.choice([-1, 0, 0, 1]))
+            entry["shape"] = [chance.choice([*old, 0, 1, 2, 2**31, 2**62]) for _ in range(dimensions)]
+        if chance.random() < 0.7:
+            dimensions = max(0, len(entry["shape"]) + chance.choice([-1, *[0] * 8, 1]))
+            strides = [*entry.get("stride", []), 0, 0, 1, -1, 2**40]
+            entry["stride"] = [chance.choice(strides) for _ in range(dimensions)]
+        if "pieces" in entry and chance.random() < 0.5:
+            entry["pieces"][0]["offset"] = chance.choice([0, 1, 4, 8, 40, 2**62])
+        if chance.random() < 0.3:
+            entry["flags"] = sorted({*entry.get("flags", [])} ^ {"packed"})
+
+    return with_manifest(contents, key, rewrite(document_of(contents[key]), reshape))
+
+
+REFERENCES = ("tensor", "torch.Generator", "packed", "factory", "device", "maxlen", "kind", "inner", "subclass")
+"""Members of nodes that name something else."""
+
+
+def of_a_reference(contents: Contents, chance: Chance) -> Contents:
+    """Have a node of a structure name something else, or what another node names."""
+    key = chance.choice(manifests(contents))
+
+    def redirect(fields: dict[str, Any]) -> None:
+        kinds: collections.defaultdict[Any, list[Any]] = collections.defaultdict(list)
+        for (_, member), found in places(fields["structure"]).items():
+            if member in REFERENCES:
+                kinds[member] += found
+        if not kinds:
+            return
+        alike = kinds[chance.choice(list(kinds))]
+        container, member = chance.choice(alike)
+        if chance.random() < 0.5:
+            container[member] = copy.deepcopy(chance.choice(alike)[0][member])
+        else:
+            container[member] = odd_value(chance, container[member])
+
+    return with_manifest(contents, key, rewrite(document_of(contents[key]), redirect))
 
 
 def of_repetition(contents: Contents, chance: Chance) -> Contents:
@@ -583,7 +639,7 @@ DAMAGE: list[Change] = [of_bytes, of_a_name, of_a_size]
 CHANGES: list[Change] = [
     *[of_a_manifest] * 3,
     *[of_chunks, of_an_object, of_a_document, of_bytes] * 2,
-    *[of_text, of_a_name, of_a_size, of_repetition, of_padding],
+    *[of_text, of_a_name, of_a_size, of_a_shape, of_a_reference, of_repetition, of_padding],
 ]
 
 
@@ -592,7 +648,9 @@ CHANGES: list[Change] = [
 
 def touch(value: Any, depth: int = 0) -> None:
     """Read all memory of a state; what is not what a state may hold is an error."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, TwoTensor):
+        touch([value.a, value.b], depth + 1)
+    elif isinstance(value, torch.Tensor):
         if value.device.type == "cpu" and value.numel() <= 1 << 20:
             value.detach().resolve_conj().clone(memory_format=torch.contiguous_format).view(-1)
         storage = value.untyped_storage()
@@ -635,6 +693,8 @@ Fingerprint = tuple[Any, ...]
 
 def fingerprint(value: Any) -> Any:
     """Return what tells a state from others, to be compared."""
+    if isinstance(value, TwoTensor):
+        return fingerprint([value.a, value.b])
     if isinstance(value, torch.Tensor):
         raw = value.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
         return str(value.dtype), tuple(value.shape), hashlib.sha256(raw.numpy().tobytes()).digest()
