@@ -139,7 +139,7 @@ CHECKS = [
     Check("a tensor that is named is there", "state.tree:_Parser._tensor", "not 0 <=", "of_a_reference"),
     Check("a packed value that is named is there", "state.tree:_Parser.packed", "not 0 <=", "of_a_reference"),
     Check("default factories", "state.tree:_factory", "DEFAULT_FACTORIES", "of_a_reference"),
-    Check("values that Python refuses", "state.tree:_Parser.tree", "except (ValueError, TypeError"),
+    Check("values that Python refuses", "state.tree:_Parser.tree", "except (ValueError, TypeError", "of_a_reference"),
     Check("packed values that are malformed", "state.packing:unpack", "except Malformed", "of_chunks"),
     Check("packed text", "state.packing:_value_of", "except UnicodeDecodeError", "of_chunks"),
     Check("devices that torch lacks", "state.plain:decode_device", "except RuntimeError", "of_a_reference"),

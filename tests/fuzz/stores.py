@@ -391,7 +391,13 @@ def of_a_shape(contents: Contents, chance: Chance) -> Contents:
     def reshape(fields: dict[str, Any]) -> None:
         if not fields["tensors"]:
             return
-        entry = chance.choice(fields["tensors"])
+        entry, other = chance.choice(fields["tensors"]), chance.choice(fields["tensors"])
+        if chance.random() < 0.3:  # what another is, but for the flags
+            for member in ("dtype", "kind", "shape", "stride", "pieces"):
+                entry.pop(member, None)
+                entry.update({member: copy.deepcopy(other[member])} if member in other else {})
+            entry["flags"] = chance.choice([[], ["packed"]])
+            return
         old = entry["shape"]
         if chance.random() < 0.7:
             dimensions = max(0, len(old) + chance.choice([-1, 0, 0, 1]))
@@ -408,8 +414,11 @@ def of_a_shape(contents: Contents, chance: Chance) -> Contents:
     return with_manifest(contents, key, rewrite(document_of(contents[key]), reshape))
 
 
-REFERENCES = ("tensor", "torch.Generator", "packed", "factory", "device", "maxlen", "kind", "inner", "subclass")
-"""Members of nodes that name something else."""
+REFERENCES = (
+    *["tensor", "torch.Generator", "packed", "factory", "device", "maxlen", "kind", "inner", "subclass"],
+    *["complex", "torch.Size", "numpy.scalar", "dtype", "str", "int"],
+)
+"""Members of nodes that name something, or whose form Python checks."""
 
 
 def of_a_reference(contents: Contents, chance: Chance) -> Contents:
