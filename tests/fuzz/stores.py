@@ -67,6 +67,7 @@ BY_THREADS = 16  # one in so many is read by a pipeline's threads: to start them
 RAM_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 EMPTY = np.empty
+PAIR: Any = TwoTensor  # a tensor that consists of two; it has no types
 torch.serialization.add_safe_globals([TwoTensor])
 Chance = random.Random
 Change = Callable[[Contents, Chance], Contents]
@@ -86,7 +87,7 @@ def plain_state(step: int) -> dict[Any, Any]:
         "tied": [tied, tied[1:3, ::2], tied.T],
         "strided": torch.arange(40)[::4],
         "expanded": torch.ones(1).expand(3, 4),
-        "subclass": TwoTensor(torch.ones(2, 3), torch.zeros(2, 3)),
+        "subclass": PAIR(torch.ones(2, 3), torch.zeros(2, 3)),
         "parameter": torch.nn.Parameter(torch.ones(3)),
         "conjugate": torch.view_as_complex(torch.ones(3, 2)).conj(),
         "half": torch.ones(5, dtype=torch.bfloat16),
@@ -291,7 +292,9 @@ def odd_value(chance: Chance, old: Any) -> Any:
             for _ in range(chance.choice([1, 2, 70, 250])):
                 deep = [deep] if form is None else {form: [deep]}
             return deep
-        case 4 if isinstance(old, list):
+        case 4 | 5 if isinstance(old, list):
+            return [*old, *old[:1]] if chance.random() < 0.5 else old[1:]
+        case 6 if isinstance(old, list):
             return old * chance.choice([0, 2, 3, 200]) if len(old) < 500 else old[: chance.randrange(len(old))]
         case _ if isinstance(old, bool):
             return not old
@@ -434,10 +437,14 @@ def of_a_reference(contents: Contents, chance: Chance) -> Contents:
             return
         alike = kinds[chance.choice(list(kinds))]
         container, member = chance.choice(alike)
-        if chance.random() < 0.5:
+        value = container[member]
+        if value and isinstance(value, list) and chance.random() < 0.5:
+            at = chance.randrange(len(value))
+            value[at] = odd_value(chance, value[at])
+        elif chance.random() < 0.5:
             container[member] = copy.deepcopy(chance.choice(alike)[0][member])
         else:
-            container[member] = odd_value(chance, container[member])
+            container[member] = odd_value(chance, value)
 
     return with_manifest(contents, key, rewrite(document_of(contents[key]), redirect))
 
@@ -657,7 +664,7 @@ CHANGES: list[Change] = [
 
 def touch(value: Any, depth: int = 0) -> None:
     """Read all memory of a state; what is not what a state may hold is an error."""
-    if isinstance(value, TwoTensor):
+    if isinstance(value, PAIR):
         touch([value.a, value.b], depth + 1)
     elif isinstance(value, torch.Tensor):
         if value.device.type == "cpu" and value.numel() <= 1 << 20:
@@ -702,7 +709,7 @@ Fingerprint = tuple[Any, ...]
 
 def fingerprint(value: Any) -> Any:
     """Return what tells a state from others, to be compared."""
-    if isinstance(value, TwoTensor):
+    if isinstance(value, PAIR):
         return fingerprint([value.a, value.b])
     if isinstance(value, torch.Tensor):
         raw = value.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
