@@ -11,7 +11,7 @@ from typing import Any
 
 from incckpt.backends.base import Backend, redact
 from incckpt.errors import CollectionError, OptionError
-from incckpt.options import checked_flag, checked_seconds
+from incckpt.options import check_function, checked_flag, checked_seconds
 from incckpt.store.gc import Collector
 from incckpt.store.location import locate
 from incckpt.store.plan import CollectionPlan
@@ -79,6 +79,7 @@ def collect(
     if location.named or location.step is not None:
         raise OptionError(f"{redact(location.store)}: a collection concerns the whole store; leave out the '#…'")
     checked_flag("dry_run", dry_run)
+    check_function("progress", progress)
     min_age = checked_seconds("min_age", min_age)
     with ExitStack() as stack:
         store = stack.enter_context(Store.lent(url, location.store, storage_options))

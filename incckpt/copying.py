@@ -11,7 +11,7 @@ from typing import Any
 
 from incckpt.backends.base import REMOTE_REQUESTS, Backend, redact
 from incckpt.errors import CorruptionError, OptionError, StoreNotFoundError
-from incckpt.options import checked_flag
+from incckpt.options import check_function, checked_flag
 from incckpt.retention import Mode
 from incckpt.run.attempt import Attempt, IfExists, Origin, check_if_exists
 from incckpt.run.checkpoint import Checkpoint, read_refs, read_refs_at_once
@@ -165,6 +165,7 @@ def copy(
     """
     check_if_exists(if_exists)
     checked_flag("verify", verify)
+    check_function("progress", progress)
     threads = chosen_threads(threads)
     start, end = locate(source), locate(destination)
     if end.step is not None:

@@ -14,6 +14,7 @@ from incckpt.messages import shown
 __all__ = [
     "MAX_THREADS",
     "check_choice",
+    "check_function",
     "checked_count",
     "checked_flag",
     "checked_mapping",
@@ -96,6 +97,17 @@ def check_choice(option: str, value: Any, choices: Iterable[str]) -> None:
     if not isinstance(value, str) or value not in known:
         *others, last = map(repr, known)
         raise OptionError(f"{option} must be {', '.join(others)} or {last}, not {shown(value)}")
+
+
+def check_function(option: str, value: Any) -> None:
+    """Check that `value` can be called.
+
+    Raises
+    ------
+    OptionError
+    """
+    if not callable(value):
+        raise OptionError(f"{option} must be a function, not {shown(value)}")
 
 
 def checked_name(option: str, value: Any) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 from incckpt.backends.base import Backend, redact
 from incckpt.errors import CorruptionError, OptionError, ReadOnlyError
 from incckpt.inspection.usage import needs_of
-from incckpt.options import checked_flag
+from incckpt.options import check_function, checked_flag
 from incckpt.retention import Mode, Policy, policy_of, steps_kept, undecided
 from incckpt.run.attempt import Attempt, Origin
 from incckpt.run.checkpoint import Checkpoint, read_refs, read_refs_at_once, to_record
@@ -105,6 +105,7 @@ def prune(
     if location.step is not None:
         raise OptionError(f"{redact(location.store)}: pruning takes a run; leave out '@{location.step}'")
     checked_flag("dry_run", dry_run)
+    check_function("progress", progress)
     policy = policy_of(keep_last_n, keep_best_n, metric, mode, retention)
     if policy is None:
         raise OptionError("what is to be kept? Give keep_last_n=, keep_best_n= with metric=, or retention=")

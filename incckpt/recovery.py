@@ -10,7 +10,7 @@ from typing import Any, get_args
 from incckpt.backends.base import Backend, redact
 from incckpt.errors import OptionError
 from incckpt.messages import shown
-from incckpt.options import check_choice, checked_flag, checked_strings
+from incckpt.options import check_choice, check_function, checked_flag, checked_strings
 from incckpt.run.inventory import Inventory, take_inventory
 from incckpt.run.reader import Reader
 from incckpt.run.recovery import Recoverer, RecoveryPlan
@@ -169,6 +169,7 @@ def recover(
             f"{redact(location.store)}: a recovery concerns a whole run; leave out the '@…', and give refs= to choose"
         )
     stops = checked_flag("dry_run", dry_run)
+    check_function("progress", progress)
     chosen = None if refs is None else [_parsed(name) for name in checked_strings("refs", refs)]
     with ExitStack() as stack:
         store = stack.enter_context(Store.lent(url, location.store, storage_options))

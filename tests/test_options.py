@@ -48,7 +48,7 @@ ODD: list[Any] = [
     np.array(3),
     torch.tensor(2),
 ]
-NAMED = {"url", "state", "app", "self", "report", "retention", "policies"}  # not options
+NAMED = {"url", "before", "after", "source", "destination", "state", "app", "self", "report", "retention", "policies"}  # not options
 
 
 def state() -> dict[str, Any]:
@@ -87,6 +87,14 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "load best": (incckpt.load, lambda url, **options: incckpt.load(url, **({"step": "best"} | options))),
     "verify": (incckpt.verify, incckpt.verify),
     "collect": (incckpt.collect, incckpt.collect),
+    "recover": (incckpt.recover, incckpt.recover),
+    "inventory": (incckpt.inventory, incckpt.inventory),
+    "prune": (incckpt.prune, incckpt.prune),
+    "usage": (incckpt.usage, incckpt.usage),
+    "describe": (incckpt.describe, incckpt.describe),
+    "list_checkpoints": (incckpt.list_checkpoints, incckpt.list_checkpoints),
+    "diff": (incckpt.diff, lambda url, **options: incckpt.diff(url, url, **options)),
+    "copy": (incckpt.copy, lambda url, **options: incckpt.copy(url, url / "others" / "copy", **options)),
     "save": (incckpt.save, saved),
     "manager": (CheckpointManager.__init__, manager),
     "restore": (CheckpointManager.restore, method("restore", app=state())),

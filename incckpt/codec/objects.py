@@ -312,6 +312,8 @@ def decode(data: Buffer, out: Buffer, *, identity: bytes, base: Base | None = No
     header = read_header(view)
     if header.identity != identity:
         raise CodecError(f"the object holds {header.identity.hex()}, not {identity.hex()}")
+    if header.offsets[-1] != len(view):
+        raise CodecError(f"the object has {len(view)} bytes, where its header says {header.offsets[-1]}")
     decode_frames(header, range(len(header.ways)), view[header.offsets[0] :], out, base=base, verify=verify)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 from incckpt.backends.base import Backend
 from incckpt.inspection.tally import Layout, Measure, NumberTally
+from incckpt.options import check_function
 from incckpt.retention import Mode
 from incckpt.run.checkpoint import Checkpoint
 from incckpt.run.choose import not_found
@@ -172,6 +173,7 @@ def diff(
     >>> found.values
     (ValueDifference(name='step', before='0', after='1'),)
     """
+    check_function("progress", progress)
     start, end = locate(before), locate(after)
     count = chosen_threads(threads)
     with (

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from incckpt.backends.base import REMOTE_REQUESTS, Backend
 from incckpt.errors import CorruptionError, FormatError, OptionError
+from incckpt.options import check_function
 from incckpt.retention import Mode
 from incckpt.run.choose import Which, checked_which, choose, not_found
 from incckpt.store.location import Location, locate
@@ -180,6 +181,7 @@ def usage(
     >>> [checkpoint.step for checkpoint in found.checkpoints], found.unneeded_objects
     ([0, 1, 2], 0)
     """
+    check_function("progress", progress)
     location = locate(url, run=run, step=checked_which(step))
     with Store.lent(url, location.store, storage_options) as store:
         store.check()

@@ -16,6 +16,7 @@ from incckpt.errors import OptionError, StateError
 from incckpt.interchange.safetensors_files import check_dtypes, write_safetensors
 from incckpt.interchange.source import CheckpointBytes, NamedTensor, named_tensors, subtree
 from incckpt.interchange.torch_files import takes_weights_only, write_torch_file
+from incckpt.options import check_function
 from incckpt.outputs import Outputs
 from incckpt.retention import Mode
 from incckpt.run.choose import Which, checked_which, not_found
@@ -155,6 +156,8 @@ def export(
     """
     path = Path(target)
     chosen = _format(path, format)
+    if progress is not None:
+        check_function("progress", progress)
     location = locate(url, run=run, step=checked_which(step))
     options = _Options(
         chosen, path, keys, root, shard_bytes, _folder(beside, chosen), leave_out, overwrite, allow_pickle

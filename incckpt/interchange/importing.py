@@ -16,6 +16,7 @@ from incckpt.interchange.mapped import FileBaseline, Mappings, file_contents
 from incckpt.interchange.safetensors_files import INDEX_SUFFIX, files_of_index, read_safetensors
 from incckpt.interchange.series import Kind, Source, find_sources
 from incckpt.interchange.torch_files import read_torch_file
+from incckpt.options import check_function
 from incckpt.run.attempt import Attempt, IfExists, Origin, check_if_exists, refuse_other_ranks
 from incckpt.run.checkpoint import Checkpoint, checked_metrics
 from incckpt.run.progress import OnProgress, counter
@@ -128,6 +129,8 @@ def import_files(
     if len(sources) > 1 and (location.step is not None or metrics is not None):
         raise OptionError(f"step and metrics are for a single file, and {len(sources)} are to be imported")
     check_if_exists(if_exists)
+    if progress is not None:
+        check_function("progress", progress)
     if not location.named:
         refuse_other_ranks()
     numbers = None if metrics is None else checked_metrics(metrics)
