@@ -48,7 +48,8 @@ ODD: list[Any] = [
     np.array(3),
     torch.tensor(2),
 ]
-NAMED = {"url", "before", "after", "source", "destination", "state", "app", "self", "report", "retention", "policies"}  # not options
+# These are no options.
+NAMED = {"url", "before", "after", "source", "destination", "state", "app", "self", "report", "retention", "policies"}
 
 
 def state() -> dict[str, Any]:
