@@ -137,6 +137,13 @@ def test_what_cannot_be_reported(tmp_path: Path) -> None:
         incckpt.write_report(tmp_path / "store", tmp_path)
     with pytest.raises(StoreNotFoundError):
         incckpt.write_report(tmp_path / "nothing", tmp_path / "report.html")
-    with pytest.raises(FileNotFoundError):
-        incckpt.write_report(tmp_path / "store", tmp_path / "missing" / "report.html")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        incckpt.write_report(tmp_path / "store", tmp_path / "file" / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_missing_folder_is_made(tmp_path: Path) -> None:
+    train(tmp_path / "store", range(1, 2))
+    incckpt.write_report(tmp_path / "store", tmp_path / "missing" / "report.html")
+    assert [path.name for path in (tmp_path / "missing").iterdir()] == ["report.html"]
