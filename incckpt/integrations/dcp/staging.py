@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, unflatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.utils import find_state_dict_object
@@ -60,18 +62,24 @@ class Staged:
         StateError
             If nothing was.
         """
-        nodes = dict(self.snapshot.structure["dict"])
-        for key, one in zip(keys_of(self.items), self.items, strict=True):
-            if one.index == item.index and "tensor" in nodes[key]:
-                entry = self.snapshot.entries[nodes[key]["tensor"]]
-                found = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-                if not found.numel():
-                    return found
-                if not entry.packed and found.stride() == entry.stride:
-                    pieces = self.snapshot.layout.ranges[entry.range].part(entry.offset, entry.offset + entry.nbytes)
-                    raw = np.concatenate([self._bytes(*piece) for piece in pieces])
-                    return torch.from_numpy(raw).view(found.dtype).view(found.shape)
+        if item.index in self._tensors:
+            entry = self.snapshot.entries[self._tensors[item.index]]
+            found = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+            if not found.numel():
+                return found
+            if not entry.packed and found.stride() == entry.stride:
+                pieces = self.snapshot.layout.ranges[entry.range].part(entry.offset, entry.offset + entry.nbytes)
+                raw = np.concatenate([self._bytes(*piece) for piece in pieces])
+                return torch.from_numpy(raw).view(found.dtype).view(found.shape)
         raise StateError(f"{item.index.fqn!r} was not staged, since another rank wrote it in the last save; save again")
+
+    @cached_property
+    def _tensors(self) -> dict[MetadataIndex, int]:
+        """The entry of each item that is a tensor."""
+        nodes = dict(self.snapshot.structure["dict"])
+        items = zip(keys_of(self.items), self.items, strict=True)
+        tensors = [(item.index, nodes[key]) for key, item in items if item.type is not WriteItemType.BYTE_IO]
+        return {index: node["tensor"] for index, node in tensors if "tensor" in node}
 
     def _bytes(self, chunk: int, start: int, nbytes: int) -> Bytes:
         raw = self.snapshot.contents[chunk].raw
