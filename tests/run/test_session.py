@@ -110,7 +110,8 @@ def descriptors() -> int:
 
 def test_many_stores_take_no_threads_descriptors_or_sessions(tmp_path: Path) -> None:
     state = {"w": torch.zeros(1 << 16)}
-    incckpt.save(state, tmp_path / "first")
+    for number in range(4):  # after these, no session of before is idle, nor its connections open
+        incckpt.save(state, tmp_path / f"first{number}")
     before = threading.active_count(), descriptors()
     for number in range(12):
         incckpt.save(state, tmp_path / str(number))
