@@ -110,12 +110,12 @@ def descriptors() -> int:
 
 def test_many_stores_take_no_threads_descriptors_or_sessions(tmp_path: Path) -> None:
     state = {"w": torch.zeros(1 << 16)}
-    for number in range(4):  # after these, no session of before is idle, nor its connections open
-        incckpt.save(state, tmp_path / f"first{number}")
-    before = threading.active_count(), descriptors()
+    incckpt.save(state, tmp_path / "first")
+    threads, files = threading.active_count(), descriptors()  # connections of other tests may still be closed
     for number in range(12):
         incckpt.save(state, tmp_path / str(number))
-        assert (threading.active_count(), descriptors()) == before
+        assert threading.active_count() <= threads
+        assert descriptors() <= files
     assert len(sessions._sessions._idle) == 4
 
 
