@@ -1,17 +1,19 @@
 """Model checking of the code itself: tries every order in which processes can make their requests.
 
-A process is a deterministic function of the replies it has received. So its next request is found by running it from
-the start with those replies, and a state consists of the server's content and the progress of each process.
+A process is a deterministic function of the replies it has received. So a state consists of the server's content and
+the progress of each process. Its next request is found by letting it go on, or, where it has gone another way
+meanwhile, by running it from the start with those replies.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
+from incckpt.testing.coroutine import Coroutine
 from incckpt.testing.lies import PAGE, wrong_answers
 from incckpt.testing.simulation import (
     LOST,
@@ -23,14 +25,9 @@ from incckpt.testing.simulation import (
     Request,
     Server,
     Violation,
-    running_as,
 )
 
 __all__ = ["Explored", "Explorer"]
-
-
-class _Reached(BaseException):
-    """A replayed process has reached a request that has no reply yet."""
 
 
 @dataclass(slots=True)
@@ -43,55 +40,55 @@ class _Point:
     after: dict[Reply, int] = field(default_factory=dict)
 
 
-class _Replayed:
+class _Table:
     """A program as a table from the replies so far to the next request."""
 
     def __init__(self, name: str, number: int, program: Program) -> None:
         self.name = name
-        self._number = number
-        self._program = program
         self.points: list[_Point] = []
         self.requests: set[Request] = set()
-        self._add(None)
+        self._start: Callable[[list[Reply]], Coroutine[Process]] = partial(
+            Coroutine, partial(Process, name, number), program
+        )
+        self._process = self._start([])
+        self._at = self._add(None, 0)
 
     def follow(self, point: int, reply: Reply) -> int:
         """Return the point that the process reaches after `reply`."""
         after = self.points[point].after
         found = after.get(reply)
         if found is None:
-            found = after[reply] = self._add((point, reply))
+            if self._at != point:
+                self._replay(point)
+            told = len(self._process.process.events)
+            self._process.answer(reply)
+            found = after[reply] = self._at = self._add((point, reply), told)
         return found
 
-    def _add(self, before: tuple[int, Reply] | None) -> int:
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._at = -1
+
+    def _replay(self, point: int) -> None:
+        """Run the process again up to a point."""
+        self._process.kill()
         replies: list[Reply] = []
-        step = before
+        step = self.points[point].before
         while step is not None:
             replies.append(step[1])
             step = self.points[step[0]].before
-        replies.reverse()
-        asked = 0
-        told = 0
-        reached: Request | None = None
+        self._process = self._start(replies[::-1])
+        self._at = point
+        assert self._process.request == self.points[point].request, f"{self.name} is not deterministic"
 
-        def exchange(request: Request) -> Reply:
-            nonlocal asked, told, reached
-            if reached is not None:
-                raise _Reached  # clean-up code on the way out: the process has stopped
-            if asked == len(replies):
-                reached = request
-                raise _Reached
-            asked += 1
-            if asked == len(replies):
-                told = len(process.events)
-            return replies[asked - 1]
-
-        process = Process(self.name, self._number, exchange)
-        with running_as(process), suppress(_Reached):
-            self._program(process)
-        assert asked == len(replies), f"{self.name} is not deterministic"
-        self.points.append(_Point(before, reached, tuple(process.events[told:])))
-        if reached is not None:
-            self.requests.add(reached)
+    def _add(self, before: tuple[int, Reply] | None, told: int) -> int:
+        if self._process.error is not None:
+            raise self._process.error
+        request = self._process.request
+        self.points.append(_Point(before, request, tuple(self._process.process.events[told:])))
+        if request is not None:
+            self.requests.add(request)
         return len(self.points) - 1
 
 
@@ -241,7 +238,7 @@ class Explorer:
         seed: int | None = None,
         opening: Sequence[str] | None = None,
     ) -> None:
-        self._processes = [_Replayed(name, n, program) for n, (name, program) in enumerate(programs.items(), 16)]
+        self._processes = [_Table(name, n, program) for n, (name, program) in enumerate(programs.items(), 16)]
         self._check = check
         self._changed = changed
         self._faulty = frozenset(faulty)
@@ -271,14 +268,18 @@ class Explorer:
             If a promise is broken; lists the steps that led there.
         """
         explored = Explored()
-        while True:
-            try:
-                self._explore(explored)
-            except _MetConflictError:
-                explored.states = 0
-                continue
-            explored.histories = sum(len(process.points) for process in self._processes)
-            return explored
+        try:
+            while True:
+                try:
+                    self._explore(explored)
+                    break
+                except _MetConflictError:
+                    explored.states = 0
+        finally:
+            for process in self._processes:
+                process.close()
+        explored.histories = sum(len(process.points) for process in self._processes)
+        return explored
 
     def _explore(self, explored: Explored) -> None:
         seen = {self._first.mark}

@@ -1,18 +1,18 @@
 """Random orders of requests, drawn from a seed: for many simulated processes and long runs.
 
-Each process has its own thread; one runs at a time.
+One process runs at a time.
 """
 
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from incckpt.backends.base import Entry
-from incckpt.testing.simulation import LOST, WRITES, Killed, Process, Program, Reply, Request, Server, running_as
+from incckpt.testing.coroutine import Coroutine
+from incckpt.testing.simulation import LOST, WRITES, Process, Program, Reply, Request, Server
 
 __all__ = ["Chances", "Shuffle", "SpawningProcess"]
 
@@ -40,67 +40,28 @@ class Chances:
     switch: float = 0.05
 
 
-class _Thread:
-    """A process in a thread, which runs only while the shuffle waits for it."""
+class _Thread(Coroutine["SpawningProcess"]):
+    """A process, or a thread of one, with its place in the queue."""
 
     def __init__(self, shuffle: Shuffle, name: str, number: int, program: Program) -> None:
-        self.process = SpawningProcess(shuffle, name, number, self._exchange)
-        self.request: Request | None = None
         self.awaited: _Thread | None = None
         self.children: list[_Thread] = []
         self.remaining: list[str] = []  # keys of the delete in progress
         self.listed: tuple[Entry, ...] | None = None  # what the listing in progress found when it began
         self.rank = shuffle.random.random()
-        self.error: BaseException | None = None
-        self._reply: Reply = None
-        self._killed = False
-        self._go = threading.Lock()
-        self._back = threading.Lock()
-        self._go.acquire()
-        self._back.acquire()
-        self._thread = threading.Thread(target=self._run, args=(program,), name=name, daemon=True)
-        self._thread.start()
-        self._back.acquire()
-
-    def _run(self, program: Program) -> None:
-        try:
-            with running_as(self.process), suppress(Killed):
-                program(self.process)
-        except BaseException as error:  # noqa: BLE001 -- raised again where the shuffle is
-            self.error = error
-        self.request = None
-        self._back.release()
-
-    def _exchange(self, request: Request) -> Reply:
-        if self._killed:
-            raise Killed
-        self.request = request
-        self._back.release()
-        self._go.acquire()
-        if self._killed:
-            raise Killed
-        return self._reply
+        super().__init__(partial(SpawningProcess, shuffle, name, number), program)
 
     @property
     def ready(self) -> bool:
         return self.request is not None and (self.awaited is None or self.awaited.request is None)
 
     def answer(self, reply: Reply) -> None:
-        """Let the process go on to its next request."""
-        self._reply = reply
         self.awaited = None
         self.listed = None
-        self._go.release()
-        self._back.acquire()
-        if self.request is None:
-            self._thread.join()
+        super().answer(reply)
 
     def kill(self) -> None:
-        if self.request is not None:
-            self._killed = True
-            self._go.release()
-            self._back.acquire()
-            self._thread.join()
+        super().kill()
         for child in self.children:
             child.kill()
 
