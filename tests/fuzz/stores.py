@@ -116,7 +116,7 @@ def packed_state(step: int) -> dict[str, Any]:
         "list": [step, *range(1100), 2**70, 1.5, None, "text", b"bytes", [1, {"a": (2, Point(3, 4))}], np.float32(1)],
         "dict": {index if index % 2 else str(index): {"x": float(index)} for index in range(600)},
         "deque": collections.deque([0.5] * 1100, 2000),
-        "text": "ä" * 35_000,
+        "text": "ä" * 70_000,
     }
 
 
@@ -374,6 +374,15 @@ def manifests(contents: Contents) -> list[str]:
     return sorted({str(fields_of(contents[key])["manifest"]) for key in refs})
 
 
+def a_manifest(contents: Contents, chance: Chance) -> str:
+    """Return the key of a manifest, often that of the checkpoint that is read most."""
+    if chance.random() < 0.5:
+        latest = max((key for key in contents if key.startswith("refs/default/")), default=None)
+        with contextlib.suppress(IncckptError, TypeError, LookupError):  # none, or a change before has damaged it
+            return str(fields_of(contents[str(latest)])["manifest"])
+    return chance.choice(manifests(contents))
+
+
 def of_a_document(contents: Contents, chance: Chance) -> Contents:
     """Change a marker, ref, pin, attempt, lineage or condemned list."""
     key = chance.choice(documents(contents))
@@ -382,24 +391,41 @@ def of_a_document(contents: Contents, chance: Chance) -> Contents:
 
 def of_a_manifest(contents: Contents, chance: Chance) -> Contents:
     """Change a manifest, and name it anew."""
-    key = chance.choice(manifests(contents))
+    key = a_manifest(contents, chance)
     document = document_of(contents[key])
     return with_manifest(contents, key, rewrite(document, lambda fields: change_fields(chance, fields)))
 
 
 def of_a_shape(contents: Contents, chance: Chance) -> Contents:
     """Give a tensor another shape, strides and place, of numbers that are its own or at the edge of what there is."""
-    key = chance.choice(manifests(contents))
+    key = a_manifest(contents, chance)
 
     def reshape(fields: dict[str, Any]) -> None:
         if not fields["tensors"]:
             return
         entry, other = chance.choice(fields["tensors"]), chance.choice(fields["tensors"])
+        strided = [one for one in fields["tensors"] if "stride" in one]
+        if strided and chance.random() < 0.5:
+            entry = chance.choice(strided)
+        if "stride" in entry and chance.random() < 0.2:  # the same elements, backwards
+            at = chance.randrange(len(entry["stride"]))
+            step, place = entry["stride"][at], entry["pieces"][0]
+            if "packed" not in entry.get("flags", []):
+                unit = conformity.DTYPES.get(entry["dtype"], 1)
+                place["offset"] = place.get("offset", 0) + (entry["shape"][at] - 1) * step * unit
+            entry["stride"][at] = -step
+            return
         if chance.random() < 0.3:  # what another is, but for the flags
             for member in ("dtype", "kind", "shape", "stride", "pieces"):
                 entry.pop(member, None)
                 entry.update({member: copy.deepcopy(other[member])} if member in other else {})
             entry["flags"] = chance.choice([[], ["packed"]])
+            return
+        if chance.random() < 0.2:  # more elements than 64 bits can count, and hardly any memory
+            entry["shape"] = chance.choice([[2**62, 4], [2**31, 2**31, 4], [0, 2**62, 4], [2**62, 0, 2**40]])
+            entry.update(stride=[0] * len(entry["shape"]), flags=[])
+            if 0 in entry["shape"]:
+                entry.pop("pieces", None)
             return
         old = entry["shape"]
         if chance.random() < 0.7:
@@ -407,7 +433,8 @@ def of_a_shape(contents: Contents, chance: Chance) -> Contents:
             entry["shape"] = [chance.choice([*old, 0, 1, 2, 2**31, 2**62]) for _ in range(dimensions)]
         if chance.random() < 0.7:
             dimensions = max(0, len(entry["shape"]) + chance.choice([-1, *[0] * 8, 1]))
-            strides = [*entry.get("stride", []), 0, 0, 1, -1, 2**40]
+            own = entry.get("stride", [])
+            strides = [*own, *(-step for step in own), 0, 0, 1, -1, 2**40]
             entry["stride"] = [chance.choice(strides) for _ in range(dimensions)]
         if "pieces" in entry and chance.random() < 0.5:
             entry["pieces"][0]["offset"] = chance.choice([0, 1, 4, 8, 40, 2**62])
@@ -426,7 +453,7 @@ REFERENCES = (
 
 def of_a_reference(contents: Contents, chance: Chance) -> Contents:
     """Have a node of a structure name something else, or what another node names."""
-    key = chance.choice(manifests(contents))
+    key = a_manifest(contents, chance)
 
     def redirect(fields: dict[str, Any]) -> None:
         kinds: collections.defaultdict[Any, list[Any]] = collections.defaultdict(list)
@@ -449,9 +476,44 @@ def of_a_reference(contents: Contents, chance: Chance) -> Contents:
     return with_manifest(contents, key, rewrite(document_of(contents[key]), redirect))
 
 
+def nodes_of(structure: Any) -> list[tuple[Any, Any]]:
+    """Return every node within a structure, each as the list that it is in, and its place there."""
+    found: list[tuple[Any, Any]] = []
+    pending = [structure]
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, dict):
+            continue
+        inside = [(node[form], at) for form in conformity.LISTS if form in node for at in range(len(node[form]))]
+        inside += [(pair, 1) for form in (*conformity.MAPS, "namedtuple", "inner") for pair in node.get(form, ())]
+        found += inside
+        pending += [holder[at] for holder, at in inside]
+    return found
+
+
+def of_a_node(contents: Contents, chance: Chance) -> Contents:
+    """Put another node in the place of one of a structure: one from elsewhere, one that runs code, or a deep one."""
+    key = a_manifest(contents, chance)
+
+    def replace(fields: dict[str, Any]) -> None:
+        found = nodes_of(fields["structure"])
+        holder, at = chance.choice(found)
+        match chance.randrange(3):
+            case 0:
+                holder[at] = copy.deepcopy(EVIL)
+            case 1:
+                other, its = chance.choice(found)
+                holder[at] = copy.deepcopy(other[its])
+            case _:
+                for _ in range(chance.choice([1, 2, 60, 64, 65, 70, 200])):
+                    holder[at] = chance.choice([{"list": [holder[at]]}, {"dict": [["a", holder[at]]]}])
+
+    return with_manifest(contents, key, rewrite(document_of(contents[key]), replace))
+
+
 def of_repetition(contents: Contents, chance: Chance) -> Contents:
     """Have a range be many times the same bytes: a small store that stands for a large state."""
-    key = chance.choice(manifests(contents))
+    key = a_manifest(contents, chance)
 
     def repeat(fields: dict[str, Any]) -> None:
         lists = [fields[name] for name in ("ranges", "packed") if fields.get(name)]
@@ -469,7 +531,7 @@ def of_repetition(contents: Contents, chance: Chance) -> Contents:
 
 def of_padding(contents: Contents, chance: Chance) -> Contents:
     """Make a manifest long: a few bytes of an object that stand for more than may be taken."""
-    key = chance.choice(manifests(contents))
+    key = a_manifest(contents, chance)
     head = document_of(contents[key])[:-CHECK_BYTES]
     head += chance.choice([b" ", b',"x":[' + b"[]," * 9 + b"0]"]) * chance.choice([1 << 10, 1 << 14, 1 << 20])
     return with_manifest(contents, key, checked(head))
@@ -508,16 +570,20 @@ def of_text(contents: Contents, chance: Chance) -> Contents:
 
 
 def of_chunks(contents: Contents, chance: Chance) -> Contents:
-    """Change the raw bytes of a tensor or packed value, and store its chunk as the codec does."""
-    key = chance.choice(manifests(contents))
+    """Change the raw bytes of a packed value or tensor, often a generator's, and store its chunk as the codec does."""
+    key = a_manifest(contents, chance)
     document = document_of(contents[key])
     fields = json.loads(document)
     packed = fields.get("packed", [])
     tensors = [one["pieces"][0] for one in fields["tensors"] if "pieces" in one]
+    nodes = [holder[at] for holder, at in nodes_of(fields["structure"])]
+    generators = [node["torch.Generator"] for node in nodes if isinstance(node, dict) and "torch.Generator" in node]
     if packed and (not tensors or chance.random() < 0.9):
         span, start = chance.choice(packed), 0
     else:
         place = chance.choice(tensors)
+        if generators and chance.random() < 0.5:
+            place = fields["tensors"][chance.choice(generators)]["pieces"][0]
         span, start = fields["ranges"][place["range"]], place.get("offset", 0)
     pieces = [piece for piece in span["pieces"] if "base" not in fields["chunks"][piece[0]]]
     if not pieces:
@@ -655,7 +721,7 @@ DAMAGE: list[Change] = [of_bytes, of_a_name, of_a_size]
 CHANGES: list[Change] = [
     *[of_a_manifest] * 3,
     *[of_chunks, of_an_object, of_a_document, of_bytes] * 2,
-    *[of_text, of_a_name, of_a_size, of_a_shape, of_a_reference, of_repetition, of_padding],
+    *[of_text, of_a_name, of_a_size, of_a_shape, of_a_reference, of_a_node, of_repetition, of_padding],
 ]
 
 
