@@ -1,10 +1,11 @@
 """Saves through a proxy that turns one answer in a hundred into a wrong one.
 
-Writers of one store on an S3 server save, prune, restart and collect, while the proxy answers with a web page, with
-nothing, with half of the answer, or with an answer of before. No checkpoint that was announced may be lost, and no
+Writers of one store on an S3 or GCS server save, prune, restart and collect, while the proxy answers with a web page,
+with nothing, with half of the answer, or with an answer of before. No checkpoint that was announced may be lost, and no
 tensor wrong. An error is no loss: the writer starts again.
 
     python -m tests.lying_soak --saves 10000 --seconds 10800
+    python -m tests.lying_soak --service gcs    # takes a third of the time: the client and the server are lighter
     python -m tests.lying_soak --endpoint http://127.0.0.1:8055    # a real server: tests/servers/ceph-up.sh FOLDER 8055
 """
 
@@ -17,10 +18,11 @@ import random
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import s3fs
@@ -28,6 +30,7 @@ import torch
 
 import incckpt
 from incckpt.backends.base import Backend
+from incckpt.backends.gcs import GCSBackend
 from incckpt.backends.retry import RetryBackend
 from incckpt.backends.s3 import S3Backend
 from incckpt.errors import IncckptError, SupersededError
@@ -40,6 +43,51 @@ from tests.stores import needed_keys, object_keys
 KINDS = ("page", "blank", "shorten", "truncate", "stale")
 KEEP_LAST = 2
 BUCKET = "soak"
+
+
+class Service(NamedTuple):
+    """A kind of server.
+
+    Attributes
+    ----------
+    module
+        The server that is started, of `tests.servers`.
+    make_bucket
+        Makes a bucket, given the server's port.
+    backend
+        Returns a backend of the store in it, given the port of the server or a proxy.
+    """
+
+    module: str
+    make_bucket: Callable[[int], None]
+    backend: Callable[[int], Backend]
+
+
+def s3_options(port: int) -> dict[str, Any]:
+    """Return s3fs options."""
+    return {"key": "test", "secret": "testtest", "endpoint_url": f"http://127.0.0.1:{port}"}
+
+
+def make_gcs_bucket(port: int) -> None:
+    """Make a bucket on a GCS server."""
+    data = json.dumps({"name": BUCKET}).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/storage/v1/b?project=test", data)
+    with urllib.request.urlopen(request, timeout=30):
+        pass
+
+
+SERVICES = {
+    "s3": Service(
+        "s3_server",
+        lambda port: s3fs.S3FileSystem(**s3_options(port), skip_instance_cache=True).mkdir(BUCKET),
+        lambda port: S3Backend(BUCKET, "store", s3_options(port)),
+    ),
+    "gcs": Service(
+        "gcs_server",
+        make_gcs_bucket,
+        lambda port: GCSBackend(BUCKET, "store", {"token": "anon", "endpoint_url": f"http://127.0.0.1:{port}"}),
+    ),
+}
 
 
 def state_at(run: str, step: int) -> dict[str, torch.Tensor]:
@@ -59,8 +107,8 @@ class LyingSoak:
 
     Parameters
     ----------
-    port
-        Of the S3 server.
+    port, service
+        Of the server, and its kind.
     chance
         Of an answer to be wrong.
     runs, session
@@ -72,10 +120,13 @@ class LyingSoak:
         What has happened.
     """
 
-    def __init__(self, port: int, seed: int, *, chance: float, runs: int = 2, session: int = 25) -> None:
+    def __init__(
+        self, port: int, seed: int, *, service: Service, chance: float, runs: int = 2, session: int = 25
+    ) -> None:
         self.counts: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self._port = port
+        self._service = service
         self._seed = seed
         self._chance = chance
         self._runs = [f"run{index}" for index in range(runs)]
@@ -92,7 +143,7 @@ class LyingSoak:
         AssertionError
             If a checkpoint was lost, or a tensor is wrong.
         """
-        s3fs.S3FileSystem(**self._options(self._port), skip_instance_cache=True).mkdir(BUCKET)
+        self._service.make_bucket(self._port)
         started = time.monotonic()
         with FaultProxy(self._port, seed=self._seed) as proxy:
             rules = [Rule(kind, times=None, chance=self._chance / len(KINDS)) for kind in KINDS]
@@ -110,7 +161,7 @@ class LyingSoak:
             self._tally(proxy)
             lies = {rule.do: rule.struck for rule in rules}
         assert not self._wrong, self._wrong
-        with self._straight() as backend:
+        with self._service.backend(self._port) as backend:
             for run, step in self._announced.items():
                 with incckpt.CheckpointManager(backend, run=run, read_only=True, threads=1) as reader:
                     steps = [checkpoint.step for checkpoint in reader.checkpoints()]
@@ -127,18 +178,9 @@ class LyingSoak:
             "errors": dict(self.errors),
         }
 
-    @staticmethod
-    def _options(port: int) -> dict[str, Any]:
-        return {"key": "test", "secret": "testtest", "endpoint_url": f"http://127.0.0.1:{port}"}
-
-    @contextmanager
-    def _straight(self) -> Iterator[Backend]:
-        with S3Backend(BUCKET, "store", self._options(self._port)) as backend:
-            yield backend
-
     def _write(self, proxy: FaultProxy, run: str, saves: int, until: float) -> None:
         try:
-            with RetryBackend(S3Backend(BUCKET, "store", self._options(proxy.port)), first_wait=0.01) as backend:
+            with RetryBackend(self._service.backend(proxy.port), first_wait=0.01) as backend:
                 done = 0
                 while done < saves and time.monotonic() < until:
                     self._tally(proxy)
@@ -205,13 +247,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600, help="stop after so many")
     parser.add_argument("--chance", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
-    parser.add_argument("--endpoint", help="an S3 server on loopback, with the keys test and testtest; default: moto")
+    parser.add_argument("--service", choices=SERVICES, default="s3")
+    parser.add_argument(
+        "--endpoint", help="a server on loopback; S3: with the keys test and testtest; default: our own"
+    )
     arguments = parser.parse_args()
     logging.disable(logging.ERROR)
-    with nullcontext(urlsplit(arguments.endpoint).port) if arguments.endpoint else python_server("s3_server") as port:
-        soak = LyingSoak(port, arguments.seed, chance=arguments.chance)
+    service = SERVICES[arguments.service]
+    with (
+        nullcontext(urlsplit(arguments.endpoint).port) if arguments.endpoint else python_server(service.module) as port
+    ):
+        soak = LyingSoak(port, arguments.seed, service=service, chance=arguments.chance)
         figures = soak.run(arguments.saves, arguments.seconds)
-    print(json.dumps(figures | {"seed": arguments.seed}))
+    print(json.dumps(figures | {"service": arguments.service, "seed": arguments.seed}))
 
 
 if __name__ == "__main__":

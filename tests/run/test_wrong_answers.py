@@ -14,7 +14,7 @@ import incckpt
 from incckpt.backends.base import Backend
 from incckpt.backends.retry import RetryBackend
 from incckpt.backends.s3 import S3Backend
-from tests.lying_soak import KINDS, LyingSoak
+from tests.lying_soak import KINDS, SERVICES, LyingSoak
 from tests.servers.fault_proxy import FaultProxy, Rule
 
 BUCKET = "wrong-answers"
@@ -66,6 +66,6 @@ def test_no_wrong_answer_costs_a_restore_its_checkpoint(proxy: FaultProxy, backe
 @pytest.mark.slow
 def test_saves_among_wrong_answers(port: int) -> None:
     """The soak of tests/lying_soak.py, small: a lie in ten answers, and no checkpoint lost."""
-    figures = LyingSoak(port, seed=3, chance=0.1, session=4).run(16, 300)
+    figures = LyingSoak(port, seed=3, service=SERVICES["s3"], chance=0.1, session=4).run(16, 300)
     assert figures["saves"] == 16
     assert all(figures["lies"][kind] for kind in KINDS), figures["lies"]
