@@ -45,6 +45,8 @@ class Check(NamedTuple):
         the use: the stores tried are changed and used in this way, to be sparing.
     why
         Why nothing misses it, where nothing does: what else refuses the same stores.
+    also
+        What else refuses the same stores, taken out together with it.
     """
 
     what: str
@@ -53,6 +55,7 @@ class Check(NamedTuple):
     change: str = "of_a_manifest"
     way: str = "load"
     why: str = ""
+    also: tuple[Check, ...] = ()
 
 
 READING = Check(
@@ -91,6 +94,7 @@ CHECKS = [
         "codec.objects:decode_frames",
         "len(source) != coded_end - coded_origin",
         "of_an_object",
+        also=(Check("the same, of a whole object", "codec.objects:decode", "header.offsets[-1] != len(view)"),),
     ),
     Check("the base of a delta", "codec.objects:_base_of", "base.identity != header.base", "of_an_object"),
     Check(
@@ -242,7 +246,7 @@ class _Stopless(Edit):
 
 def caught_by(check: Check, count: int) -> tuple[int, str] | None:
     """Return the first store that shows that a check is gone, and what it shows; ``None`` if none of `count` does."""
-    with without(READING, check), stores.watched():
+    with without(READING, check, *check.also), stores.watched():
         for number in range(count):
             try:
                 stores.check_store(number, getattr(stores, check.change), check.way)
