@@ -30,7 +30,6 @@ import torch
 
 import incckpt
 from incckpt.backends.base import Backend
-from incckpt.backends.gcs import GCSBackend
 from incckpt.backends.retry import RetryBackend
 from incckpt.backends.s3 import S3Backend
 from incckpt.errors import IncckptError, SupersededError
@@ -76,17 +75,20 @@ def make_gcs_bucket(port: int) -> None:
         pass
 
 
+def gcs_backend(port: int) -> Backend:
+    """Return a backend on a GCS server."""
+    from incckpt.backends.gcs import GCSBackend
+
+    return GCSBackend(BUCKET, "store", {"token": "anon", "endpoint_url": f"http://127.0.0.1:{port}"})
+
+
 SERVICES = {
     "s3": Service(
         "s3_server",
         lambda port: s3fs.S3FileSystem(**s3_options(port), skip_instance_cache=True).mkdir(BUCKET),
         lambda port: S3Backend(BUCKET, "store", s3_options(port)),
     ),
-    "gcs": Service(
-        "gcs_server",
-        make_gcs_bucket,
-        lambda port: GCSBackend(BUCKET, "store", {"token": "anon", "endpoint_url": f"http://127.0.0.1:{port}"}),
-    ),
+    "gcs": Service("gcs_server", make_gcs_bucket, gcs_backend),
 }
 
 

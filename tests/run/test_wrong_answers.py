@@ -1,4 +1,4 @@
-"""Wrong answers from a real S3 server, behind a proxy: each request of a restore in turn, and many saves."""
+"""Wrong answers, by a proxy before a server: to each request of a restore from S3 in turn, and among saves to GCS."""
 
 from __future__ import annotations
 
@@ -64,8 +64,9 @@ def test_no_wrong_answer_costs_a_restore_its_checkpoint(proxy: FaultProxy, backe
 
 
 @pytest.mark.slow
-def test_saves_among_wrong_answers(port: int) -> None:
+def test_saves_among_wrong_answers(gcs_server: int) -> None:
     """The soak of tests/lying_soak.py, small: a lie in ten answers, and no checkpoint lost."""
-    figures = LyingSoak(port, seed=3, service=SERVICES["s3"], chance=0.1, session=4).run(16, 300)
+    pytest.importorskip("gcsfs", reason="needs the extra gcs")
+    figures = LyingSoak(gcs_server, seed=3, service=SERVICES["gcs"], chance=0.1, session=4).run(16, 300)
     assert figures["saves"] == 16
     assert all(figures["lies"][kind] for kind in KINDS), figures["lies"]
