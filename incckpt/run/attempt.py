@@ -126,9 +126,15 @@ class Attempt:
         return self._number
 
     @property
+    def latest(self) -> RefName | None:
+        """The latest checkpoint; a new one must have a higher step."""
+        return max(tuple(self._history), key=lambda name: name.step, default=None)
+
+    @property
     def last_step(self) -> int | None:
-        """The step of the latest checkpoint; a new one must have a higher step."""
-        return max((name.step for name in tuple(self._history)), default=None)
+        """The step of the latest checkpoint."""
+        latest = self.latest
+        return None if latest is None else latest.step
 
     def holds(self, step: int) -> bool:
         """Whether this attempt has a checkpoint of `step`, its own or one that it continues."""

@@ -92,6 +92,11 @@ class Position:
         """Whether there is a checkpoint of `step` in what the attempt continues, as far as is known."""
         return self._attempt is not None and self._attempt.holds(step)
 
+    @property
+    def latest(self) -> RefName | None:
+        """The latest checkpoint of what the attempt continues and has saved, as far as is known."""
+        return None if self._attempt is None else self._attempt.latest
+
     def take_over(self) -> int:
         """Start the attempt, if it has not; return its number. See `Attempt.start`."""
 

@@ -387,6 +387,13 @@ class Explorer:
 
     def _requests(self, state: _State, number: int, request: Request, switches: int) -> Iterator[tuple[_Label, _State]]:
         name = self._processes[number].name
+        if request.op == "turn":
+            for key in request.keys:
+                left = switches - (switches >= 0 and int(key) != request.start)
+                if left >= min(switches, 0):
+                    moved = self._moved(state, number, state.server, int(key), request, switches=left)
+                    yield _Label(name, note=f": its thread {key} goes on"), moved
+            return
         server = state.server.fork()
         faults = self._faulty if state.faults and request.keys and request.keys[0].startswith(self._faulty_at) else ()
         if request.op == "delete":

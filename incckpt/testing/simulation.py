@@ -14,16 +14,20 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from incckpt.backends.base import Backend, Entry, ReadableBuffer, validate_key, validate_prefix
 from incckpt.errors import BackendError, KeyExistsError, KeyNotFoundError
+
+if TYPE_CHECKING:
+    from incckpt.testing.turns import Turns
 
 __all__ = [
     "LOST",
     "WRITES",
     "Failure",
+    "FolderBackend",
     "Killed",
     "Process",
     "Program",
@@ -51,13 +55,14 @@ class Request:
     Attributes
     ----------
     op
-        Name of a method of `Backend`; or ``"pause"``, which only lets others go first, or ``"time"``.
+        Name of a method of `Backend`; or ``"pause"``, which only lets others go first, ``"time"``, or ``"turn"``: which
+        thread of the process goes on.
     keys
-        The key, the prefix of a listing, or the keys of a delete.
+        The key, the prefix of a listing, the keys of a delete, or the numbers of the threads that can go on.
     data
         For ``put`` and ``create``.
     start, end
-        For ``get``.
+        For ``get``; for ``turn``, `start` is the thread that goes on unless another one is chosen.
     """
 
     op: str
@@ -147,6 +152,8 @@ class Server:
             return None
         if op == "time":
             return self.time
+        if op == "turn":
+            return request.start
         key = keys[0]
         there = key in self.values
         if op == "put" or (op == "create" and not there):
@@ -228,6 +235,30 @@ class SimulatedBackend(Backend):
         return entry
 
 
+class FolderBackend(SimulatedBackend):
+    """One of several stores that a simulated server has, each in a folder.
+
+    Parameters
+    ----------
+    exchange
+        See `SimulatedBackend`.
+    folder
+        What the keys of the store begin with there.
+    """
+
+    def __init__(self, exchange: Callable[[Request], Reply], folder: str) -> None:
+        super().__init__(exchange)
+        self.url = f"simulated://{folder}"
+        self._folder = folder
+
+    def _ask(self, request: Request) -> Any:
+        keys = request.keys
+        found = super()._ask(replace(request, keys=tuple(self._folder + key for key in keys)) if keys else request)
+        if request.op == "list":
+            return tuple(replace(entry, key=entry.key.removeprefix(self._folder)) for entry in found)
+        return replace(found, key=keys[0]) if request.op == "head" else found
+
+
 class Process:
     """The process in which a program runs.
 
@@ -237,11 +268,14 @@ class Process:
         The process's name.
     backend
         Its connection to the server.
+    turns
+        Its threads, if it has several.
     """
 
     def __init__(self, name: str, number: int, exchange: Callable[[Request], Reply]) -> None:
         self.name = name
         self.backend = SimulatedBackend(exchange)
+        self.turns: Turns | None = None
         self.events: list[object] = []
         self._number = number
         self._nonces = 0

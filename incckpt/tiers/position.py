@@ -115,7 +115,8 @@ class TieredPosition:
     def read(self, step: Which | None, read: Callable[[Reader, Manifest], _T]) -> tuple[RefName, _T] | None:
         """Read a checkpoint, and go on from it; return its name and what `read` made of it.
 
-        Without `step` it is the newest that is sound in a tier; ``None`` if there is none.
+        Without `step` it is the newest that is sound in a tier; ``None`` if there is none. What the bucket has and does
+        not give, since it cannot be reached, is not passed over for an earlier one: that would abandon it.
         """
         wanted = checked_which(step)
         self.copies.wait()
@@ -128,6 +129,8 @@ class TieredPosition:
             except (CorruptionError, CheckpointNotFoundError, StoreNotFoundError, BackendError) as error:
                 if not isinstance(wanted, RefName):
                     log.error("step %d of the %s: %s", name.step, "local tier" if is_local else "bucket", error)
+                if isinstance(error, BackendError) and not is_local:
+                    raise
                 failed = failed or error
                 continue
             if not self._read_only:
@@ -206,6 +209,7 @@ class TieredPosition:
             self._local.take_over()
             if self._sight is not None and self._sight.bucket is not None:
                 self._put_follows(_followed(self._sight.bucket, self._follows, self._store))
+                self._go_back(self._sight.bucket)
             self._begun = True
         if self._restored is not None:
             name, self._restored = self._restored, None
@@ -213,6 +217,19 @@ class TieredPosition:
             if isinstance(found, Ref):
                 self.copies.add(PendingCopy(found, SaveReport(step=name.step), "skip"))
         return self._local.write(snapshot, report, if_exists)
+
+    def _go_back(self, bucket: Lineage) -> None:
+        """If this goes on from an earlier checkpoint than the bucket's latest, abandon that there before anything else.
+
+        Otherwise a restart before the first copy would find the later step in the bucket, and go on from that.
+        """
+        if bucket.latest == self._bucket.latest:
+            return
+        try:
+            self._take_bucket_over()
+        except BackendError as error:
+            log.warning("%s cannot be reached; until it can, step %d counts there: %s",
+                        self._store.backend.url, 0 if bucket.latest is None else bucket.latest.step, error)  # fmt: skip
 
     def _try_local(self, act: Callable[[], _T]) -> _T | None:
         """Do something with the local tier, unless it is lost, or turns out to be."""
@@ -258,11 +275,7 @@ class TieredPosition:
     def _copy(self, item: PendingCopy) -> bool:
         """Copy a checkpoint to the bucket, unless that has it or is beyond it; return whether it is there."""
         self._place_in_bucket()
-        attempt = self._bucket.take_over()
-        follows = self._follows or Follows()
-        if attempt != follows.attempt or self._store.id != follows.store:
-            # Before the first commit: whoever finds that checkpoint has to know that it came from here.
-            self._put_follows(Follows(self._store.id, attempt, follows.latest))
+        self._take_bucket_over()
         replaces = item.if_exists == "replace"
         if self._bucket.holds(item.ref.step) and not replaces:
             return True
@@ -277,6 +290,14 @@ class TieredPosition:
             return False  # what it replaces was skipped
         self._count("bucket", item.report, report)
         return True
+
+    def _take_bucket_over(self) -> None:
+        """Start the attempt at the bucket's run, and let the local tier name it."""
+        attempt = self._bucket.take_over()
+        follows = self._follows or Follows()
+        if attempt != follows.attempt or self._store.id != follows.store:
+            # Before the first commit: whoever finds that checkpoint has to know that it came from here.
+            self._put_follows(Follows(self._store.id, attempt, str(self._bucket.latest or "")))
 
     def _place_in_bucket(self) -> None:
         """Find out where to go on from in a bucket that could not be reached when the run was restored.

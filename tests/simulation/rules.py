@@ -15,6 +15,9 @@ from incckpt.run.writer import Writer
 from incckpt.store import objects, refs, rereading
 from incckpt.store.gc import Collector
 from incckpt.store.lineage import Run
+from incckpt.tiers.copies import Copies
+from incckpt.tiers.follows import Follows
+from incckpt.tiers.position import TieredPosition
 from tests.simulation.edits import Edit, EditError
 
 
@@ -977,6 +980,180 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+    ),
+    # -- tiers
+    "what waits to be copied is kept locally": Rule(
+        "a machine that copies what it prunes",
+        [
+            Edit(
+                Copies,
+                "keep",
+                """
+                - return {item.ref.step for item in (*self._waiting, self._under_way, self._failed) if item is not None}
+                + return {item.ref.step for item in (self._under_way, self._failed) if item is not None}
+                """,
+            )
+        ],
+    ),
+    "what is being copied is kept locally": Rule(
+        "a machine that copies what it prunes",
+        [
+            Edit(
+                Copies,
+                "keep",
+                """
+                - return {item.ref.step for item in (*self._waiting, self._under_way, self._failed) if item is not None}
+                + return {item.ref.step for item in (*self._waiting, self._failed) if item is not None}
+                """,
+            )
+        ],
+        {"switches": 2},
+    ),
+    "the local tier names the attempt before that commits in the bucket": Rule(
+        "a machine that copies what it prunes",
+        [
+            Edit(
+                TieredPosition,
+                "_take_bucket_over",
+                """
+                - self._put_follows(Follows(self._store.id, attempt, str(self._bucket.latest or "")))
+                + pass
+                """,
+            )
+        ],
+    ),
+    "the local tier names what that attempt goes on from": Rule(
+        "a machine that copies, its bucket badly connected",
+        [
+            Edit(
+                TieredPosition,
+                "_take_bucket_over",
+                """
+                - self._put_follows(Follows(self._store.id, attempt, str(self._bucket.latest or "")))
+                + self._put_follows(Follows(self._store.id, attempt, follows.latest))
+                """,
+            )
+        ],
+        {"faulty": ("dropped",), "faulty_at": ("bucket/refs/",)},
+    ),
+    "the local tier names what it goes on from before its first save": Rule(
+        "a machine taken for dead, and another that goes on from the bucket",
+        [
+            Edit(
+                TieredPosition,
+                "_write_locally",
+                """
+                - self._put_follows(_followed(self._sight.bucket, self._follows, self._store))
+                + pass
+                """,
+            )
+        ],
+    ),
+    "who goes back abandons the later ones in the bucket first": Rule(
+        "a machine goes back to an earlier checkpoint",
+        [
+            Edit(
+                TieredPosition,
+                "_write_locally",
+                """
+                - self._go_back(self._sight.bucket)
+                + pass
+                """,
+            )
+        ],
+    ),
+    "a bucket that was written from elsewhere counts": Rule(
+        "a machine comes back, and the bucket was written from elsewhere",
+        [
+            Edit(
+                Follows,
+                "continues",
+                """
+                - return latest is None or str(latest) == self.latest or latest.attempt == self.attempt
+                + return latest is None or latest is not None
+                """,
+            )
+        ],
+    ),
+    "what was copied from here is no other's": Rule(
+        "a machine that copies what it prunes",
+        [
+            Edit(
+                Follows,
+                "continues",
+                """
+                - return latest is None or str(latest) == self.latest or latest.attempt == self.attempt
+                + return latest is None or str(latest) == self.latest
+                """,
+            )
+        ],
+    ),
+    "what the bucket does not give is not passed over": Rule(
+        "a machine comes back, and cannot reach the bucket",
+        [
+            Edit(
+                TieredPosition,
+                "read",
+                """
+                - if isinstance(error, BackendError) and not is_local:
+                + if False:
+                """,
+            )
+        ],
+    ),
+    "a bucket out of reach is asked, once it can be, whether it was written from elsewhere": Rule(
+        "a machine comes back, and cannot reach the bucket",
+        [
+            Edit(
+                TieredPosition,
+                "_place_in_bucket",
+                """
+                - if not follows.continues(sight.bucket):
+                + if False:
+                """,
+            )
+        ],
+    ),
+    "whom the bucket refuses saves no more": Rule(
+        "a machine taken for dead, and another that goes on from the bucket",
+        [
+            Edit(
+                TieredPosition,
+                "check_step",
+                """
+                - self.copies.raise_superseded()
+                + pass
+                """,
+            )
+        ],
+    ),
+    "a newest copy that failed for good is an error at the end": Rule(
+        "a machine that copies, its bucket badly connected",
+        [
+            Edit(
+                Copies,
+                "stop",
+                """
+                - if self._failed is not None:
+                + if False:
+                """,
+            )
+        ],
+        {"faults": 2, "faulty": ("dropped",), "faulty_at": ("bucket/pins/",)},
+    ),
+    "nothing is copied any more before the bucket is saved to directly": Rule(
+        "a machine's disk fails",
+        [
+            Edit(
+                TieredPosition,
+                "write",
+                """
+                - self.copies.drop()
+                + pass
+                """,
+            )
+        ],
+        {"faulty_at": ("a/pins/",)},
     ),
 }
 

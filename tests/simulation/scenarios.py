@@ -10,6 +10,7 @@ from unittest import mock
 from incckpt.retention import KeepLast
 from incckpt.testing.exploration import Explored, Explorer
 from incckpt.testing.simulation import Program, Server, SimulatedBackend, run_alone
+from tests.simulation.tiers import BUCKET, TieredPromises, at, losing, machine, with_tiers
 from tests.simulation.world import Promises, collector, copier, deleter, is_live, looker, reader, recoverer, saver
 
 TIMED = ("pins/", "gc/", "refs/", "probe/")
@@ -67,11 +68,7 @@ class Scenario:
         Violation
         """
         server = Server(timed=TIMED)
-        for number, program in enumerate(self.before):
-            until = None
-            if isinstance(program, tuple):
-                program, until = program
-            run_alone(server, program, number=number, until=until)
+        self._begin(server)
         bounds = {**self.bounds, **bounds}
         disturbances = ("faults", "advances", "lies", "damages")
         undisturbed = not any(map(bounds.get, disturbances)) and not self.killed
@@ -86,6 +83,49 @@ class Scenario:
             lies=lies,
         )
         with mock.patch.object(SimulatedBackend, "remote", self.remote):
+            explorer = Explorer(server, self.programs, check=promises.check, changed=promises.changed, **bounds)
+            return explorer.explore()
+
+    def _begin(self, server: Server) -> list[object]:
+        """Run what comes before; return what it told."""
+        told: list[object] = []
+        for number, program in enumerate(self.before):
+            until = None
+            if isinstance(program, tuple):
+                program, until = program
+            told += run_alone(server, program, number=number, until=until).events
+        return told
+
+
+@dataclass(frozen=True)
+class TieredScenario(Scenario):
+    """Machines with local tiers, and what else uses the bucket.
+
+    Attributes
+    ----------
+    folders
+        Of the local tiers.
+    copies
+        Whether every copy must succeed.
+    """
+
+    folders: Sequence[str] = ("a/",)
+    copies: bool = False
+
+    def explore(self, **bounds: Any) -> Explored:
+        """Try every order.
+
+        Raises
+        ------
+        Violation
+        """
+        server = Server(timed=tuple(folder + key for folder in (BUCKET, *self.folders) for key in TIMED))
+        with with_tiers():
+            told = self._begin(server)
+            saved = {event[1]: event[2] for event in told if isinstance(event, tuple) and event[0] == "saving"}
+            bounds = {**self.bounds, **bounds}
+            leaks = 0 if bounds.get("damages") else self.leaks
+            promises = TieredPromises(self.folders, server, copies=self.copies, saved=saved, leaks=leaks)
             explorer = Explorer(server, self.programs, check=promises.check, changed=promises.changed, **bounds)
             return explorer.explore()
 
@@ -365,4 +405,97 @@ LIES: dict[str, Scenario] = {
     ),
 }
 
+LOCAL = tuple(f"a/{folder}" for folder in ("refs/", "objects/", "deltas/", "runs/", "tiers/", "incckpt.json"))
+saved_and_copied = machine((100, "a", "b"))
+
+TIERS: dict[str, Scenario] = {
+    "a machine that copies what it prunes": TieredScenario(
+        [saved_and_copied],
+        {"m": machine((200, "c", "b1"), (300, "c", "d"), policy=LAST)},
+        {"switches": 1},
+        {"switches": 4},
+        copies=True,
+    ),
+    "a machine that copies, its bucket badly connected": TieredScenario(
+        [saved_and_copied],
+        {"m": machine((200, "c", "b1"), (300, "c", "d"), policy=LAST)},
+        {"switches": 0, "faults": 1, "faulty_at": (BUCKET,)},
+        {"switches": 1, "faults": 2, "faulty_at": (BUCKET,)},
+        long=True,
+    ),
+    "a machine that copies more slowly than it saves": TieredScenario(
+        [saved_and_copied],
+        {"m": machine((200, "c", "b1"), (300, "c", "d"), (400, "e", "d"), max_pending=1, policy=LAST)},
+        {"switches": 0},
+        {"switches": 3},
+        copies=True,
+    ),
+    "a machine that copies, and a collector in the bucket": TieredScenario(
+        [saved_and_copied],
+        {"m": machine((200, "c", "b1"), (300, "c", "d"), policy=LAST), "gc": at(BUCKET, collector())},
+        {"switches": 1},
+        {"switches": 3},
+    ),
+    "a machine taken for dead, and another that goes on from the bucket": TieredScenario(
+        [saved_and_copied],
+        {
+            "m": machine((200, "c", "b1"), (300, "c", "d"), (310, "c", "e"), max_pending=3, restored=True),
+            "other": machine((250, "a", "e"), (260, "a", "f"), folder="b/", restored=True),
+        },
+        {"switches": 1},
+        {"switches": 2},
+        folders=("a/", "b/"),
+        long=True,
+    ),
+    "a machine comes back, and the bucket was written from elsewhere": TieredScenario(
+        [saved_and_copied, (machine((300, "c", "b1")), "create bucket/refs/")],
+        {"other": machine((250, "a", "e"), folder="b/"), "m": machine((400, "c", "d"))},
+        {"switches": 1},
+        {"switches": 2, "faults": 1, "faulty_at": (BUCKET,)},
+        folders=("a/", "b/"),
+        long=True,
+    ),
+    "a machine comes back, and cannot reach the bucket": TieredScenario(
+        [saved_and_copied, (machine((200, "c", "b1")), "create bucket/refs/"), machine((250, "a", "e"), folder="b/")],
+        {"m": machine((300, "c", "d"))},
+        {"switches": 0, "faults": 1, "faulty": ("dropped",), "faulty_at": (BUCKET,)},
+        {"switches": 2, "faults": 3, "faulty_at": (BUCKET,)},
+        folders=("a/", "b/"),
+    ),
+    "a machine is started again, and its last process lives": TieredScenario(
+        [saved_and_copied],
+        {"old": machine((200, "c", "b1"), (300, "c", "d")), "new": machine((400, "a", "e"))},
+        {"switches": 1},
+        {"switches": 2},
+        long=True,
+    ),
+    "a machine goes back to an earlier checkpoint": TieredScenario(
+        [machine((100, "a", "b"), (200, "c", "b"), keep=2)],
+        {"m": machine((150, "c", "b1"), (160, "c", "d"), step=100, keep=2)},
+        {"switches": 0},
+        {"switches": 3},
+    ),
+    "a machine's disk fails": TieredScenario(
+        [saved_and_copied],
+        {"m": machine((200, "c", "b1"), (300, "c", "d"), policy=LAST)},
+        {"switches": 0, "faults": 1, "faulty": ("dropped",), "faulty_at": ("a/",)},
+        {"switches": 1, "faults": 2, "faulty_at": ("a/",)},
+        long=True,
+    ),
+    "a machine's disk is lost": TieredScenario(
+        [saved_and_copied],
+        {"m": machine((200, "c", "b1"), (300, "c", "d"), policy=LAST), "disk": losing("a/")},
+        {"switches": 1},
+        {"switches": 3},
+    ),
+    "a machine's disk is damaged": TieredScenario(
+        [saved_and_copied],
+        {"m": machine((200, "c", "b1"), policy=LAST)},
+        {"switches": 0, "damages": 1, "damaged_at": LOCAL},
+        {"switches": 1, "damages": 1, "damaged_at": LOCAL},
+        long=True,
+    ),
+}
+
 SCENARIOS.update(LIES)
+SCENARIOS.update(TIERS)

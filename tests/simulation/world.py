@@ -195,6 +195,31 @@ class Base(Baseline):
         for index, content in enumerate(contents):
             self.slots[index].settle(content)
 
+    def go_on_from(self, manifest: Manifest) -> None:
+        """Go on from a checkpoint that was read."""
+        for index, chunk in enumerate(manifest.chunks):
+            full = chunk.identity if chunk.base is None else chunk.base.identity
+            self.slots[index].full = Content.of_full(chunk_bytes(_names[full]), chunk)
+
+    def snapshot(self, step: int, time: float, chunks: Sequence[str]) -> Snapshot:
+        """Return what a save of these chunks is given."""
+        contents = [self._content(index, name) for index, name in enumerate(chunks)]
+        return Snapshot(step, {}, time, None, (), Layout.of([], [], 1 << 20), contents)
+
+    def _content(self, index: int, name: str) -> Content:
+        slot = self.slots[index]
+        raw = chunk_bytes(name)
+        held = slot.latest or slot.full
+        if held is not None and held.raw is not None and np.array_equal(held.raw, raw):
+            return held
+        slot.latest = Content(raw, 4)
+        return slot.latest
+
+
+def names_of(manifest: Manifest) -> tuple[str, ...]:
+    """Return the names of a checkpoint's chunks."""
+    return tuple(_names[chunk.identity] for chunk in manifest.chunks)
+
 
 class Trainer:
     """A process that restores and saves: an `Attempt`, and in place of the state the names of its chunks."""
@@ -244,7 +269,7 @@ class Trainer:
                     self.process.emit(("unreadable", f"{name} is listed, and its manifest is missing"))
         self.attempt = self._attempt(Origin.restored(self._run, self.lineage, name, manifest))
         if manifest is not None:
-            self._adopt(manifest)
+            self._base.go_on_from(manifest)
         return name.step
 
     def start(self) -> None:
@@ -258,14 +283,12 @@ class Trainer:
 
     def save(self, step: int, *chunks: str, if_exists: IfExists = "error") -> bool:
         """Save a checkpoint of these chunks, and tell how it ended."""
-        contents = [self._content(index, name) for index, name in enumerate(chunks)]
-        return self._write(self._snapshot(step, self._time(), contents), chunks, if_exists)
+        return self._write(self._snapshot(step, self._time(), chunks), chunks, if_exists)
 
     def copy(self, source: Store, ref: Ref) -> bool:
         """Copy a checkpoint of another store, and tell how it ended."""
         manifest = source.manifest(ref)
-        chunks = tuple(_names[chunk.identity] for chunk in manifest.chunks)
-        return self._write(Transfer(source, manifest, ref.step, self._time()), chunks, "error")
+        return self._write(Transfer(source, manifest, ref.step, self._time()), names_of(manifest), "error")
 
     def _time(self) -> float:
         self._saves += 1
@@ -296,22 +319,8 @@ class Trainer:
     def close(self) -> None:
         self.attempt.close()
 
-    def _snapshot(self, step: int, time: float, contents: Sequence[Content]) -> Snapshot | Source:
-        return Snapshot(step, {}, time, None, (), Layout.of([], [], 1 << 20), contents)
-
-    def _content(self, index: int, name: str) -> Content:
-        slot = self._base.slots[index]
-        raw = chunk_bytes(name)
-        held = slot.latest or slot.full
-        if held is not None and held.raw is not None and np.array_equal(held.raw, raw):
-            return held
-        slot.latest = Content(raw, 4)
-        return slot.latest
-
-    def _adopt(self, manifest: Manifest) -> None:
-        for index, chunk in enumerate(manifest.chunks):
-            full = chunk.identity if chunk.base is None else chunk.base.identity
-            self._base.slots[index].full = Content.of_full(chunk_bytes(_names[full]), chunk)
+    def _snapshot(self, step: int, time: float, chunks: Sequence[str]) -> Snapshot | Source:
+        return self._base.snapshot(step, time, chunks)
 
 
 class JointTrainer(Trainer):
@@ -339,8 +348,8 @@ class JointTrainer(Trainer):
             self.attempt.give_up()
         return saved
 
-    def _snapshot(self, step: int, time: float, contents: Sequence[Content]) -> Snapshot | Source:
-        return _Joint(step, time, tuple(contents), self)
+    def _snapshot(self, step: int, time: float, chunks: Sequence[str]) -> Snapshot | Source:
+        return _Joint(step, time, self._base.snapshot(step, time, chunks).contents, self)
 
     def stored(self, contents: Sequence[Content], tried: list[str]) -> list[Chunk]:
         """Let each rank store its half, as it does once the coordinator's pin is put."""
@@ -363,7 +372,7 @@ class _Joint:
 
     step: int
     time: float
-    contents: tuple[Content, ...]
+    contents: Sequence[Content]
     trainer: JointTrainer
 
     def store(self, uploader: Uploader, nonce: str, known: Known, report: SaveReport) -> list[Chunk]:

@@ -146,11 +146,11 @@ def test_the_bucket_alone_restores_when_the_machine_is_lost(bucket: Path, local:
         assert restored(manager, 1) == 1
 
 
-def die_before_copying(bucket: MemoryBackend, local: Path, *numbers: int) -> None:
+def die_before_copying(bucket: MemoryBackend, local: Path, *numbers: int, restore: int | None = None) -> None:
     """Save, and be gone before the last of them is in the bucket."""
     faults = [Fault("put", "objects/*", times=None, do=Fail(BackendError("gone")))]
     manager = CheckpointManager(FaultyBackend(bucket, faults), local=local)
-    restored(manager)
+    restored(manager, restore)
     save(manager, *numbers)
     with pytest.raises(SaveError, match=rf"step {numbers[-1]} is in the local tier alone: copying it to .* failed"):
         manager.close()
@@ -232,6 +232,29 @@ def test_a_bucket_out_of_reach_leaves_the_local_tier(local: Path, caplog: Any) -
     out.set()
     with CheckpointManager(gone, local=local / "new") as manager, pytest.raises(BackendError):
         restored(manager)  # an unreachable bucket is not an empty one
+
+
+def test_a_checkpoint_that_the_bucket_does_not_give_is_not_passed_over(tmp_path: Path) -> None:
+    server = memory()
+    with CheckpointManager(server, local=tmp_path / "here", keep_last_n=9) as manager:
+        save(manager, 1, 2)
+    broken = Fault("get", "refs/*-000000000002-*", times=None, do=Fail(BackendError("connection reset")))
+    with (
+        CheckpointManager(FaultyBackend(server, [broken]), local=tmp_path / "new") as manager,
+        pytest.raises(BackendError, match="connection reset"),
+    ):
+        restored(manager)  # of step 1, and the next save would abandon step 2
+
+
+def test_who_goes_back_and_dies_before_copying_stays_there(local: Path) -> None:
+    server = memory()
+    with CheckpointManager(server, local=LocalTier(local, keep_last_n=9)) as manager:
+        save(manager, 10, 20)
+    die_before_copying(server, local, 15, restore=10)
+    with CheckpointManager(server, local=local) as manager:
+        assert restored(manager) == 15, "what was gone back behind counts again"
+        save(manager, 16)
+    assert steps(server) == [10, 15, 16]
 
 
 @pytest.mark.parametrize("loss", ["full", "removed"])
