@@ -3,7 +3,7 @@
 # On a fresh machine `make demo` or `make test` is all it takes: Python 3.11 or later with its headers, a C compiler, make.
 
 PYTHON ?= python3
-JOBS ?= 2
+JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := dev,all

@@ -211,7 +211,7 @@ def broken(proxy: FaultProxy, s3_server: dict[str, Any], path: str, **limits: fl
 
 
 def test_a_tenth_of_all_requests_breaks(proxy: FaultProxy, s3_server: dict[str, Any]) -> None:
-    saves, restores = (int(os.environ.get(name, default)) for name, default in (("SAVES", 25), ("RESTORES", 6)))
+    saves, restores = (int(os.environ.get(name, default)) for name, default in (("SAVES", 12), ("RESTORES", 4)))
     proxy.rules = []
     path = str(uuid.uuid4())
     small = {"w": torch.randn(50_000), "v": torch.zeros(9)}

@@ -42,7 +42,7 @@ def test_what_was_announced_survives(tmp_path: Path, keep_entries: bool, caplog:
     root.mkdir()
     announced, calls = save_until_the_cut(root, UnsyncedDisk(root), 0)
     assert announced == list(range(1, STEPS + 1))
-    for nth in range(2, calls, 11):
+    for nth in range(2, calls, 17):
         root = tmp_path / str(nth)
         root.mkdir()
         disk = UnsyncedDisk(root)
@@ -94,7 +94,7 @@ def test_objects_of_another_process_that_were_just_put(tmp_path: Path, caplog: p
         manager.save(1, state_at(1)).result()
         objects = manager.history[-1].put_objects
     reused = 0
-    for nth in range(before, calls.count, 3):
+    for nth in range(before, calls.count, 5):
         root = tmp_path / str(nth)
         root.mkdir()
         disk = UnsyncedDisk(root)

@@ -56,12 +56,14 @@ def counted(coded, out, variant):
     answers.append(own(coded, out, variant))
     return answers[-1]
 frames._planes.unhuffman = counted
-for step in (1, 2):
-    found, expected = incckpt.load(f"{sys.argv[1]}#@{step}"), state_at(step)
-    assert found["text"] == expected["text"]
-    for name in ("weights", "halves", "few"):
-        assert torch.equal(found[name], expected[name]), (step, name)
-print(sum(answers), len(answers))
+for store in sys.argv[1:]:
+    for step in (1, 2):
+        found, expected = incckpt.load(f"{store}#@{step}"), state_at(step)
+        assert found["text"] == expected["text"]
+        for name in ("weights", "halves", "few"):
+            assert torch.equal(found[name], expected[name]), (step, name)
+    print(sum(answers), len(answers))
+    answers.clear()
 """
 )
 
@@ -80,10 +82,14 @@ def python(program: str, *arguments: str, coder: str) -> str:
 
 @pytest.mark.slow
 def test_stores_written_either_way_are_read_either_way(tmp_path: Path) -> None:
-    for writer in ("huffman", "zstd"):
-        python(WRITE, str(tmp_path / writer), coder=writer)
-        for reader in ("huffman", "zstd"):
-            by_own_decoder, asked = map(int, python(READ, str(tmp_path / writer), coder=reader).split())
+    coders = "huffman", "zstd"
+    stores = [str(tmp_path / coder) for coder in coders]
+    for writer, store in zip(coders, stores, strict=True):
+        python(WRITE, store, coder=writer)
+    for reader in coders:
+        printed = python(READ, *stores, coder=reader).splitlines()
+        for writer, line in zip(coders, printed, strict=True):
+            by_own_decoder, asked = map(int, line.split())
             assert (asked > 0) == (reader == "huffman"), "zstd does without our decoder"
             assert (by_own_decoder > 0) == (writer == reader == "huffman"), "and without our coder"
 

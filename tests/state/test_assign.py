@@ -138,7 +138,7 @@ def test_a_model_and_optimizer_that_run_are_restored_without_new_memory() -> Non
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(states.states(), st.booleans())
 def test_any_state_is_restored_into_one_like_it(state: Any, in_place: bool) -> None:
     stored = Stored([state])

@@ -36,7 +36,7 @@ def examples(count: int) -> settings:
 
 
 @pytest.mark.slow
-@examples(400)
+@examples(150)
 @given(states.states())
 def test_a_state_comes_back_bit_for_bit(state: Any) -> None:
     assert_same_state(state, Stored(state).load())

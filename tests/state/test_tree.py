@@ -86,7 +86,7 @@ SAMPLE = Stored(sample())
 
 
 @pytest.mark.slow
-@examples(800)
+@examples(300)
 @given(any_json())
 def test_any_structure_is_read_or_refused(document: Any) -> None:
     before = set(sys.modules)
@@ -97,7 +97,7 @@ def test_any_structure_is_read_or_refused(document: Any) -> None:
 
 
 @pytest.mark.slow
-@examples(500)
+@examples(200)
 @given(st.data())
 def test_a_changed_document_is_refused_or_stays_inside_its_bytes(data: st.DataObject) -> None:
     stored = SAMPLE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -168,12 +169,13 @@ def that_raises() -> Training:
 
 
 def with_a_clock() -> Training:
-    """A value that no two processes have in common."""
-    state: dict[str, Any] = {"w": torch.zeros(1), "clock": {"now": 0}}
+    """Values that no two processes have in common."""
+    state: dict[str, Any] = {"w": torch.zeros(1), "clock": {"now": 0}, "number": 0}
 
     def train(done: int) -> Iterator[None]:
         while True:
             state["clock"]["now"] = time.time_ns()
+            state["number"] = os.getpid()
             yield
 
     return state, train

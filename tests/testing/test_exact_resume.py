@@ -21,9 +21,9 @@ def test_every_recipe_is_exact() -> None:
 
 
 def test_what_may_differ_is_left_out() -> None:
-    with pytest.raises(AssertionError, match=r"before any resume.*clock"):
-        assert_exact_resume(exact_trainings.with_a_clock, steps=2, kill_at=[1])
-    assert_exact_resume(exact_trainings.with_a_clock, steps=2, kill_at=[1], ignore=["clock.*"])
+    with pytest.raises(AssertionError, match=r"before any resume.*number") as caught:
+        assert_exact_resume(exact_trainings.with_a_clock, steps=2, kill_at=[1], ignore=["clock.*"])
+    assert "clock" not in str(caught.value)
 
 
 def test_trainings_that_fail_are_shown() -> None:
