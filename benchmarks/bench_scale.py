@@ -159,38 +159,55 @@ def measure(backend: Backend, name: str) -> None:
     step("full sweep", started)
 
 
+class Saver:
+    """Saves one changing tensor to a store, and keeps only the last checkpoint."""
+
+    def __init__(self, url: str, options: dict[str, str]) -> None:
+        self._manager = incckpt.CheckpointManager(url, keep_last_n=1, threads=1, storage_options=options)
+        self._state = {"w": torch.zeros(1000)}
+        self.done = 0
+
+    def save(self) -> tuple[float, float]:
+        """Save, and prune what was before; return the seconds and the processor's seconds that this took."""
+        self.done += 1
+        self._state["w"].fill_(self.done)
+        started, cpu = time.perf_counter(), time.process_time()
+        self._manager.save(self.done, self._state).result()
+        return time.perf_counter() - started, time.process_time() - cpu
+
+    def close(self) -> None:
+        """Close the manager."""
+        self._manager.close()
+
+
 def grow_old(prunes: int, url: str, options: dict[str, str]) -> None:
-    """Save and prune `prunes` times; on the way print how long saves and loads take, and what there is."""
-    milestones = sorted({0, 1000, prunes} | set(range(5000, prunes, 5000)))
-    with incckpt.CheckpointManager(url, keep_last_n=1, threads=1, storage_options=options) as manager:
-        state = {"w": torch.zeros(1000)}
-        done = 0
+    """Save and prune `prunes` times; on the way print how long saves and loads take, and what there is.
 
-        def save() -> float:
-            nonlocal done
-            done += 1
-            state["w"].fill_(done)
-            started = time.perf_counter()
-            manager.save(done, state).result()
-            return time.perf_counter() - started
-
-        save()
-        for milestone in milestones:
-            while done <= milestone:
-                save()
-            ready = time.perf_counter()
-            seconds = [save() for _ in range(SAVES)]
-            rate = SAVES / (time.perf_counter() - ready)
-            loads = [seconds_of(lambda: incckpt.load(url, storage_options=options, threads=1)) for _ in range(5)]
-            with open_backend(url, options) as backend:
-                keys = Counter(entry.key.split("/")[0] for entry in backend.list())
-            median, load = (1000 * statistics.median(figures) for figures in (seconds, loads))
-            print(
-                f"after {milestone:6} prunes: {rate:5.1f} saves a second (median {median:.1f} ms), "
-                f"a load {load:.1f} ms, resident {resident_mib():.0f} MiB, "
-                f"{described(keys)}{folders_of(url)}",
-                flush=True,
-            )
+    Saves in a new store alternate with those that are measured, so that what else the machine does slows both.
+    """
+    old = Saver(url, options)
+    for milestone in sorted({0, 1000, prunes} | set(range(5000, prunes, 5000))):
+        while old.done <= milestone:
+            old.save()
+        new = Saver(f"{url}-new-{milestone}", options)
+        new.save()
+        pairs = [(old.save(), new.save()) for _ in range(SAVES)]
+        new.close()
+        wall, cpu, wall_new, cpu_new = (
+            1000 * statistics.median(pair[store][clock] for pair in pairs) for store in (0, 1) for clock in (0, 1)
+        )
+        load = 1000 * statistics.median(
+            seconds_of(lambda: incckpt.load(url, storage_options=options, threads=1)) for _ in range(5)
+        )
+        with open_backend(url, options) as backend:
+            keys = Counter(entry.key.split("/")[0] for entry in backend.list())
+        print(
+            f"after {milestone:6} prunes: {1000 / wall:5.1f} saves a second, {1000 / wall_new:.1f} in a new store "
+            f"(medians {wall:.1f} and {wall_new:.1f} ms, processor {cpu:.1f} and {cpu_new:.1f} ms), "
+            f"a load {load:.1f} ms, resident {resident_mib():.0f} MiB, {described(keys)}{folders_of(url)}",
+            flush=True,
+        )
+    old.close()
 
 
 def many_tensors(count: int) -> None:
@@ -251,7 +268,7 @@ def main() -> None:
         given = {"endpoint_url": arguments.endpoint, "key": arguments.key, "secret": arguments.secret}
         with tempfile.TemporaryDirectory() as folder:
             options = {name: value for name, value in given.items() if value}
-            grow_old(arguments.prunes, arguments.url or folder, options)
+            grow_old(arguments.prunes, arguments.url or f"{folder}/store", options)
         return
     counts = (PER_RUN, arguments.checkpoints)
     per_checkpoint = max(1, arguments.objects // arguments.checkpoints)
