@@ -6,6 +6,7 @@ tensor wrong. An error is no loss: the writer starts again.
 
     python -m tests.lying_soak --saves 10000 --seconds 10800
     python -m tests.lying_soak --service gcs    # takes a third of the time: the client and the server are lighter
+    python -m tests.lying_soak --each 300       # a new store after 300 saves: a restart reads all tombstones
     python -m tests.lying_soak --endpoint http://127.0.0.1:8055    # a real server: tests/servers/ceph-up.sh FOLDER 8055
 """
 
@@ -246,22 +247,27 @@ def main() -> None:
     """Run a soak and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--saves", type=int, default=10_000)
+    parser.add_argument("--each", type=int, help="begin a new store, and print figures, after so many; default: never")
     parser.add_argument("--seconds", type=float, default=3600, help="stop after so many")
     parser.add_argument("--chance", type=float, default=0.01)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30), help="of the first store")
     parser.add_argument("--service", choices=SERVICES, default="s3")
-    parser.add_argument(
-        "--endpoint", help="a server on loopback; S3: with the keys test and testtest; default: our own"
-    )
+    parser.add_argument("--endpoint", help="a server on loopback (S3: keys test and testtest); default: our own")
     arguments = parser.parse_args()
+    if arguments.endpoint and arguments.each:
+        parser.error("--each needs a server of its own for each store")
     logging.disable(logging.ERROR)
     service = SERVICES[arguments.service]
-    with (
-        nullcontext(urlsplit(arguments.endpoint).port) if arguments.endpoint else python_server(service.module) as port
-    ):
-        soak = LyingSoak(port, arguments.seed, service=service, chance=arguments.chance)
-        figures = soak.run(arguments.saves, arguments.seconds)
-    print(json.dumps(figures | {"service": arguments.service, "seed": arguments.seed}))
+    given = urlsplit(arguments.endpoint or "").port
+    until = time.monotonic() + arguments.seconds
+    saved, seed = 0, arguments.seed
+    while saved < arguments.saves and time.monotonic() < until:
+        with nullcontext(given) if given else python_server(service.module) as port:
+            soak = LyingSoak(port, seed, service=service, chance=arguments.chance)
+            most = min(arguments.each or arguments.saves, arguments.saves - saved)
+            figures = soak.run(most, until - time.monotonic())
+        print(json.dumps(figures | {"service": arguments.service, "seed": seed}), flush=True)
+        saved, seed = saved + figures["saves"], seed + 1
 
 
 if __name__ == "__main__":
