@@ -22,6 +22,7 @@ from incckpt.run.checkpoint import Checkpoint, checked_metrics
 from incckpt.run.choose import Which, not_found
 from incckpt.run.pending import OnBacklog, PendingSaves, resolved
 from incckpt.run.position import Position
+from incckpt.run.reader import Reader
 from incckpt.run.report import SaveReport
 from incckpt.run.restore import MapLocation, load_state, restore_into
 from incckpt.run.snapshot import Snapshot, stage
@@ -32,6 +33,7 @@ from incckpt.staging.layout import DEFAULT_CHUNK_BYTES
 from incckpt.staging.threshold import Thresholds
 from incckpt.state.selection import Patterns
 from incckpt.store.location import locate
+from incckpt.store.manifest import Manifest
 from incckpt.store.refs import checked_step
 from incckpt.store.store import Store
 from incckpt.threads import Future
@@ -229,19 +231,15 @@ class CheckpointManager:
             If the checkpoint does not fit `app`, or `app` cannot be written to: nothing was touched.
         """
         self.wait()
-        found = self._position.read(
-            step,
-            lambda reader, manifest: restore_into(
-                reader,
-                manifest,
-                app,
-                base=self._base,
-                keys=keys,
-                ignore=ignore,
-                allow_pickle=self._allow_pickle,
+
+        def read(reader: Reader, manifest: Manifest) -> None:
+            restore_into(
+                reader, manifest, app, base=self._base, keys=keys, ignore=ignore, allow_pickle=self._allow_pickle,
                 progress=progress,
-            ),
-        )
+            )  # fmt: skip
+            self._saves.carry_over(manifest.took)
+
+        found = self._position.read(step, read)
         return None if found is None else found[0].step
 
     @one_at_a_time

@@ -46,11 +46,26 @@ class Job:
 class Rates:
     """What the last saves took: seconds for each byte that had changed, and seconds whatever had changed.
 
-    Of both, the worse of the last save and the mean of the last few counts.
+    Of both, the worse of the last save and the mean of the last few counts. Until this process has saved, what the save
+    of the checkpoint took that it has restored counts, wherever that was.
     """
 
     def __init__(self) -> None:
         self._past: deque[tuple[int, float, float]] = deque(maxlen=_REMEMBERED)
+        self._before: tuple[int, float, float] | None = None
+
+    @property
+    def carried_over(self) -> bool:
+        """Whether all that is known is of another process."""
+        return not self._past and self._before is not None
+
+    def carry_over(self, took: tuple[int, float, float] | None) -> None:
+        """Take what a manifest says of its save; ``None`` if that is nothing."""
+        if took is None:
+            self._before = None
+            return
+        changed, store, rest = took
+        self._before = changed, store, 2 * rest  # as many requests come after the manifest as before the objects
 
     def learn(self, job: Job) -> None:
         """Take a save into account that was made."""
@@ -69,6 +84,8 @@ class Rates:
         """
         per_byte = [store / changed for changed, store, _ in (self._total(), *self._last()) if changed]
         if done >= nbytes * _TELLING > 0:
+            if self.carried_over:
+                per_byte = []  # another machine may have been slower
             per_byte.append(elapsed / done)
         if not per_byte:
             return None
@@ -76,10 +93,14 @@ class Rates:
         return max(per_byte) * max(0, nbytes - done) + max(fixed)
 
     def _last(self) -> list[tuple[int, float, float]]:
-        return list(self._past)[-1:]
+        return self._known()[-1:]
+
+    def _known(self) -> list[tuple[int, float, float]]:
+        return list(self._past) or ([] if self._before is None else [self._before])
 
     def _total(self) -> tuple[int, float, float]:
-        changed, store, commit = zip(*self._past, strict=True) if self._past else ((), (), ())
+        known = self._known()
+        changed, store, commit = zip(*known, strict=True) if known else ((), (), ())
         return sum(changed), sum(store), sum(commit) / max(1, len(commit))
 
 

@@ -89,6 +89,10 @@ class PendingSaves:
         """Return the future of the pending save of `step`, if there is one."""
         return self._futures[step] if step in self.steps else None
 
+    def carry_over(self, took: tuple[int, float, float] | None) -> None:
+        """Take what the save of the restored checkpoint took, until this process has saved (`Manifest.took`)."""
+        self._rates.carry_over(took)
+
     def make_room(self, report: SaveReport) -> Future[Checkpoint] | None:
         """Wait until there is room for a save; if it is skipped instead, return its future, which says so.
 
@@ -119,6 +123,7 @@ class PendingSaves:
         self._jobs.append(job)
         try:
             report.expected_seconds = expected(job, self._rates)
+            report.expected_by_another = report.expected_seconds is not None and self._rates.carried_over
             self._futures[report.step] = job.future
             self._cut(self._deadline())
             self._queue.put(partial(self._do, write, job), job.future)
@@ -169,8 +174,9 @@ class PendingSaves:
                 self._skipped = 0
         kept = [job for job in jobs if job not in cut]
         log.info(
-            "%.1f s are left, and step %d is expected to be saved in %s%s",
+            "%.1f s are left, and step %d is expected to be saved in %s%s%s",
             *(left, kept[-1].report.step, _in_words(expected_together(kept, self._rates))),
+            " (by what another process took)" if self._rates.carried_over else "",
             "".join(f"; step {job.report.step} is left out" for job in cut),
         )
 

@@ -66,7 +66,9 @@ class SaveReport(StageReport):
         something changed. Empty after a manager's first save, and after one that `incckpt.save` makes.
     expected_seconds
         How long ``store`` and ``commit`` were expected to take together when the save was put into the background, from
-        what the saves before took; ``None`` for the first.
+        what the saves before took; ``None`` if nothing was known.
+    expected_by_another
+        Whether that is from what the save of the restored checkpoint took, in another process.
     by_way
         Raw and stored bytes of the put objects' frames, by the way they are coded.
     seconds
@@ -83,6 +85,7 @@ class SaveReport(StageReport):
     put_bytes: int = 0
     manifest_bytes: int = 0
     expected_seconds: float | None = None
+    expected_by_another: bool = False
     by_way: dict[str, WayBytes] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     tiers: dict[str, TierReport] = field(default_factory=dict)

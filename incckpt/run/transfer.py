@@ -60,6 +60,7 @@ class Transfer:
             step=name.step,
             nonce=name.nonce,
             time=self.time,
+            took=None,  # where it was saved
             chunks=tuple(chunks),
         )
 

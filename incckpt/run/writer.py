@@ -202,7 +202,8 @@ class Writer:
                     chunks = snapshot.store(self._uploader, name.nonce, known, report)
                 stored = time.perf_counter() - storing
                 report.spent("store", stored)
-                manifest = self._manifest(name, snapshot, chunks, report)
+                took = report.changed_bytes, stored, storing - started
+                manifest = self._manifest(name, snapshot, chunks, report, took)
                 ref = self._put_manifest(name, manifest, report)
                 outcome = self._commit(ref, manifest)
         except _CommitUnknownError as unknown:
@@ -335,7 +336,12 @@ class Writer:
         return replace(snapshot, norms=found)
 
     def _manifest(
-        self, name: RefName, snapshot: Snapshot | Source, chunks: Sequence[Chunk], report: SaveReport
+        self,
+        name: RefName,
+        snapshot: Snapshot | Source,
+        chunks: Sequence[Chunk],
+        report: SaveReport,
+        took: tuple[int, float, float],
     ) -> Manifest:
         if not isinstance(snapshot, Snapshot):
             return snapshot.manifest_as(self._run.name, name, chunks)
@@ -355,6 +361,7 @@ class Writer:
             norms=snapshot.norms,
             norms_since=None if snapshot.norms is None else self._movement.since,
             blocked=report.blocked or None,
+            took=took,
         )
 
     def _put_manifest(self, name: RefName, manifest: Manifest, report: SaveReport) -> Ref:

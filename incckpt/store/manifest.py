@@ -215,6 +215,9 @@ class Manifest:
         The step of the checkpoint that `norms` compare with.
     blocked
         How long the caller waited for the save, by phase, in seconds.
+    took
+        What the save took until its manifest was put: the raw bytes that had changed, the seconds to store them, and
+        those of everything else.
     """
 
     run: str
@@ -232,6 +235,7 @@ class Manifest:
     norms: Mapping[str, tuple[float, float]] | None = None
     norms_since: int | None = None
     blocked: Mapping[str, float] | None = None
+    took: tuple[int, float, float] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -263,6 +267,9 @@ class Manifest:
             document["norms_since"] = self.norms_since
         if self.blocked is not None:
             document["blocked"] = {phase: round(seconds, 6) for phase, seconds in self.blocked.items()}
+        if self.took is not None:
+            nbytes, *seconds = self.took
+            document["took"] = [nbytes, *(round(one, 6) for one in seconds)]
         return dump_document("manifest", document, version=2 if self._needs_format_2() else 1)
 
     def _needs_format_2(self) -> bool:
@@ -308,6 +315,7 @@ class Manifest:
             norms=norms,
             norms_since=fields.count("norms_since") if "norms_since" in document else None,
             blocked=_blocked(document["blocked"], f"{name}: blocked") if "blocked" in document else None,
+            took=_took(document["took"], f"{name}: took") if "took" in document else None,
         )
 
 
@@ -335,6 +343,15 @@ def _norm_pair(value: Json, name: str) -> tuple[float, float]:
 
 def _blocked(value: Json, name: str) -> dict[str, float]:
     return {phase: decode_float(seconds, f"{name}: {phase!r}") for phase, seconds in as_mapping(value, name).items()}
+
+
+def _took(value: Json, name: str) -> tuple[int, float, float]:
+    if not isinstance(value, list) or len(value) != 3:
+        raise CorruptionError(f"{name}: not bytes and two times")
+    nbytes, store, rest = (decode_float(one, name) for one in value)
+    if not (nbytes.is_integer() and nbytes >= 0 and 0 <= store < math.inf and 0 <= rest < math.inf):
+        raise CorruptionError(f"{name}: not bytes and two times: {shown(value)}")
+    return int(nbytes), store, rest
 
 
 def chunk_to_json(chunk: Chunk) -> dict[str, Json]:

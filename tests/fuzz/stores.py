@@ -205,7 +205,7 @@ def always_alike(number: int) -> Iterator[None]:
         mock.patch("secrets.token_hex", lambda nbytes: nonces.randbytes(nbytes).hex()),
         mock.patch.dict(Store.__init__.__kwdefaults__, clock=lambda: 1.0e9),
         mock.patch.object(
-            Manifest, "to_json", lambda self: to_json(dataclasses.replace(self, time=1.0e9, blocked=None))
+            Manifest, "to_json", lambda self: to_json(dataclasses.replace(self, time=1.0e9, blocked=None, took=None))
         ),
     ):
         yield

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -113,6 +114,7 @@ def run(given: argparse.Namespace) -> Iterator[list[Row]]:
             training = next(trainings)
             while len(rows) < given.rounds and time.monotonic() < end:
                 plan = Plan.drawn(next(kinds), chance)
+                plan = plan if given.rate is None else replace(plan, rate=given.rate)
                 limit.rate = plan.rate
                 life = live(plan, training.url, options, environment, chance.randrange(1 << 30))
                 row = training.add(life)
@@ -151,6 +153,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=100, help="preemptions")
     parser.add_argument("--steps", type=int, default=2000, help="of a training")
     parser.add_argument("--width", type=int, default=1000, help="of the model")
+    parser.add_argument("--rate", type=int, help="bytes per second; by default another one for each process")
     parser.add_argument("--endpoint", help="of an S3 server whose keys are test and testtest; moto by default")
     parser.add_argument("--seconds", type=float, default=7200, help="stop after this time, with fewer rounds")
     parser.add_argument("--seed", type=int, default=1)

@@ -22,7 +22,9 @@ __all__ = ["KINDS", "Life", "Plan", "live"]
 
 KINDS = ("SIGTERM", "aws", "SIGTERM", "gcp", "SIGTERM", "azure")  # in turn: half of them are signals
 
-FORECAST = re.compile(r"([\d.]+) s are left, and step (\d+) is expected to be saved in (?:([\d.]+) s|an unknown time)")
+FORECAST = re.compile(
+    r"([\d.]+) s are left, and step (\d+) is expected to be saved in (?:([\d.]+) s|an unknown time)( \(by what)?"
+)
 SAVED = re.compile(r"step (\d+) was saved with (-?[\d.]+) s left")
 DURABLE = re.compile(r"step (\d+) is durable")
 BAD: tuple[bytes | Reply, ...] = (b"", b"HTTP/1.1 \r\n\r\n", (500, b"", {}), (503, b"<html>", {}), (429, b"", {}))
@@ -87,6 +89,8 @@ class Life:
         Seconds left when it had ended, negative if it had to be killed; ``None`` if nobody announced its end.
     forecast
         Seconds left, and expected until the last save is made, as last logged; the second ``None`` if not known.
+    carried_over
+        Whether that was expected by what the save of the process before took.
     took
         How long that has taken; ``None`` if it was given up.
     wrong
@@ -100,6 +104,7 @@ class Life:
     durable: list[int] = field(default_factory=list)
     left: float | None = None
     forecast: tuple[float, float | None] | None = None
+    carried_over: bool = False
     took: float | None = None
     wrong: list[int] = field(default_factory=list)
     losses: dict[int, str] = field(default_factory=dict)
@@ -115,7 +120,8 @@ class Life:
         self.durable = [int(step) for step in DURABLE.findall(log)]
         forecasts, saved = FORECAST.findall(log), dict(SAVED.findall(log))
         if forecasts:
-            left, step, expected = forecasts[-1]
+            left, step, expected, another = forecasts[-1]
+            self.carried_over = bool(another)
             self.forecast = float(left), float(expected) if expected else None
             if step in saved and float(saved[step]) >= 0:
                 self.took = float(left) - float(saved[step])

@@ -8,6 +8,8 @@ from typing import Any
 
 __all__ = ["failures", "tables"]
 
+_ANSWERS = (("fits", True), ("does not fit", False))
+
 Row = dict[str, Any]  # `Life.to_json`, with `run`, and what the process after it showed: `lost`, `resumed`
 
 
@@ -29,11 +31,14 @@ def tables(rows: Sequence[Row]) -> str:
         lines.append(_became(name, [row for row in rows if row["plan"]["kind"] in some]))
     lines += ["", "| expected | times | saved in time | given up |", "| --- | --- | --- | --- |"]
     told = [row for row in rows if row["forecast"] is not None]
-    for name, fits in (("fits", True), ("does not fit", False), ("not known: the first save", None)):
-        some_told = [row for row in told if _fits(row) is fits]
+    own, another = "by its own saves", "by another process's"
+    groups = [(f"{name}, {by}", fits, by == another) for by in (own, another) for name, fits in _ANSWERS]
+    for name, fits, carried_over in [*groups, ("not known", None, False)]:
+        some_told = [row for row in told if _fits(row) is fits and row["carried_over"] is carried_over]
         saved = sum(row["took"] is not None for row in some_told)
         lines.append(f"| {name} | {len(some_told)} | {saved} | {len(some_told) - saved} |")
-    return "\n".join([*lines, "", _ratios(told)])
+    by = [[row for row in told if row["carried_over"] is carried_over] for carried_over in (False, True)]
+    return "\n".join([*lines, "", f"{own}: {_ratios(by[0])}", f"{another}: {_ratios(by[1])}"])
 
 
 def _became(name: str, rows: Sequence[Row]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 
@@ -12,9 +13,13 @@ from hypothesis import strategies as st
 
 import incckpt
 from incckpt.backends.memory import MemoryBackend
-from incckpt.errors import DeadlineError, ManagerClosedError
+from incckpt.errors import CorruptionError, DeadlineError, ManagerClosedError
 from incckpt.run.deadline import Job, Rates, expected, expected_together, to_cut
 from incckpt.run.report import SaveReport
+from incckpt.store.document import dump_document
+from incckpt.store.manifest import Manifest
+from incckpt.store.refs import Ref
+from incckpt.store.store import Store
 from incckpt.testing.faults import Fault, FaultyBackend, Pause
 from incckpt.threads import Future
 
@@ -50,6 +55,66 @@ def test_what_is_expected_is_the_worse_of_the_last_and_the_mean() -> None:
     assert rates_of((10 * MB, 1.0, 0.0)).seconds(20 * MB, done=5 * MB, elapsed=5.0) == pytest.approx(15.0)
     assert rates_of((10 * MB, 1.0, 0.0)).seconds(20 * MB, done=MB // 100, elapsed=1.0) == pytest.approx(2.0, rel=0.01)
     assert Rates().seconds(20 * MB, done=MB // 100, elapsed=1.0) is None, "a small object says nothing of large ones"
+
+
+def test_what_another_process_took_counts_until_this_one_has_saved() -> None:
+    rates = Rates()
+    rates.carry_over((10 * MB, 1.0, 0.2))
+    assert rates.carried_over
+    assert rates.seconds(20 * MB) == pytest.approx(2.4), "as many requests come after the manifest as before"
+    assert rates.seconds(20 * MB, done=10 * MB, elapsed=0.1) == pytest.approx(0.5), "this machine is faster"
+    rates.carry_over(None)
+    assert (rates.carried_over, rates.seconds(MB)) == (False, None), "the checkpoint restored last says nothing"
+    rates.carry_over((10 * MB, 1.0, 0.2))
+    rates.learn(jobs_of([10 * MB])[0])
+    assert not rates.carried_over
+    assert rates.seconds(MB) == 0.0, "of its own saves alone"
+
+
+def test_a_first_save_is_expected_to_take_what_the_one_before_it_took() -> None:
+    server = MemoryBackend(f"deadline-{time.time_ns()}")
+    state = {"w": torch.arange(300_000), "b": torch.zeros(9)}
+    with incckpt.CheckpointManager(server) as manager:
+        manager.save(1, state).result()
+        (report,) = manager.history
+        assert (report.expected_seconds, report.expected_by_another) == (None, False)
+    took = report.seconds["store"], report.changed_bytes
+    with incckpt.CheckpointManager(server) as manager:
+        assert manager.restore(state) == 1
+        state["w"] += 1
+        manager.save(2, state).result()
+        manager.save(3, {**state, "b": torch.ones(9)}).result()
+        second, third = manager.history
+    assert second.expected_by_another
+    assert second.expected_seconds is not None
+    assert second.expected_seconds >= took[0] / took[1] * second.changed_bytes * 0.99
+    assert (third.expected_seconds is not None, third.expected_by_another) == (True, False)
+    with incckpt.CheckpointManager(server) as manager:
+        manager.save(4, state).result()
+        assert manager.history[-1].expected_seconds is None, "nothing was restored, so nothing is known"
+
+
+@pytest.mark.parametrize(
+    "took", [None, {}, [1, 2.0], [1.5, 1.0, 1.0], [1, -1.0, 0.0], [1, "nan", 0.0], [1, 0.0, "inf"]]
+)
+def test_what_a_manifest_says_that_its_save_took_is_checked(took: object) -> None:
+    server = MemoryBackend(f"took-{time.time_ns()}")
+    with incckpt.CheckpointManager(server) as manager:
+        manager.save(1, {"w": torch.zeros(9)}).result()
+    store = Store(server)
+    run = store.run("default")
+    ref = run.read(run.lineage().live[0])
+    assert isinstance(ref, Ref)
+    manifest = store.manifest(ref)
+    assert manifest.took is not None
+    assert Manifest.from_json(manifest.to_json(), "it").took == manifest.took
+    document = {**json.loads(manifest.to_json()), "took": took}
+    for field in ("format", "kind", "check"):
+        del document[field]
+    with pytest.raises(CorruptionError, match="took"):
+        Manifest.from_json(dump_document("manifest", document), "it")
+    del document["took"]
+    assert Manifest.from_json(dump_document("manifest", document), "it").took is None, "as 0.1 wrote it"
 
 
 @pytest.mark.parametrize(

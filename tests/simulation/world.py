@@ -163,6 +163,7 @@ def simulated() -> Iterator[None]:
         mock.patch("incckpt.store.store.secrets", chance),
         mock.patch("incckpt.store.store.ThreadPoolExecutor", InlinePool),
         mock.patch("incckpt.run.writer._Heartbeat", Heartbeat),
+        mock.patch("incckpt.run.writer.time", SimpleNamespace(perf_counter=lambda: 0.0)),  # manifests say what it took
         mock.patch("incckpt.run.scrub.LOOKS", 0),  # looks that only add requests
         mock.patch("incckpt.run.upload.process_index", ChunkIndex),  # simulated processes share no memory
     ):
