@@ -22,7 +22,6 @@ from incckpt.run.checkpoint import Checkpoint, checked_metrics
 from incckpt.run.choose import Which, not_found
 from incckpt.run.pending import OnBacklog, PendingSaves, resolved
 from incckpt.run.position import Position
-from incckpt.run.reader import Reader
 from incckpt.run.report import SaveReport
 from incckpt.run.restore import MapLocation, load_state, restore_into
 from incckpt.run.snapshot import Snapshot, stage
@@ -33,7 +32,6 @@ from incckpt.staging.layout import DEFAULT_CHUNK_BYTES
 from incckpt.staging.threshold import Thresholds
 from incckpt.state.selection import Patterns
 from incckpt.store.location import locate
-from incckpt.store.manifest import Manifest
 from incckpt.store.refs import checked_step
 from incckpt.store.store import Store
 from incckpt.threads import Future
@@ -173,19 +171,19 @@ class CheckpointManager:
         )
         view = RunView(self._store, location.run, threads=threads, verify=verify, metric=metric, mode=mode)
         self._view: RunView | TieredView = view
-        self._position: Position | TieredPosition
         if local is None:
-            self._position = Position(
+            self._position: Position | TieredPosition = Position(
                 self._store, view, policy=policy, threads=threads, baseline=self._base, read_only=read_only
             )
         else:
             self._position = TieredPosition(
                 local_tier(local), self._store, view, policy=policy, threads=threads, baseline=self._base,
                 read_only=read_only, verify=verify, max_bytes=max_bytes, metric=metric, mode=mode,
+                deadline=lambda: watch.deadline,
             )  # fmt: skip
             self._view = self._position.view
         self._calls = OneAtATime(self._saves.works_here)
-        self._preemption.start(self._saves.wake)
+        self._preemption.start(self._wake)
 
     # -- restoring
 
@@ -231,15 +229,14 @@ class CheckpointManager:
             If the checkpoint does not fit `app`, or `app` cannot be written to: nothing was touched.
         """
         self.wait()
-
-        def read(reader: Reader, manifest: Manifest) -> None:
-            restore_into(
+        found = self._position.read(
+            step,
+            lambda reader, manifest: restore_into(
                 reader, manifest, app, base=self._base, keys=keys, ignore=ignore, allow_pickle=self._allow_pickle,
                 progress=progress,
-            )  # fmt: skip
-            self._saves.carry_over(manifest.took)
-
-        found = self._position.read(step, read)
+            ),
+        )  # fmt: skip
+        self._saves.carry_over(self._position.took)
         return None if found is None else found[0].step
 
     @one_at_a_time
@@ -281,17 +278,14 @@ class CheckpointManager:
         found = self._position.read(
             step,
             lambda reader, manifest: load_state(
-                reader,
-                manifest,
-                keys=keys,
-                map_location=map_location,
-                allow_pickle=self._allow_pickle,
+                reader, manifest, keys=keys, map_location=map_location, allow_pickle=self._allow_pickle,
                 progress=progress,
             ),
-        )
+        )  # fmt: skip
         if found is None:
             self._store.check()
             raise not_found(self._view.run)
+        self._saves.carry_over(self._position.took)
         self._base.forget()
         return found[1]
 
@@ -405,15 +399,16 @@ class CheckpointManager:
         if tier is not None:
             check_choice("tier", tier, get_args(Tier))
         self._saves.flush()
-        if tier == "bucket" and isinstance(self._position, TieredPosition):
-            self._position.copies.wait()
+        if tier == "bucket":
+            self._position.finish()
 
     def flush(self, deadline: float | None = None) -> Checkpoint | None:
         """Finish the pending saves by a deadline: what can be made is made, the newest first of all.
 
         How long each takes is estimated from earlier ones. If not all can be made, those in between are left out in
         favour of the newest that can; their futures raise `DeadlineError`, and the log tells. What is under way at the
-        deadline is given up, and the manager takes no more saves. Whatever was committed before stands.
+        deadline is given up, and the manager takes no more saves. Whatever was committed before stands. With a local
+        tier and a deadline, copying the newest to the bucket is waited for, too.
 
         Parameters
         ----------
@@ -423,9 +418,12 @@ class CheckpointManager:
         Returns
         -------
         Checkpoint or None
-            The last that this manager has made.
+            The last one made.
         """
-        return self._saves.flush(deadline)
+        made = self._saves.flush(deadline)
+        if deadline is not None or self.preempted:
+            self._position.finish(deadline)
+        return made
 
     # -- the end of the process
 
@@ -492,14 +490,15 @@ class CheckpointManager:
             for close in (self._store.close, self._view.close, self._position.close):  # the last one first
                 stack.callback(close)
             self._saves.stop()
-            self._preemption.stop(self._saves.wake)
-            if self._saves.abandoned or not self._copied_in_time() or self.preempted:
+            copied = self._position.finish(last=True)
+            self._preemption.stop(self._wake)
+            if self._saves.abandoned or not copied or self.preempted:
                 stack.pop_all()  # they are still in use, or there is no time
             self._calls.closed = True
 
-    def _copied_in_time(self) -> bool:
-        deadline, position = self.deadline, self._position
-        return deadline is None or not isinstance(position, TieredPosition) or position.copies.finish(deadline)
+    def _wake(self) -> None:
+        self._saves.wake()
+        self._position.wake()
 
     def __enter__(self) -> Self:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -33,8 +34,9 @@ class Preemption:
         an operating system that shuts down send first. Handlers that were there before are called, too. A signal that
         would have ended the process no longer does: the training loop has to, by looking at `manager.preempted`.
     grace
-        Seconds from a signal, or a notice that does not say, to the end. Kubernetes gives 30 unless
-        ``terminationGracePeriodSeconds`` says otherwise, Slurm ``KillWait`` (30), torchrun 30, docker stop 10.
+        Seconds to the end from a signal, or from a notice that does not say when, or whose time has passed by this
+        machine's clock. Kubernetes gives 30 unless ``terminationGracePeriodSeconds`` says otherwise, Slurm
+        ``KillWait`` (30), torchrun 30, docker stop 10.
     clouds
         Whose notices to look for every second: ``"auto"`` (whichever answers), or some of ``"aws"``, ``"gcp"``,
         ``"azure"`` or of a `Source`; none by default.
@@ -73,6 +75,7 @@ class Preemption:
         self._watcher = Watcher(sources, self.announce) if sources else None
         self._end: float | None = None
         self._users = 0
+        self._process = os.getpid()
         self._changed: list[Callable[[], object]] = []
 
     @property
@@ -88,10 +91,12 @@ class Preemption:
     def announce(self, notice: Notice) -> None:
         """Take a notice: one of a source that this class does not know, say. Can be called in a signal handler."""
         left = self._grace if notice.deadline is None else notice.deadline - time.time()
-        end = time.monotonic() + max(0.0, left)
+        if left <= 0:  # by a clock that is wrong, or the end is late: nothing is lost by trying
+            left = self._grace
+        end = time.monotonic() + left
         if self._end is None or end < self._end:
             self._end = end
-        for changed in self._changed:
+        for changed in tuple(self._changed):  # another thread may take one away meanwhile
             changed()
         try:
             threads.start(lambda: self._tell(notice, left), "incckpt-notice")
@@ -100,6 +105,8 @@ class Preemption:
 
     def start(self, changed: Callable[[], object]) -> Self:
         """Watch, and call `changed`, which only wakes somebody, whenever something is announced."""
+        if self._process != os.getpid():  # forked from another one, whose users are not this one's
+            self._process, self._users, self._changed, self._end = os.getpid(), 0, [], None
         self._changed.append(changed)
         if not self._users:
             self._signals.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable
@@ -19,7 +20,8 @@ log = logging.getLogger(__name__)
 class SignalWatch:
     """Calls `on_signal` when one of some signals arrives, and then the handler that was there before.
 
-    A signal that would have ended the process no longer does: whoever watches it ends the process in time.
+    A signal that would have ended the process no longer does: whoever watches it ends the process in time. Processes
+    that are forked meanwhile (those of a `multiprocessing.Pool`, which ends them by a signal) are not watched.
 
     Parameters
     ----------
@@ -33,6 +35,7 @@ class SignalWatch:
         self._signals = tuple(signals)
         self._on_signal = on_signal
         self._before: dict[int, Any] = {}
+        self._process = 0  # which is watched
 
     def start(self) -> None:
         """Install the handlers.
@@ -49,8 +52,11 @@ class SignalWatch:
                 "preemption= handles signals, and only the main thread may install their handlers; make the manager "
                 "there, or pass preemption=incckpt.Preemption(signals=())"
             )
+        self._process = os.getpid()
         for number in self._signals:
             before = signal.getsignal(number)
+            if before == self._handle:  # of the process that this one was forked from
+                continue
             self._before[number] = before
             if before is None:
                 log.warning("%s had a handler that Python cannot call; it is replaced", signal.Signals(number).name)
@@ -66,7 +72,11 @@ class SignalWatch:
                 signal.signal(number, before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._on_signal(number)
         before = self._before.get(number)
+        if self._process != os.getpid():
+            signal.signal(number, signal.SIG_DFL if before is None else before)
+            os.kill(os.getpid(), number)
+            return
+        self._on_signal(number)
         if callable(before) and before is not signal.default_int_handler:
             before(number, frame)

@@ -43,6 +43,11 @@ class Position:
         Of the attempts, see `Attempt`.
     read_only
         Whether nothing will be written.
+
+    Attributes
+    ----------
+    took
+        What the save of the checkpoint took that was read last, by its manifest (`Manifest.took`).
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Position:
         self._threads = threads
         self._baseline = baseline
         self._read_only = read_only
+        self.took: tuple[int, float, float] | None = None
         self._attempt: Attempt | None = None
         self._turn = threading.Lock()
 
@@ -72,6 +78,7 @@ class Position:
         if not self._read_only:
             nothing = Origin.nothing(lineage)
             self.go_on_from(nothing if found is None else Origin.restored(self._view.run, lineage, *found[:2]))
+        self.took = None if found is None else found[1].took
         return None if found is None else (found[0], found[2])
 
     def existing(self, step: int) -> Ref | None:
@@ -118,6 +125,13 @@ class Position:
                 return attempt.delete(step)
 
         return self._with_attempt(delete)
+
+    def wake(self) -> None:
+        """Nobody waits here."""
+
+    def finish(self, deadline: float | None = None, *, last: bool = False) -> bool:
+        """Return that nothing is left to be done: what was written is where it belongs."""
+        return True
 
     def close(self) -> None:
         """Let go of threads."""

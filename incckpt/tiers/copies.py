@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from threading import RLock
 
 from incckpt.errors import BackendError, DeadlineError, IncckptError, OptionError, SaveError, SupersededError
@@ -54,9 +56,19 @@ class Copies:
         The run's name.
     max_pending
         Checkpoints that may wait besides the one being copied; where there is a further one, the oldest does not.
+    deadline
+        Returns when the process has to have ended, by `time.monotonic`, once that is known.
     """
 
-    def __init__(self, copy: Callable[[PendingCopy], bool], *, bucket: str, run: str, max_pending: int) -> None:
+    def __init__(
+        self,
+        copy: Callable[[PendingCopy], bool],
+        *,
+        bucket: str,
+        run: str,
+        max_pending: int,
+        deadline: Callable[[], float | None] = lambda: None,
+    ) -> None:
         self._copy = copy
         self._bucket = bucket
         self._max_pending = max_pending
@@ -65,7 +77,10 @@ class Copies:
         self._failed: PendingCopy | None = None  # the newest that could not be copied
         self._error: IncckptError | None = None  # what it failed with
         self._lock = RLock()
+        self._deadline = deadline
         self._queue = BackgroundQueue(2, f"incckpt-copy-{run}")
+        finish = weakref.WeakMethod(self.finish)
+        self._queue.at_exit = lambda: None if (method := finish()) is None else method(last=True)
 
     def works_here(self) -> bool:
         """Return whether this thread copies."""
@@ -112,19 +127,44 @@ class Copies:
         if isinstance(self._error, (SupersededError, OptionError)):
             raise self._error
 
-    def finish(self, deadline: float) -> bool:
-        """Finish by a deadline (of `time.monotonic`), or give up; return whether the bucket has the newest checkpoint.
+    def wake(self) -> None:
+        """Have a call that waits look at the deadline. Can be called in a signal handler."""
+        self._queue.wake()
 
-        What waits is left out in favour of the newest.
+    def finish(self, deadline: float | None = None, *, last: bool = False) -> bool:
+        """Wait until nothing waits or is being copied, or for a deadline; return whether it did not come to that.
+
+        Once there is a deadline, what waits is left out in favour of the newest.
+
+        Parameters
+        ----------
+        deadline
+            By `time.monotonic`; by default that of the process, which may be announced meanwhile.
+        last
+            Whether to wait for nothing any more after the deadline, even if the interpreter exits.
         """
-        with self._lock:
-            skipped, self._waiting = list(self._waiting)[:-1], deque(list(self._waiting)[-1:])
-        self._skip(skipped)
-        if self._queue.wait(deadline):
-            return self._failed is None
+        limit = None
+        while limit is None or time.monotonic() < limit:
+            limit = before = self._deadline() if deadline is None else deadline
+            if limit is not None:
+                with self._lock:
+                    skipped, self._waiting = list(self._waiting)[:-1], deque(list(self._waiting)[-1:])
+                self._skip(skipped)
+            moved = None if deadline is not None else partial(self._moved, before)
+            if self._queue.wait(limit, moved):
+                return True
         log.error("not copied to %s in the time that was left; what it had before stands", self._bucket)
-        self._queue.abandon(DeadlineError("not copied in the time that was left"))
+        if last:
+            error = DeadlineError("not copied in the time that was left")
+            with self._lock:
+                given_up = [item for item in (*self._waiting, self._under_way) if item is not None]
+            for item in given_up:
+                item.report.tier("bucket").state, item.report.tier("bucket").error = "failed", str(error)
+            self._queue.abandon(error)
         return False
+
+    def _moved(self, before: float | None) -> bool:
+        return self._deadline() != before
 
     def stop(self) -> None:
         """Finish, and try the newest once more if it could not be copied.

@@ -64,6 +64,8 @@ class TieredPosition:
         See `Position`.
     verify, max_bytes, metric, mode
         For the local tier, as for the bucket.
+    deadline
+        See `Copies`.
 
     Attributes
     ----------
@@ -71,6 +73,8 @@ class TieredPosition:
         The run as both tiers have it.
     copies
         What is on its way to the bucket.
+    took
+        See `Position`.
     """
 
     def __init__(
@@ -87,13 +91,16 @@ class TieredPosition:
         max_bytes: int | None,
         metric: str | None,
         mode: Mode,
+        deadline: Callable[[], float | None] = lambda: None,
     ) -> None:
         run = bucket_view.run.name
         self._store = store
         self._local_store = Store.open(locate(tier.path).store, max_bytes=max_bytes)
         local_view = RunView(self._local_store, run, threads=threads, verify=verify, metric=metric, mode=mode)
         self.view = TieredView(self._local_store, local_view, store, bucket_view, metric, mode)
-        self.copies = Copies(self._copy, bucket=store.backend.url, run=run, max_pending=tier.max_pending)
+        self.copies = Copies(
+            self._copy, bucket=store.backend.url, run=run, max_pending=tier.max_pending, deadline=deadline
+        )
         kept = Union((tier.retention or KeepLast(tier.keep_last_n), self.copies.keep))
         self._local = Position(
             self._local_store, local_view, policy=kept, threads=threads, baseline=baseline, read_only=read_only
@@ -101,6 +108,7 @@ class TieredPosition:
         self._bucket = Position(
             store, bucket_view, policy=policy, threads=threads, baseline=baseline, read_only=read_only
         )
+        self.took: tuple[int, float, float] | None = None
         self._read_only = read_only
         self._lost = False  # the local tier, so that saves go to the bucket
         self._begun = False  # whether the local tier says what it goes on from
@@ -135,6 +143,7 @@ class TieredPosition:
                 continue
             if not self._read_only:
                 self._go_on_from(sight, is_local, lineage, found[0], found[1])
+            self.took = found[1].took
             return found[0], found[2]
         if failed is not None:
             raise failed
@@ -271,6 +280,14 @@ class TieredPosition:
             self.copies.stop()
 
     # -- copying
+
+    def wake(self) -> None:
+        """Have a call that waits look at the deadline, see `Copies.wake`."""
+        self.copies.wake()
+
+    def finish(self, deadline: float | None = None, *, last: bool = False) -> bool:
+        """Wait until the bucket has what the local tier has, or for a deadline, see `Copies.finish`."""
+        return self.copies.finish(deadline, last=last)
 
     def _copy(self, item: PendingCopy) -> bool:
         """Copy a checkpoint to the bucket, unless that has it or is beyond it; return whether it is there."""

@@ -15,6 +15,7 @@ import torch
 
 import incckpt
 from incckpt.errors import OptionError
+from tests.forks import exit_code, fork, forks
 from tests.scripts import run_script
 
 
@@ -61,6 +62,61 @@ def test_a_signal_is_noted_passed_on_and_given_back(tmp_path: Path) -> None:
     assert passed == [signal.SIGUSR1] * 2
     assert signal.getsignal(signal.SIGUSR1) is before
     assert incckpt.load(tmp_path)["w"].equal(torch.ones(3))
+
+
+@forks
+@pytest.mark.parametrize("before", ["default", "handler"])
+def test_a_forked_process_is_ended_as_if_nobody_watched(tmp_path: Path, before: str) -> None:
+    """`multiprocessing.Pool` ends its processes by SIGTERM, and waits for them."""
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL if before == "default" else lambda *_: os._exit(7))
+    preemption = incckpt.Preemption(signals=[signal.SIGUSR1])
+    with incckpt.CheckpointManager(tmp_path, preemption=preemption) as manager:
+
+        def child() -> None:
+            sent()
+            os._exit(1)
+
+        code = exit_code(fork(child))
+        assert code == (-signal.SIGUSR1 if before == "default" else 7), "the signal did nothing"
+        assert not manager.preempted
+
+
+@forks
+def test_a_forked_process_watches_for_itself(tmp_path: Path) -> None:
+    preemption = incckpt.Preemption(signals=[signal.SIGUSR1])
+    with incckpt.CheckpointManager(tmp_path / "parent", preemption=preemption) as manager:
+        sent()
+        assert manager.preempted
+
+        def child() -> None:
+            with incckpt.CheckpointManager(tmp_path / "child", preemption=preemption) as own:
+                assert not own.preempted
+                sent()
+                assert own.preempted
+
+        assert exit_code(fork(child)) == 0
+
+
+def test_one_that_was_closed_in_another_thread_can_be_used_again(tmp_path: Path) -> None:
+    preemption = incckpt.Preemption(signals=[signal.SIGUSR1])
+    manager = incckpt.CheckpointManager(tmp_path, preemption=preemption)
+    closing = threading.Thread(target=manager.close)
+    closing.start()
+    closing.join()
+    with incckpt.CheckpointManager(tmp_path, preemption=preemption) as manager:
+        sent()
+        assert manager.preempted
+
+
+@pytest.mark.parametrize("late", [1, 3600, 1e9])
+def test_a_notice_whose_time_has_passed_leaves_the_grace(tmp_path: Path, late: float) -> None:
+    """The clock of one of the two is wrong, or the end is late; to give everything up would be the one sure loss."""
+    preemption = incckpt.Preemption(signals=(), grace=20, margin=2)
+    with incckpt.CheckpointManager(tmp_path, preemption=preemption) as manager:
+        start = time.monotonic()
+        preemption.announce(incckpt.Notice("test", time.time() - late, "the machine goes"))
+        assert manager.deadline is not None
+        assert start + 18 <= manager.deadline <= time.monotonic() + 18
 
 
 def test_a_handler_that_came_later_stays(tmp_path: Path) -> None:
