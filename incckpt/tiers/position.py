@@ -37,7 +37,7 @@ from incckpt.store.store import Store
 from incckpt.tiers.copies import Copies, PendingCopy
 from incckpt.tiers.follows import Follows
 from incckpt.tiers.local import LocalTier
-from incckpt.tiers.view import Sight, TieredView
+from incckpt.tiers.view import Sight, TieredView, check_apart
 
 __all__ = ["TieredPosition"]
 
@@ -66,6 +66,11 @@ class TieredPosition:
         For the local tier, as for the bucket.
     deadline
         See `Copies`.
+
+    Raises
+    ------
+    OptionError
+        If both tiers are one.
 
     Attributes
     ----------
@@ -96,6 +101,7 @@ class TieredPosition:
         run = bucket_view.run.name
         self._store = store
         self._local_store = Store.open(locate(tier.path).store, max_bytes=max_bytes)
+        check_apart(self._local_store.backend.url == store.backend.url, store)
         local_view = RunView(self._local_store, run, threads=threads, verify=verify, metric=metric, mode=mode)
         self.view = TieredView(self._local_store, local_view, store, bucket_view, metric, mode)
         self.copies = Copies(

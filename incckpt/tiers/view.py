@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from incckpt.errors import BackendError, CheckpointNotFoundError, CorruptionError, FormatError, StoreNotFoundError
+from incckpt.errors import (
+    BackendError,
+    CheckpointNotFoundError,
+    CorruptionError,
+    FormatError,
+    OptionError,
+    StoreNotFoundError,
+)
 from incckpt.retention import Mode
 from incckpt.run.checkpoint import Checkpoint, log_unreadable, read_refs
 from incckpt.run.choose import Which, best_step, checked_which, listed, not_found, place
@@ -22,7 +29,7 @@ from incckpt.threads import shielded
 from incckpt.tiers.follows import Follows
 from incckpt.tiers.mixed import MixedObjects
 
-__all__ = ["Sight", "TieredView"]
+__all__ = ["Sight", "TieredView", "check_apart"]
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +110,7 @@ class TieredView:
         Raises
         ------
         OptionError
-            If the local tier is that of another bucket.
+            If the local tier is that of another bucket, or the same store.
         BackendError
             If the bucket cannot be reached, and there is nothing in the local tier.
         """
@@ -120,6 +127,8 @@ class TieredView:
                 raise
             log.warning("the bucket cannot be reached; going by the local tier alone: %s", error)
             return Sight(local, None, follows)
+        if local.attempt and bucket.attempt:
+            check_apart(self._local_store.id == self._bucket_store.id, self._bucket_store)
         if follows is not None and bucket.attempt:
             follows.check(self._local_store, self._bucket_store)
         return Sight(local, bucket, follows)
@@ -218,6 +227,20 @@ class TieredView:
         """Stop the threads."""
         self.local.close()
         self.bucket.close()
+
+
+def check_apart(same: bool, bucket: Store) -> None:
+    """Refuse tiers that are the `same` store, whose two writers would take the run from each other.
+
+    Raises
+    ------
+    OptionError
+    """
+    if same:
+        raise OptionError(
+            f"local= is the store at {bucket.backend.url} itself, or a copy of its folder; give another folder, or "
+            "leave it out"
+        )
 
 
 def _lineage(store: Store, run: Run) -> Lineage:

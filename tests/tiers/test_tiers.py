@@ -359,6 +359,19 @@ def test_another_buckets_local_tier_is_refused(bucket: Path, local: Path, tmp_pa
         restored(manager)
 
 
+def test_tiers_that_are_one_store_are_refused(bucket: Path, tmp_path: Path) -> None:
+    for url in (bucket, f"file://{bucket}/"):
+        with pytest.raises(OptionError, match="itself"):
+            CheckpointManager(url, local=bucket)
+    with CheckpointManager(bucket) as manager:
+        save(manager, 1)
+    (tmp_path / "link").symlink_to(bucket)
+    shutil.copytree(bucket, tmp_path / "copy")
+    for name in ("link", "copy"):
+        with CheckpointManager(bucket, local=tmp_path / name) as manager, pytest.raises(OptionError, match="itself"):
+            restored(manager)
+
+
 def test_what_it_says_is_checked() -> None:
     with pytest.raises(OptionError, match="leave out the fragment"):
         LocalTier("/tmp/x#run")
