@@ -13,6 +13,9 @@ import os
 
 cdef extern from *:
     """
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE /* for sync_file_range */
+    #endif
     #include <dirent.h>
     #include <errno.h>
     #include <fcntl.h>
@@ -50,14 +53,20 @@ cdef extern from *:
     }
 
 
-    static int files_write_new(const char *path, const uint8_t *data, size_t nbytes)
+    static int files_close(int fd, int code)
+    {
+        return close(fd) && !code && errno != EINTR ? errno : code;
+    }
+
+    /* Write a new file; where `begin`, have the system begin to bring it to the disk. */
+    static int files_fill(const char *path, const uint8_t *data, size_t nbytes, int begin, int *fd)
     {
         enum { MOST = 1 << 30 }; /* some systems refuse more than INT_MAX at once */
-        int fd, code = files_open(path, O_CREAT | O_EXCL | O_WRONLY, &fd);
+        int code = files_open(path, O_CREAT | O_EXCL | O_WRONLY, fd);
         if (code)
             return code;
         while (nbytes && !code) {
-            const ssize_t written = write(fd, data, nbytes < MOST ? nbytes : MOST);
+            const ssize_t written = write(*fd, data, nbytes < MOST ? nbytes : MOST);
             if (written >= 0) {
                 data += written;
                 nbytes -= (size_t)written;
@@ -65,11 +74,21 @@ cdef extern from *:
                 code = errno;
             }
         }
-        if (!code)
-            code = files_sync(fd);
-        if (close(fd) && !code && errno != EINTR)
-            code = errno;
+    #ifdef SYNC_FILE_RANGE_WRITE
+        if (begin && !code)
+            sync_file_range(*fd, 0, 0, SYNC_FILE_RANGE_WRITE); /* only sooner: `fsync` tells what failed */
+    #endif
+        if (code) {
+            close(*fd);
+            *fd = -1;
+        }
         return code;
+    }
+
+    static int files_write_new(const char *path, const uint8_t *data, size_t nbytes)
+    {
+        int fd, code = files_fill(path, data, nbytes, 0, &fd);
+        return code ? code : files_close(fd, files_sync(fd));
     }
 
     static int files_sync_folder(const char *path)
@@ -77,31 +96,52 @@ cdef extern from *:
         int fd, code = files_open(path, O_RDONLY | O_DIRECTORY, &fd);
         if (code)
             return code;
-        code = files_sync(fd);
-        if (close(fd) && !code && errno != EINTR)
-            code = errno;
-        return code;
+        return files_close(fd, files_sync(fd));
     }
 
     typedef struct {
-        const char *temporary, *path, *folder;
+        const char *temporary, *path;
+        const char *folder; /* NULL if another of the files syncs it */
         const uint8_t *data;
         size_t nbytes;
+        int fd;
     } files_file;
 
-    /* Sets `stage` to the step that failed: 0 write, 1 rename, 2 the folder's sync. */
-    static int files_write_over(const files_file *file, int *stage)
+    /* Step by step for all files together, so that the file system need not write its journal for each of them. Sets
+       `failed` to the file at which a step failed, and `stage` to the step: 0 write, 1 rename, 2 the folder's sync. */
+    static int files_write_over(files_file *files, size_t count, size_t *failed, int *stage)
     {
-        int code;
+        int code = 0;
+        size_t i, opened = 0;
         *stage = 0;
-        code = files_write_new(file->temporary, file->data, file->nbytes);
-        if (code)
-            return code;
-        *stage = 1;
-        if (rename(file->temporary, file->path))
-            return errno;
-        *stage = 2;
-        return files_sync_folder(file->folder);
+        for (i = 0; i < count && !code; i++) {
+            code = files_fill(files[i].temporary, files[i].data, files[i].nbytes, count > 1, &files[i].fd);
+            *failed = i;
+            opened += !code;
+        }
+        for (i = 0; i < opened; i++) {
+            const int before = code;
+            if (!code)
+                code = files_sync(files[i].fd);
+            code = files_close(files[i].fd, code);
+            if (code && !before)
+                *failed = i;
+        }
+        if (!code)
+            *stage = 1;
+        for (i = 0; i < count && !code; i++) {
+            *failed = i;
+            if (rename(files[i].temporary, files[i].path))
+                code = errno;
+        }
+        if (!code)
+            *stage = 2;
+        for (i = 0; i < count && !code; i++) {
+            *failed = i;
+            if (files[i].folder)
+                code = files_sync_folder(files[i].folder);
+        }
+        return code;
     }
 
     static int files_make_folder(const char *path, const char *parent)
@@ -187,7 +227,7 @@ cdef extern from *:
         const uint8_t *data
         size_t nbytes
 
-    int files_write_over(const files_file *file, int *stage) noexcept nogil
+    int files_write_over(files_file *files, size_t count, size_t *failed, int *stage) noexcept nogil
     int files_make_folder(const char *path, const char *parent) noexcept nogil
 
     ctypedef struct files_folder:
@@ -230,43 +270,47 @@ def sync_folder(path):
 
 
 def write_over(files):
-    """Write files durably, over existing ones: `write_new`, rename, `sync_folder`.
+    """Write files durably, over existing ones: write and sync all, rename all, sync their folders.
 
     Parameters
     ----------
     files
-        The temporary path, path and data of each.
+        The temporary path, path and data of each; few enough to have open at once.
 
     Raises
     ------
     OSError
-        If a call fails; names one of the paths or their folder. The files before that one are complete.
+        If a call fails; names one of the paths or their folder. Any of the files may be complete then, or only its
+        temporary one be there.
     """
-    cdef size_t count = <size_t> len(files), i
+    cdef size_t count = <size_t> len(files), i, failed = 0
     cdef int code = 0, stage = 0
     cdef files_file *all_files = <files_file *> malloc((count + 1) * sizeof(files_file))
     cdef Path first, last, above
     cdef const uint8_t[::1] view
     held = []
+    folders = {}
     if all_files == NULL:
         raise MemoryError
     try:
         for i in range(count):
             temporary, path, data = files[i]
-            first, last, above = Path(temporary), Path(path), Path(os.path.dirname(path))
+            first, last, folder = Path(temporary), Path(path), os.path.dirname(path)
+            above = folders.get(folder)
+            all_files[i].folder = NULL
+            if above is None:
+                above = folders[folder] = Path(folder)
+                all_files[i].folder = above.c_name
             view = data
-            held.append((first, last, above, view))
-            all_files[i].temporary, all_files[i].path, all_files[i].folder = first.c_name, last.c_name, above.c_name
+            held.append((first, last, view))
+            all_files[i].temporary, all_files[i].path = first.c_name, last.c_name
             all_files[i].data, all_files[i].nbytes = start(view), <size_t> view.shape[0]
         with nogil:
-            for i in range(count):
-                code = files_write_over(&all_files[i], &stage)
-                if code:
-                    break
+            code = files_write_over(all_files, count, &failed, &stage)
     finally:
         free(all_files)
     if code:
-        temporary, path, _ = files[i]
+        temporary, path, _ = files[failed]
         check(code, (temporary, path, os.path.dirname(path))[stage])
 
 

@@ -7,6 +7,8 @@ import logging
 import os
 import stat
 import time
+from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import suppress
 
 from incckpt.backends.system import SystemCalls
@@ -72,6 +74,27 @@ class Folders:
             if made or inside:
                 raise  # but folders above an existing root need not be ours to read
         self._durable[folder] = time.monotonic()
+
+    def make_all(self, folders: Iterable[str]) -> None:
+        """Make folders, durably, with one sync for those in the same folder."""
+        by_parent: defaultdict[str, list[str]] = defaultdict(list)
+        for folder in dict.fromkeys(folders):
+            if not self._is_durable(folder):
+                by_parent[os.path.dirname(folder)].append(folder)
+        for parent, inside in by_parent.items():
+            if len(inside) < 2 or len(parent) < len(self._root):
+                for folder in inside:
+                    self.make(folder)
+                continue
+            self.make(parent)
+            for folder in inside:
+                try:
+                    self.calls.mkdir(folder)
+                except FileExistsError:
+                    if not self.is_one(folder):
+                        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder) from None
+            self.sync(parent)
+            self._durable.update(dict.fromkeys(inside, time.monotonic()))
 
     def forget(self) -> None:
         """Forget which folders are durable, since one has disappeared."""

@@ -47,6 +47,7 @@ _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _MAY_PASS = frozenset(
     {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
 )
+_AT_ONCE = 64  # files open at once in a put of many
 _LIST_PASSES = 4
 
 
@@ -98,14 +99,17 @@ class LocalBackend(Backend):
             raise self._error(exc, "put", key, path, missing_is_key=False) from exc
 
     def put_many(self, values: Sequence[tuple[str, ReadableBuffer]]) -> None:
+        for start in range(0, len(values), _AT_ONCE):
+            self._put_together(values[start : start + _AT_ONCE])
+
+    def _put_together(self, values: Sequence[tuple[str, ReadableBuffer]]) -> None:
         files: list[tuple[str, str, memoryview]] = []
         for key, data in values:
             path = self._path(key)
             temporary = os.path.join(os.path.dirname(path), self._temporary_name())
             files.append((temporary, path, memoryview(data).cast("B")))
         try:
-            for _, path, _ in files:
-                self._folders.make(os.path.dirname(path))
+            self._folders.make_all(os.path.dirname(path) for _, path, _ in files)
             self._calls.write_over(files)
         except BaseException as exc:
             for temporary, _, _ in files:

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 from incckpt.backends import _files
 
@@ -162,14 +162,22 @@ class SystemCalls:
 
         After an error other than `FileExistsError` the file may hold part of the data.
         """
+        fd = self._filled(path, data)
+        try:
+            self.fsync(fd)
+        finally:
+            self.close(fd)
+
+    def _filled(self, path: str, data: memoryview) -> int:
         fd = self.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC)
         try:
             written = 0
             while written < len(data):
                 written += self.write(fd, data[written:])
-            self.fsync(fd)
-        finally:
+        except BaseException:
             self.close(fd)
+            raise
+        return fd
 
     def sync_folder(self, path: str) -> None:
         """Make the entries of a folder durable."""
@@ -180,19 +188,34 @@ class SystemCalls:
             self.close(fd)
 
     def write_over(self, files: Sequence[tuple[str, str, memoryview]]) -> None:
-        """Write `files` (temporary path, path, data) durably, over existing ones: `write_new`, rename, `sync_folder`.
+        """Write `files` (temporary path, path, data) durably, over existing ones, step by step for all together.
 
-        An error names one of the paths or their folder; the files before that one are complete.
+        They are open at once. An error names one of the paths or their folder; any of the files may be complete then.
         """
-        for temporary, path, data in files:
-            self.write_new(temporary, data)
+        opened: list[tuple[int, str]] = []
+        try:
+            for temporary, _, data in files:
+                opened.append((self._filled(temporary, data), temporary))
+            while opened:
+                fd, temporary = opened[0]
+                _named(temporary, partial(self.fsync, fd))
+                self.close(opened.pop(0)[0])
+        finally:
+            for fd, _ in opened:
+                self.close(fd)
+        for temporary, path, _ in files:
             self.replace(temporary, path)
-            folder = os.path.dirname(path)
-            try:
-                self.sync_folder(folder)
-            except OSError as exc:
-                exc.filename = folder
-                raise
+        for folder in dict.fromkeys(os.path.dirname(path) for _, path, _ in files):
+            _named(folder, partial(self.sync_folder, folder))
+
+
+def _named(path: str, call: Callable[[], None]) -> None:
+    """Call, and have an error name `path`."""
+    try:
+        call()
+    except OSError as exc:
+        exc.filename = path
+        raise
 
 
 class NativeCalls(SystemCalls):

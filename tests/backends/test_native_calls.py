@@ -126,6 +126,7 @@ backend.put("a/first", b"")
 open(sys.argv[3], "w").close()
 backend.put("a/k", bytes(3_000_000))
 backend.put("b/k", b"k")
+backend.put_many([("c/k", b"1"), ("d/k", b"2"), ("c/l", b"3")])
 """
 
 
@@ -165,6 +166,12 @@ def test_a_put_makes_the_same_calls_in_the_same_order(tmp_path: Path) -> None:
         ("open", "store/b", "0"),
         ("fsync", "store/b", "0"),
         ("close", "store/b", "0"),
+        *(("mkdir", f"store/{folder}", "0") for folder in "cd"),
+        *((name, "store", "0") for name in ("open", "fsync", "close")),  # for both
+        *((name, f"store/{folder}/TEMPORARY", "1") for folder in "cdc" for name in ("open", "write")),
+        *((name, f"store/{folder}/TEMPORARY", "0") for folder in "cdc" for name in ("fsync", "close")),
+        *(("rename", f"store/{key}", "0") for key in ("c/k", "d/k", "c/l")),
+        *((name, f"store/{folder}", "0") for folder in "cd" for name in ("open", "fsync", "close")),
     ]
     assert logs["SystemCalls"] == logs["NativeCalls"]
 
