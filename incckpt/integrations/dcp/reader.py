@@ -6,7 +6,6 @@ import io
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self, TypeAlias
@@ -105,17 +104,19 @@ class IncrementalReader(StorageReader):
         self._verify = verify
         self._threads = chosen_threads(threads)
         self._options = storage_options
-        self._store: Store | None = None
+        self._lent: Store | None = None
+        self._opened: Store | None = None  # from `read_metadata` to the end of `read_data`
         self._found: _Found | None = None
         self._error: IncckptError | None = None
 
     def over(self, store: Store) -> Self:
         """Read from a store that is open already, and stays so."""
-        self._store = store
+        self._lent = store
         return self
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a load; `checkpoint_id` may end in the step."""
+        self._close()
         self._found = None
         if checkpoint_id is not None:
             self._step = step_of(checkpoint_id, self._url, self._run)
@@ -127,11 +128,13 @@ class IncrementalReader(StorageReader):
 
     def read_metadata(self) -> Metadata:
         """Return what the checkpoint holds."""
+        self._close()
         self._error = None
         try:
-            self._found = self._look()
+            self._found = self._look(self._store())
         except IncckptError as error:
             # DCP would make an AssertionError of it; `set_up_storage_reader` raises it.
+            self._close()
             self._error = error
             return Metadata({})
         return self._found.metadata()
@@ -179,11 +182,11 @@ class IncrementalReader(StorageReader):
             If the checkpoint is damaged, or was pruned meanwhile.
         """
         assert self._found is not None
-        with (
-            self._opened() as store,
-            Reader(store, threads=self._threads, verify=self._verify) as reader,
-        ):
-            _Load(self._found, reader, planner).run(plan.items)
+        try:
+            with Reader(self._store(), threads=self._threads, verify=self._verify) as reader:
+                _Load(self._found, reader, planner).run(plan.items)
+        finally:
+            self._close()
         future: torch.futures.Future[None] = torch.futures.Future()
         future.set_result(None)
         return future
@@ -203,15 +206,22 @@ class IncrementalReader(StorageReader):
             values = {key: stored_form(item, find_state_dict_object(flat, item.index)) for key, item in keyed}
             shards.adopt(values, sources, self._found.contents.manifest)
 
-    def _opened(self) -> AbstractContextManager[Store]:
-        return Store.open(self._url, self._options) if self._store is None else nullcontext(self._store)
+    def _store(self) -> Store:
+        if self._lent is not None:
+            return self._lent
+        if self._opened is None:
+            self._opened = Store.open(self._url, self._options)
+        return self._opened
 
-    def _look(self) -> _Found:
+    def _close(self) -> None:
+        """Close the store of a load that is over, or that failed on another rank before this one could read."""
+        if self._opened is not None:
+            store, self._opened = self._opened, None
+            store.close()
+
+    def _look(self, store: Store) -> _Found:
         metric, mode = self._ranking
-        with (
-            self._opened() as store,
-            RunView(store, self._run, threads=self._threads, verify=self._verify, metric=metric, mode=mode) as view,
-        ):
+        with RunView(store, self._run, threads=self._threads, verify=self._verify, metric=metric, mode=mode) as view:
             _, found = view.read(
                 self._step,
                 lambda reader, manifest: Contents.of(manifest, fetch=partial(read_packed, reader, manifest)),
