@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import logging
+import os
 import pickle
 import resource
 import statistics
@@ -22,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -55,8 +58,8 @@ from incckpt.store.manifest import Chunk, Range
 from incckpt.store.objects import chunk_sizes, manifest_keys, manifest_sizes
 from incckpt.store.refs import RefName
 from incckpt.store.store import Store
-from tests.servers.processes import python_server
-from tests.servers.slow_relay import slowed
+from tests.servers.installed import rclone
+from tests.servers.processes import free_port, program_server, python_server
 
 _SHARD = 10 << 20  # bytes of a shard: 1,000 tensors over 1,000 ranks are 10 TB
 
@@ -124,7 +127,8 @@ class Target:
     Parameters
     ----------
     rate
-        Bytes per second of the link to an S3 server of this machine; ``None`` for a folder.
+        Bytes per second, each way, of the link to an S3 server of this machine; ``None`` for a folder. The server is
+        rclone, which answers many requests at once; it cannot create exclusively, which costs us a request more each.
     """
 
     def __init__(self, rate: float | None) -> None:
@@ -133,10 +137,14 @@ class Target:
         if dist.get_rank() == 0 and rate is None:
             told[0] = self._stack.enter_context(tempfile.TemporaryDirectory())
         elif dist.get_rank() == 0 and rate is not None:
-            port = self._stack.enter_context(python_server("s3_server"))
-            relay, _ = self._stack.enter_context(slowed(port, rate))
+            folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+            (folder / "served" / "bench").mkdir(parents=True)
+            port = free_port()
+            command = [rclone(), "serve", "s3", "--config", os.devnull, "--auth-key", "test,testtest", "--no-cleanup"]
+            command += ["--addr", f"127.0.0.1:{port}", str(folder / "served")]
+            self._stack.enter_context(program_server(command, port, folder / "log"))
+            relay = self._stack.enter_context(python_server("slow_relay", str(port), str(rate)))
             options = {"key": "test", "secret": "testtest", "endpoint_url": f"http://127.0.0.1:{relay}"}
-            fsspec.filesystem("s3", **options).mkdir("bench")
             told = ["s3://bench", options]
         dist.broadcast_object_list(told, 0)
         self.root, self.options = told
@@ -178,20 +186,33 @@ def slowest(seconds: float) -> float:
     return float(told.item())
 
 
-def saves(megabytes: int, rounds: int, changed: float, rate: float | None) -> None:
-    """Print what saves in the background and loads take beside DCP's own, alternating."""
+def saves(megabytes: int, rounds: int, changed: float, rate: float | None, equal: bool = False) -> None:
+    """Print what saves in the background and loads take beside DCP's own, alternating.
+
+    Parameters
+    ----------
+    rate
+        As `Target` takes it.
+    equal
+        Whether every rank has the same shards.
+    """
     dist.init_process_group("gloo")
     group = dist.new_group(backend="gloo")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    logging.getLogger("incckpt").setLevel(logging.ERROR)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    generator = torch.Generator().manual_seed(dist.get_rank())
+    generator = torch.Generator().manual_seed(0 if equal else dist.get_rank())
     count = 20
     elements = (megabytes << 20) // 4 // count // dist.get_world_size() // 1024
     locals_ = [torch.randn(elements, 1024, generator=generator) for _ in range(count)]
     state = {f"w{i}": DTensor.from_local(one, mesh, [Shard(0)], run_check=False) for i, one in enumerate(locals_)}
     place = Target(rate)
     ours = IncrementalWriter(f"{place.root}/incckpt", threads=1, storage_options=place.options)
+
+    def incremental() -> StorageReader:
+        return IncrementalReader(f"{place.root}/incckpt", threads=1, storage_options=place.options)
+
     writers: dict[str, Callable[[str], StorageWriter]] = {"incckpt": lambda name: ours, "FsspecWriter": place.fsspec}
     if not place.remote:
         writers["FileSystemWriter"] = place.file_system
@@ -208,16 +229,18 @@ def saves(megabytes: int, rounds: int, changed: float, rate: float | None) -> No
             whole[name].append(slowest(time.perf_counter() - started))
         for one in locals_[: round(count * changed)]:
             one += 1e-3 * torch.randn(one.shape, generator=generator)
-    loads: dict[str, float] = {}
-    reader = IncrementalReader(f"{place.root}/incckpt", threads=1, storage_options=place.options)
-    for name in writers:
-        dist.barrier()
-        started = time.perf_counter()
-        load(state, storage_reader=reader if name == "incckpt" else place.reader(f"{name}-{rounds - 1}"))
-        loads[name] = slowest(time.perf_counter() - started)
+    loads: dict[str, list[float]] = {name: [] for name in writers}
+    for number in range(rounds):
+        for name in sorted(writers, reverse=bool(number % 2)):
+            reader = incremental() if name == "incckpt" else place.reader(f"{name}-{rounds - 1}")
+            dist.barrier()
+            started = time.perf_counter()
+            load(state, storage_reader=reader)
+            loads[name].append(slowest(time.perf_counter() - started))
     if dist.get_rank() == 0:
         where = "a local disk" if rate is None else f"a link of {rate * 8 / 1e9:g} Gbit/s to an S3 server"
-        print(f"{megabytes} MiB over {dist.get_world_size()} ranks, {changed:.0%} of the tensors changed, {where}")
+        what = f"{megabytes} MiB over {dist.get_world_size()} {'equal ' if equal else ''}ranks"
+        print(f"{what}, {changed:.0%} of the tensors changed, {where}")
         print("| | blocked by the first, later saves | first save, later ones | load | stored by the first, by all |")
         print("| --- | --- | --- | --- | --- |")
         first = Store.open(f"{place.root}/incckpt", place.options)
@@ -229,7 +252,8 @@ def saves(megabytes: int, rounds: int, changed: float, rate: float | None) -> No
             names = [name] if name == "incckpt" else [f"{name}-{number}" for number in range(rounds)]
             sizes = [place.nbytes(one) for one in names]
             early = written if name == "incckpt" else sizes[0]
-            print(f"| {name} | {times} | {loads[name]:.2f} s | {early / 1e6:.0f} MB, {sum(sizes) / 1e6:.0f} MB |")
+            stored = f"{early / 1e6:.0f} MB, {sum(sizes) / 1e6:.0f} MB"
+            print(f"| {name} | {times} | {statistics.median(loads[name]):.2f} s | {stored} |")
     dist.barrier()
     ours.close()
     place.close()
@@ -246,6 +270,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--changed", type=float, default=0.3)
     parser.add_argument("--gigabits", type=float, help="save to an S3 server over a link of so many Gbit/s")
+    parser.add_argument("--equal", action="store_true", help="let every rank have the same shards")
     arguments = parser.parse_args()
     if arguments.which == "coordinator":
         coordinator([(ranks, arguments.tensors) for ranks in arguments.ranks])
@@ -255,6 +280,7 @@ def main() -> None:
             arguments.rounds,
             arguments.changed,
             arguments.gigabits and arguments.gigabits / 8 * 1e9,
+            arguments.equal,
         )
 
 
