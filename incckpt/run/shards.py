@@ -47,12 +47,15 @@ class Brief:
         Name of the run.
     previous
         The number of the attempt's last save that was committed, and its ref.
+    turn
+        The number of the process, and how many there are.
     """
 
     save: int
     store: str
     run: str
     previous: tuple[int, RefName] | None = None
+    turn: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,7 @@ class ShardWriter:
         self._check_store(brief)
         known = self._look_around(brief if brief.save == save else None)
         report = SaveReport()
-        chunks = self._uploader.store(snapshot, new_nonce(), known, report)
+        chunks = self._uploader.store(snapshot, new_nonce(), known, report, turn=brief.turn)
         self.base.settle(snapshot.layout, snapshot.contents)
         shard = Shard.of(snapshot, places, chunks, report)
         sizes = shard.chunks.sizes

@@ -107,8 +107,17 @@ class Uploader:
         self.tried.append(str(key))
         self._store.objects.put(key, data)
 
-    def store(self, snapshot: Snapshot, nonce: str, known: Known, report: SaveReport) -> list[Chunk]:
-        """Make sure that every content is stored, each identity once; return where each chunk is stored."""
+    def store(
+        self, snapshot: Snapshot, nonce: str, known: Known, report: SaveReport, turn: tuple[int, int] = (0, 1)
+    ) -> list[Chunk]:
+        """Make sure that every content is stored, each identity once; return where each chunk is stored.
+
+        Parameters
+        ----------
+        turn
+            The number of this process among those that save together, and how many there are. Each begins at another
+            place: what equals another's shard is found stored when its turn comes (docs/decisions/039).
+        """
         contents = [*snapshot.contents, *snapshot.packed.contents]
         claims: dict[str, int] = {}
         claiming = threading.Lock()
@@ -151,6 +160,8 @@ class Uploader:
             for index, content in enumerate(contents)
             if content.stored is None or not self._usable(content.stored, known, look=False)
         ]
+        first = len(unsure) * turn[0] // turn[1]
+        unsure = unsure[first:] + unsure[:first]
         sizes = [contents[index].nbytes for index in unsure]
         cut = batches(unsure, sizes, min(self._batch_bytes, sum(sizes) // (2 * self._threads)))
         self.pipeline.each(cut, lambda batch: sum(contents[index].weight for index in batch), store_batch)

@@ -241,6 +241,14 @@ SCENARIOS: dict[str, Scenario] = {
         },
         {"switches": 2},
     ),
+    "two ranks with equal shards under one pin, beside a run of one content that is pruned": Scenario(
+        [first],
+        {
+            "r": saver((200, "c", "d"), ready=0, policy=LAST),
+            "q": saver((10, "a", "a"), (11, "e", "e"), run="q", joint=True),
+        },
+        {"switches": 2},
+    ),
     "two runs that prune one content": Scenario(
         [first, saver((10, "a", "b"), run="q")],
         {

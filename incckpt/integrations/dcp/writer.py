@@ -227,7 +227,8 @@ class IncrementalWriter(StorageWriter, AsyncStager):
         metrics = checked_metrics(self.metrics)
         self._open = OpenSave(attempt, step, time.time(), metrics, self.if_exists)
         brief = Brief(self._count, store.id, self._run, self._previous)
-        return [replace(plan, storage_data=brief) for plan in plans]
+        turns = [replace(brief, turn=(rank, len(plans))) for rank in range(len(plans))]
+        return [replace(plan, storage_data=own) for plan, own in zip(plans, turns, strict=True)]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit the checkpoint that the ranks have stored the parts of.
