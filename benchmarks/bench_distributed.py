@@ -162,9 +162,9 @@ class Target:
         return FsspecWriter(f"{prefix}{self.root}/{name}", **(self.options or {}))
 
     def reader(self, name: str) -> StorageReader:
-        """Return DCP's reader of a checkpoint."""
+        """Return DCP's reader of a checkpoint; with a new session, as after a restart, and as ours has."""
         return (
-            FsspecReader(f"{self.root}/{name}", **self.options)
+            FsspecReader(f"{self.root}/{name}", skip_instance_cache=True, **self.options)
             if self.remote
             else FileSystemReader(f"{self.root}/{name}")
         )

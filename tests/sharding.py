@@ -53,12 +53,11 @@ def reshard(folder: Path, worlds: Sequence[int], most: int) -> None:
         print(done.stdout, end="", flush=True)
 
 
-def kill(folder: Path, kills: int, seconds: float) -> None:
+def kill(folder: Path, kills: int, seconds: float, seed: int) -> None:
     """Kill a rank at random while a job of four saves, start the job again, and so on; read every checkpoint."""
     store, started, done = folder / "store", time.monotonic(), 0
     announced: set[int] = set()
-    found: list[int] = []
-    dice = random.Random(0)
+    dice = random.Random(seed)
     while done < kills and time.monotonic() - started < seconds:
         job = subprocess.Popen(
             command(4, str(store), "train"), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -84,10 +83,13 @@ def kill(folder: Path, kills: int, seconds: float) -> None:
             if word == "saved":
                 announced.add(int(number))
         job.wait()
-        found = check(store, announced)
-    print(
-        f"{done} kills in {time.monotonic() - started:.0f} s, {len(announced)} announced, {len(found)} found, all whole"
-    )
+        tell("kills", done, started, announced, check(store, announced))
+
+
+def tell(what: str, done: int, started: float, announced: set[int], found: Sequence[int]) -> None:
+    """Print what has been done so far."""
+    seconds = time.monotonic() - started
+    print(f"{done} {what} in {seconds:.0f} s, {len(announced)} announced, {len(found)} found, all whole", flush=True)
 
 
 def check(store: Path, announced: set[int]) -> list[int]:
@@ -151,12 +153,11 @@ class Job:
                 rank.wait()
 
 
-def stop(folder: Path, stops: int, seconds: float) -> None:
+def stop(folder: Path, stops: int, seconds: float, seed: int) -> None:
     """Stop a rank at random in a save, past all time limits, and let it go on when another job has saved meanwhile."""
     store, started, done = folder / "store", time.monotonic(), 0
     announced: set[int] = set()
-    found: list[int] = []
-    dice = random.Random(0)
+    dice = random.Random(seed)
     while done < stops and time.monotonic() - started < seconds:
         job = Job(store, timeout=10)
         wanted = dice.randint(1, 4)
@@ -184,10 +185,7 @@ def stop(folder: Path, stops: int, seconds: float) -> None:
         announced.update(step for word, step in told if word == "saved")
         another.end(another.ranks)
         done += 1
-        found = check(store, announced)
-    print(
-        f"{done} stops in {time.monotonic() - started:.0f} s, {len(announced)} announced, {len(found)} found, all whole"
-    )
+        tell("stops", done, started, announced, check(store, announced))
 
 
 def main() -> None:
@@ -196,13 +194,14 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--kills", type=int)
     parser.add_argument("--stops", type=int)
-    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--seconds", type=float, default=3600, help="begin nothing new after so long")
+    parser.add_argument("--seed", type=int, default=0, help="another one for another part")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.kills is not None:
-            kill(Path(folder), arguments.kills, arguments.seconds)
+            kill(Path(folder), arguments.kills, arguments.seconds, arguments.seed)
         elif arguments.stops is not None:
-            stop(Path(folder), arguments.stops, arguments.seconds)
+            stop(Path(folder), arguments.stops, arguments.seconds, arguments.seed)
         else:
             reshard(Path(folder), arguments.worlds, max(arguments.worlds))
 

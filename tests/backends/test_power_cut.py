@@ -111,3 +111,45 @@ def test_objects_of_another_process_that_were_just_put(tmp_path: Path, caplog: p
         disk.crash()
         assert equals(incckpt.load(root / "store", run="second", step=saved.step), 1), nth
     assert reused > 0
+
+
+VALUES = [(f"{folder}/k{number}", bytes([number]) * 5000) for folder in ("a", "b") for number in range(3)]
+
+
+def read(root: Path) -> dict[str, bytes]:
+    backend = LocalBackend(root / "store")
+    return {entry.key: backend.get(entry.key) for entry in backend.list()}
+
+
+@pytest.mark.parametrize("keep_entries", [False, True], ids=["nothing unsynced", "entries but not content"])
+def test_values_put_together_survive_and_are_whole(tmp_path: Path, keep_entries: bool) -> None:
+    """At every system call of a put of many; once it has returned, all of them are there."""
+    nth, done = 0, False
+    while not done:
+        nth += 1
+        root = tmp_path / str(nth)
+        root.mkdir()
+        disk = UnsyncedDisk(root)
+        try:
+            LocalBackend(root / "store", calls=StopAt(nth, inner=disk)).put_many(VALUES)
+            done = True
+        except PowerCut:
+            pass
+        disk.crash(keep_entries=keep_entries)
+        found = read(root) if (root / "store").exists() else {}
+        assert found.items() <= dict(VALUES).items(), f"cut at call {nth}: a value is there in part"
+        assert not done or found == dict(VALUES), "what a put of many has announced is lost"
+    assert nth > 30
+
+
+def test_each_sync_of_a_put_of_many_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    disk = UnsyncedDisk(tmp_path / "whole")
+    LocalBackend(tmp_path / "whole" / "store", calls=disk).put_many(VALUES)
+    for skipped in range(1, disk.fsyncs + 1):
+        root = tmp_path / str(skipped)
+        root.mkdir()
+        mutant = UnsyncedDisk(root, skip_fsync=skipped)
+        LocalBackend(root / "store", calls=mutant).put_many(VALUES)
+        mutant.crash()
+        assert not (root / "store").exists() or read(root) != dict(VALUES), f"sync {skipped} does nothing"
