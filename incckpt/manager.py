@@ -183,6 +183,8 @@ class CheckpointManager:
             )  # fmt: skip
             self._view = self._position.view
         self._calls = OneAtATime(self._saves.works_here)
+        wakes = self._saves.wake, self._position.wake
+        self._wake = lambda: [wake() for wake in wakes]  # no cycle: what is dropped is freed at once
         self._preemption.start(self._wake)
 
     # -- restoring
@@ -495,10 +497,6 @@ class CheckpointManager:
             if self._saves.abandoned or not copied or self.preempted:
                 stack.pop_all()  # they are still in use, or there is no time
             self._calls.closed = True
-
-    def _wake(self) -> None:
-        self._saves.wake()
-        self._position.wake()
 
     def __enter__(self) -> Self:
         return self

@@ -126,7 +126,8 @@ class Position:
 
         return self._with_attempt(delete)
 
-    def wake(self) -> None:
+    @staticmethod
+    def wake() -> None:
         """Nobody waits here."""
 
     def finish(self, deadline: float | None = None, *, last: bool = False) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,19 @@ def test_managers_that_share_one(tmp_path: Path) -> None:
         assert first.preempted
         assert second.preempted
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+
+
+def test_a_manager_that_is_dropped_is_freed_at_once(tmp_path: Path) -> None:
+    manager = incckpt.CheckpointManager(tmp_path)
+    manager.save(1, {"w": torch.ones(3)}).result()
+    dropped = weakref.ref(manager), weakref.ref(manager._base)
+    gc.collect()
+    gc.disable()
+    try:
+        del manager
+        assert [one() for one in dropped] == [None, None], "its copy of the state stays in memory"
+    finally:
+        gc.enable()
 
 
 def test_off_unless_asked(tmp_path: Path) -> None:
