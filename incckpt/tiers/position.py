@@ -12,6 +12,7 @@ from incckpt.errors import (
     BackendError,
     CheckpointNotFoundError,
     CorruptionError,
+    DeadlineError,
     FormatError,
     IncckptError,
     OptionError,
@@ -133,7 +134,7 @@ class TieredPosition:
         not give, since it cannot be reached, is not passed over for an earlier one: that would abandon it.
         """
         wanted = checked_which(step)
-        self.copies.wait()
+        self._finish_copying()
         sight = self.view.look()
         candidates = self.view.candidates(sight, wanted)
         failed: IncckptError | None = None
@@ -267,7 +268,7 @@ class TieredPosition:
 
     def delete(self, step: int) -> bool:
         """Delete the checkpoints of `step` in both tiers; see `Attempt.delete`."""
-        self.copies.wait()
+        self._finish_copying()
         found = self._try_local(lambda: self._local.delete(step))
         self._place_in_bucket()
         return self._bucket.delete(step) or bool(found)
@@ -294,6 +295,12 @@ class TieredPosition:
     def finish(self, deadline: float | None = None, *, last: bool = False) -> bool:
         """Wait until the bucket has what the local tier has, or for a deadline, see `Copies.finish`."""
         return self.copies.finish(deadline, last=last)
+
+    def _finish_copying(self) -> None:
+        if not self.copies.finish():
+            raise DeadlineError(
+                f"{self._store.backend.url} was still being written when the time was over that this process has left"
+            )
 
     def _copy(self, item: PendingCopy) -> bool:
         """Copy a checkpoint to the bucket, unless that has it or is beyond it; return whether it is there."""

@@ -95,7 +95,7 @@ def test_a_first_save_is_expected_to_take_what_the_one_before_it_took() -> None:
 
 
 @pytest.mark.parametrize(
-    "took", [None, {}, [1, 2.0], [1.5, 1.0, 1.0], [1, -1.0, 0.0], [1, "nan", 0.0], [1, 0.0, "inf"]]
+    "took", [None, {}, [1, 2.0], [1.5, 1.0, 1.0], [1, -1.0, 0.0], [1, "nan", 0.0], [1, 0.0, "inf"], [10**400, 1.0, 1.0]]
 )
 def test_what_a_manifest_says_that_its_save_took_is_checked(took: object) -> None:
     server = MemoryBackend(f"took-{time.time_ns()}")

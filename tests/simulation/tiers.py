@@ -84,7 +84,7 @@ class TurnQueue:
             self._jobs.pop(0)
         self._worker = None
 
-    def wait(self, until: float | None = None) -> bool:
+    def wait(self, until: float | None = None, or_else: Callable[[], bool] | None = None) -> bool:
         turns = current().turns
         assert turns is not None
         turns.wait_until(lambda: not self._jobs)

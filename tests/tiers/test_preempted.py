@@ -15,6 +15,7 @@ import torch
 import incckpt
 from incckpt import CheckpointManager, LocalTier
 from incckpt.backends.memory import MemoryBackend
+from incckpt.errors import DeadlineError
 from incckpt.testing.faults import Call, Fault, FaultyBackend
 
 NEVER = 3600.0
@@ -59,7 +60,7 @@ def gone(seconds: float) -> incckpt.Notice:
     return incckpt.Notice("test", time.time() + seconds, "the machine goes")
 
 
-@pytest.mark.parametrize("how", ["close", "wait"])
+@pytest.mark.parametrize("how", ["close", "wait", "restore", "delete"])
 def test_a_bucket_that_hangs_is_not_waited_for_when_the_end_is_announced_meanwhile(tmp_path: Path, how: str) -> None:
     held = Held()
     preemption = incckpt.Preemption(signals=(), margin=0)
@@ -69,6 +70,9 @@ def test_a_bucket_that_hangs_is_not_waited_for_when_the_end_is_announced_meanwhi
         save(manager, 1)
         if how == "wait":
             manager.wait("bucket")
+        elif how != "close":
+            with pytest.raises(DeadlineError, match="still being written"):
+                manager.restore({"w": torch.zeros(9)}) if how == "restore" else manager.delete(1)
         manager.close()
         assert manager.preempted, "the copy was not waited for"
         assert manager.history[-1].tiers["bucket"].state == "failed"
