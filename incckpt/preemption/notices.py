@@ -262,7 +262,8 @@ class GcpNotices(_MetadataService):
             if answer.status != 200:
                 continue
             if answer.text == announced:
-                return Notice(self.name, self._calm.setdefault(path, now) + seconds, what)
+                calm = self._calm[path] = min(now, self._calm.get(path, now))  # the clock may have been put back
+                return Notice(self.name, calm + seconds, what)
             self._calm[path] = now
         return None
 

@@ -128,6 +128,19 @@ def test_gcp_longer_notice(gcp: Gcp) -> None:
     assert before + 120 <= notice.deadline <= time.time() + 120
 
 
+def test_gcp_while_this_machines_clock_is_put_back(gcp: Gcp, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = GcpNotices(gcp.url, timeout=PATIENT)
+    assert source.poll() is None
+    now = time.time() - 3600
+    monkeypatch.setattr("incckpt.preemption.notices.time.time", lambda: now)
+    gcp.announce(30)
+    notice = polled(source)
+    assert notice.deadline is not None
+    assert notice.deadline <= now + 30, "there is no hour left"
+    monkeypatch.setattr("incckpt.preemption.notices.time.time", lambda: now + 10)
+    assert polled(source) == notice
+
+
 def test_another_server_at_the_address_is_not_gcp(gcp: Gcp) -> None:
     gcp.flavor = "Other"
     gcp.announce(30)
