@@ -172,6 +172,38 @@ def test_a_part_of_a_state_loads(tmp_path: Path) -> None:
         dcp_load(target, storage_reader=IncrementalReader(store), no_dist=True)
 
 
+def test_a_load_opens_the_store_once_and_closes_it_however_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = str(tmp_path / "store")
+    incckpt.save({"w": torch.ones(5)}, store)
+    opened: list[Store] = []
+    closed: list[Store] = []
+    own_open, own_close = Store.open, Store.close
+
+    def open_store(*arguments: Any, **options: Any) -> Store:
+        opened.append(own_open(*arguments, **options))
+        return opened[-1]
+
+    def close_store(self: Store) -> None:
+        closed.append(self)
+        own_close(self)
+
+    monkeypatch.setattr(Store, "open", open_store)
+    monkeypatch.setattr(Store, "close", close_store)
+    reader = IncrementalReader(store)
+    dcp_load({"w": torch.zeros(5)}, storage_reader=reader, no_dist=True)
+    assert len(opened) == 1
+    assert opened == closed
+    with pytest.raises(CheckpointException):  # in planning
+        dcp_load({"other": torch.zeros(5)}, storage_reader=reader, no_dist=True)
+    dcp_load({"w": torch.zeros(5)}, storage_reader=reader, no_dist=True)
+    with pytest.raises(CheckpointException):
+        dcp_load({"w": torch.zeros(5)}, storage_reader=IncrementalReader(store, step=9), no_dist=True)
+    assert len(opened) == 4
+    assert opened == closed, "a load that failed has left its store open"
+
+
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     """With an error of incckpt that says what to do, and nothing left in the store but what a failed save leaves."""
     store = str(tmp_path / "store")
