@@ -155,7 +155,7 @@ CHECKS = [
         "of_chunks",
         way="restore",
     ),
-    Check("what cannot be built", "state.build:Builder.value", "except IncckptError", "of_a_shape"),
+    Check("what cannot be built", "state.build:Builder.value", "except IncckptError", "of_a_reference"),
     Check("pickles", "state.build:Builder._unpickle", "self._allow_pickle", "of_a_node"),
     Check(
         "a collection stops at a name that is no ref's",

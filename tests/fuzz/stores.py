@@ -466,8 +466,13 @@ def of_a_reference(contents: Contents, chance: Chance) -> Contents:
         container, member = chance.choice(alike)
         value = container[member]
         if value and isinstance(value, list) and chance.random() < 0.5:
+            if isinstance(value[0], list):  # pairs, whose names matter as well
+                value = chance.choice(value)
             at = chance.randrange(len(value))
-            value[at] = odd_value(chance, value[at])
+            value[at] = chance.choice(ODD_NUMBERS) if chance.random() < 0.3 else odd_value(chance, value[at])
+        elif value and isinstance(value, str) and chance.random() < 0.3:  # as long: it stays hexadecimal or base64
+            at = chance.randrange(len(value))
+            container[member] = value[:at] + chance.choice("09afAZ/+") + value[at + 1 :]
         elif chance.random() < 0.5:
             container[member] = copy.deepcopy(chance.choice(alike)[0][member])
         else:
@@ -498,12 +503,14 @@ def of_a_node(contents: Contents, chance: Chance) -> Contents:
     def replace(fields: dict[str, Any]) -> None:
         found = nodes_of(fields["structure"])
         holder, at = chance.choice(found)
-        match chance.randrange(3):
+        other, its = chance.choice(found)
+        match chance.randrange(5):
             case 0:
                 holder[at] = copy.deepcopy(EVIL)
             case 1:
-                other, its = chance.choice(found)
                 holder[at] = copy.deepcopy(other[its])
+            case 2 | 3:
+                holder[at], other[its] = other[its], holder[at]
             case _:
                 for _ in range(chance.choice([1, 2, 60, 64, 65, 70, 200])):
                     holder[at] = chance.choice([{"list": [holder[at]]}, {"dict": [["a", holder[at]]]}])
