@@ -140,7 +140,7 @@ CHECKS = [
     Check("which dtypes there are", "state.entries:_dtype", "not in TORCH_DTYPES"),
     Check("nesting", "state.tree:_Parser.tree", "MAX_DEPTH", "of_a_node"),
     Check("a tensor is named once", "state.tree:_Parser._tensor", "in self._seen", "of_a_reference"),
-    Check("a packed value is named once", "state.tree:_Parser.packed", "in self._seen_packed", "of_a_reference"),
+    Check("a packed value is named once", "state.tree:_Parser.packed", "in self._seen_packed", "of_a_node"),
     Check("a tensor that is named is there", "state.tree:_Parser._tensor", "not 0 <=", "of_a_reference"),
     Check("a packed value that is named is there", "state.tree:_Parser.packed", "not 0 <=", "of_a_reference"),
     Check("default factories", "state.tree:_factory", "DEFAULT_FACTORIES", "of_a_reference"),
