@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from incckpt.state.plain import shown
 from incckpt.state.ranges import overlap_groups, raw_array, raw_view
 
 __all__ = ["aliases", "assert_same_state", "difference"]
@@ -43,7 +44,7 @@ def difference(left: Any, right: Any, path: str = "state") -> str:
         return f"{path}: {type(left)} and {type(right)}"
     facts = _facts(left), _facts(right)
     if facts[0] != facts[1]:
-        return f"{path}: {facts[0]} and {facts[1]}"
+        return f"{path}: {shown(facts[0])} and {shown(facts[1])}"
     children = list(_children(left)), list(_children(right))
     if len(children[0]) != len(children[1]):
         return f"{path}: {len(children[0])} and {len(children[1])} elements"
@@ -114,8 +115,8 @@ def _raw_bytes(value: torch.Tensor | npt.NDArray[Any]) -> bytes:
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, child in value.items():
-            yield f" key {key!r}", key
-            yield f"[{key!r}]", child
+            yield f" key {shown(key)}", key
+            yield f"[{shown(key)}]", child
         if isinstance(value, OrderedDict):
             yield "._metadata", getattr(value, "_metadata", None)
     elif isinstance(value, (list, deque)) or (isinstance(value, tuple) and not isinstance(value, torch.Size)):
