@@ -37,6 +37,7 @@ from incckpt.state.rng import RngState
 from incckpt.state.selection import UNSELECTED, Patterns, Selection
 from incckpt.state.subclasses import paired
 from incckpt.state.targets import (
+    compiled_alike,
     is_stateful,
     load_and_compare,
     loads_only_itself,
@@ -426,6 +427,8 @@ class Assignment:
             self._problems.append(f"{at.path} is a {type_name(module)} here and {describe(tree)} in the checkpoint")
             return lambda: module
         stored = dict(tree.items)
+        if stored.keys() != tensors.keys() and (alike := compiled_alike([*map(str, stored)], tensors)):
+            stored = {alike[str(name)]: node for name, node in stored.items()}
         missing: list[str] = []
         writes: list[Callable[[], None]] = []
         for name, tensor in tensors.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -17,6 +17,7 @@ from incckpt.state.subclasses import is_of_tensors
 __all__ = [
     "OPTIMIZER_HOOKS",
     "Place",
+    "compiled_alike",
     "is_stateful",
     "load_and_compare",
     "load_object",
@@ -209,8 +210,9 @@ def load_and_compare(target: Any, state: Any, path: str) -> None:
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
+_COMPILED = "_orig_mod"
 _WRAPPERS = {
-    "_orig_mod": "torch.compile",
+    _COMPILED: "torch.compile",
     "module": "DistributedDataParallel, DataParallel or AveragedModel",
     "_fsdp_wrapped_module": "FullyShardedDataParallel",
     "_checkpoint_wrapped_module": "activation checkpointing",
@@ -253,6 +255,16 @@ def renaming(stored: Sequence[str], here: Sequence[str]) -> str:
                     "that was saved, or load() the state and rename it"
                 )
     return ""
+
+
+def compiled_alike(stored: Collection[str], here: Collection[str]) -> dict[str, str]:
+    """Return the names that tensors of a checkpoint have in a target, where ``torch.compile`` alone makes them differ.
+
+    Of a module that was compiled, whole or in part, or is now. The modules are the same, and so are their tensors.
+    """
+    plain = {_without(name, _COMPILED): name for name in here}
+    found = {name: plain[bare] for name in stored if (bare := _without(name, _COMPILED)) in plain}
+    return found if len(set(found.values())) == len(found) == len(stored) == len(plain) == len(here) else {}
 
 
 def _without(name: str, segment: str) -> str:
