@@ -51,6 +51,7 @@ def trainer_rank(rank: int, port: int, folder: Path, url: str | None, stop: int,
     )
     trainer.train(resume_from_checkpoint=resume or None)
     torch.save(weights(trainer.model), folder / f"rank{rank}.pt")
+    torch.distributed.barrier()  # a process that leaves early has been seen to leave the other one hanging in gloo
     torch.distributed.destroy_process_group()
 
 
