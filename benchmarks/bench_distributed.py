@@ -210,9 +210,6 @@ def saves(megabytes: int, rounds: int, changed: float, rate: float | None, equal
     place = Target(rate)
     ours = IncrementalWriter(f"{place.root}/incckpt", threads=1, storage_options=place.options)
 
-    def incremental() -> StorageReader:
-        return IncrementalReader(f"{place.root}/incckpt", threads=1, storage_options=place.options)
-
     writers: dict[str, Callable[[str], StorageWriter]] = {"incckpt": lambda name: ours, "FsspecWriter": place.fsspec}
     if not place.remote:
         writers["FileSystemWriter"] = place.file_system
@@ -232,7 +229,11 @@ def saves(megabytes: int, rounds: int, changed: float, rate: float | None, equal
     loads: dict[str, list[float]] = {name: [] for name in writers}
     for number in range(rounds):
         for name in sorted(writers, reverse=bool(number % 2)):
-            reader = incremental() if name == "incckpt" else place.reader(f"{name}-{rounds - 1}")
+            reader: StorageReader = (
+                IncrementalReader(f"{place.root}/incckpt", threads=1, storage_options=place.options)
+                if name == "incckpt"
+                else place.reader(f"{name}-{rounds - 1}")
+            )
             dist.barrier()
             started = time.perf_counter()
             load(state, storage_reader=reader)

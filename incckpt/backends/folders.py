@@ -59,14 +59,11 @@ class Folders:
         made = False
         if not self.is_one(folder):
             try:
-                self.calls.mkdir(folder)
+                self._mkdir(folder)
             except FileNotFoundError:
                 self.forget()  # the parent has been removed since it was made
                 self.make(parent)
                 self.calls.mkdir(folder)
-            except FileExistsError:
-                if not self.is_one(folder):
-                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder) from None
             made = True
         try:
             self.sync(parent)
@@ -88,13 +85,17 @@ class Folders:
                 continue
             self.make(parent)
             for folder in inside:
-                try:
-                    self.calls.mkdir(folder)
-                except FileExistsError:
-                    if not self.is_one(folder):
-                        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder) from None
+                self._mkdir(folder)
             self.sync(parent)
             self._durable.update(dict.fromkeys(inside, time.monotonic()))
+
+    def _mkdir(self, folder: str) -> None:
+        """Make a folder, unless it is there."""
+        try:
+            self.calls.mkdir(folder)
+        except FileExistsError:
+            if not self.is_one(folder):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder) from None
 
     def forget(self) -> None:
         """Forget which folders are durable, since one has disappeared."""

@@ -262,9 +262,10 @@ def compiled_alike(stored: Collection[str], here: Collection[str]) -> dict[str, 
 
     Of a module that was compiled, whole or in part, or is now. The modules are the same, and so are their tensors.
     """
-    plain = {_without(name, _COMPILED): name for name in here}
-    found = {name: plain[bare] for name in stored if (bare := _without(name, _COMPILED)) in plain}
-    return found if len(set(found.values())) == len(found) == len(stored) == len(plain) == len(here) else {}
+    theirs, ours = ({_without(name, _COMPILED): name for name in names} for names in (stored, here))
+    if theirs.keys() != ours.keys() or len(theirs) != len(stored) or len(ours) != len(here):
+        return {}
+    return {name: ours[bare] for bare, name in theirs.items()}
 
 
 def _without(name: str, segment: str) -> str:
