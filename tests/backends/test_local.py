@@ -579,6 +579,16 @@ def test_folders_removed_meanwhile_are_made_again(tmp_path: Path, removed: str) 
         assert files(root) == sorted([key, "objects/ef/created"])
 
 
+@pytest.mark.parametrize("removed", ["objects/ab", "objects", "."])
+def test_folders_removed_meanwhile_are_made_again_together(tmp_path: Path, removed: str) -> None:
+    backend = LocalBackend(tmp_path / "store")
+    backend.put("objects/ab/first", OLD)
+    shutil.rmtree(tmp_path / "store" / removed)
+    keys = [f"objects/{folder}/new" for folder in ("ab", "cd", "ef")]
+    backend.put_many([(key, NEW) for key in keys])
+    assert files(tmp_path / "store") == keys
+
+
 def test_a_root_that_is_removed_meanwhile_is_made_again(tmp_path: Path) -> None:
     root = tmp_path / "store"
     disk = UnsyncedDisk(tmp_path)
