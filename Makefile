@@ -24,7 +24,7 @@ demo: $(VENV)/built ## Train, kill in the middle of a save, resume, compare (two
 	$(BIN)/python examples/demo.py
 
 test: lint types ## Build, lint, check types, run all tests
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 quick: $(VENV)/built ## Style and the tests that take no server and no time: under a minute
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -32,7 +32,7 @@ quick: $(VENV)/built ## Style and the tests that take no server and no time: und
 
 THOROUGH := INCCKPT_BUILD=1 INCCKPT_SIMULATION=1 INCCKPT_FUZZ=100000 INCCKPT_KILLS=200 SAVES=60 RESTORES=15 EXAMPLES=200
 thorough: $(VENV)/built ## The tests that `make test` runs in a small number, in a large one (hours)
-	$(THOROUGH) $(BIN)/python -m pytest -n $(JOBS) --dist loadscope --timeout=0 -m slow
+	$(THOROUGH) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --timeout=0 -m slow
 
 test-ceph: $(VENV)/built ## The S3 tests against a Ceph gateway (needs its programs, see tests/servers/ceph-up.sh)
 	tests/servers/ceph-up.sh $(VENV)/ceph $(CEPH_PORT)
@@ -106,7 +106,7 @@ preemption: $(VENV)/built ## Trainings preempted 100 times over a slow bucket; t
 	$(BIN)/python -m tests.tiers.kills --kills 200
 
 frameworks: $(FRAMEWORKS)/installed $(VENV)/built ## The adapters for training frameworks, over the frameworks themselves
-	OMP_WAIT_POLICY=passive $(FRAMEWORKS)/bin/python -m pytest -n $(JOBS) --dist loadscope tests/integrations tests/interchange/test_folders.py tests/test_docs.py
+	OMP_WAIT_POLICY=passive $(FRAMEWORKS)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/integrations tests/interchange/test_folders.py tests/test_docs.py
 
 lint: $(VENV)/built ## Style, formatting, layers
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -71,6 +72,14 @@ def rclone_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str
     with program_server([*command, "--addr", f"127.0.0.1:{port}", str(folder / "served")], port, folder / "log"):
         session = aiobotocore.session.AioSession()
         yield {"key": "test", "secret": "testtest", "endpoint_url": f"http://127.0.0.1:{port}", "session": session}
+
+
+@pytest.fixture
+def forked_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the processes of `assert_exact_resume` be forked from one that has imported torch, seconds cheaper each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "incckpt.manager"])
+    monkeypatch.setattr("incckpt.testing.exact_resume.multiprocessing.get_context", lambda _: context)
 
 
 @pytest.fixture

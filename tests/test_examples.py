@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from torch.distributed.checkpoint import staging
 
 import incckpt
+from tests import programs
 
 pytestmark = pytest.mark.slow
 
@@ -21,8 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def run(*command: object, cwd: Path) -> str:
     """Run a script of this repository in a folder of its own; return what it printed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS": "default"}
-    words = [sys.executable, *map(str, command)]
-    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = programs.run(*command, folder=cwd, environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from incckpt.staging.hostmem import HostPool
 from incckpt.store.gc import Collector
 from incckpt.store.store import Store
 from incckpt.testing.faults import CountingBackend, Fail, Fault, FaultyBackend, Pause
+from tests import programs
 from tests.stores import orphans
 
 
@@ -250,7 +249,7 @@ manager = incckpt.CheckpointManager(sys.argv[1])
 for step in range(1, 4):
     manager.save(step, {"w": torch.full((3 << 20,), float(step))})
 """
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = programs.run("-c", program, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     for step in (1, 2, 3):
         assert (incckpt.load(tmp_path, step=step)["w"] == step).all()
@@ -629,7 +628,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
 manager.save(2, {"x": 3}).result()
 manager.close()
 """
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = programs.run("-c", program, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert incckpt.load(tmp_path) == {"x": 3}
 

@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import random
-import subprocess
-import sys
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ from incckpt.errors import BackendError, BackendTimeoutError, ReadOnlyError, Sav
 from incckpt.testing.compare import assert_same_state
 from incckpt.testing.faults import CountingBackend
 from tests.backends.remote_suite import patient
+from tests.programs import run
 from tests.servers.fault_proxy import FaultProxy, Rule
 from tests.servers.processes import python_server
 from tests.stores import object_keys, orphans
@@ -184,14 +183,7 @@ def test_two_processes_that_share_nothing_but_the_url(
     )
     for program in programs:
         folder = tmp_path_factory.mktemp("empty")
-        done = subprocess.run(
-            [sys.executable, "-c", program, url],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run("-c", program, url, folder=folder, environment=environment)
         assert (done.returncode, done.stderr) == (0, "")
 
 

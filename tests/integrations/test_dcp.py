@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import subprocess
-import sys
 import tempfile
 from collections import OrderedDict
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,9 @@ from incckpt.run.shards import ShardWriter
 from incckpt.store.objects import manifest_keys
 from incckpt.store.refs import Ref
 from incckpt.store.store import Store
+from tests import programs
 from tests.integrations.sharded import same
+from tests.servers.processes import free_port
 
 
 def _state(seed: int = 0) -> dict[str, Any]:
@@ -298,26 +299,26 @@ def test_a_save_in_the_background_copies_what_changed(tmp_path: Path) -> None:
         assert torch.equal(incckpt.load(str(tmp_path / "store"))["learns"], state["learns"] * 0.5)
 
 
-def launch(processes: int, *arguments: str, module: str = "sharded", timeout: float = 500) -> str:
-    """Run a module of these tests under ``torchrun``; return what it prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*command, "-m", f"tests.integrations.{module}", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def launch(processes: int, *arguments: object, module: str = "sharded") -> str:
+    """Run a module of these tests in so many processes, as ``torchrun`` would; return what they print."""
+    common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+
+    def rank(number: int) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | common | {"RANK": str(number), "LOCAL_RANK": str(number)}
+        return programs.run("-m", f"tests.integrations.{module}", *arguments, environment=environment)
+
+    with ThreadPoolExecutor(processes) as pool:
+        done = list(pool.map(rank, range(processes)))
+    assert [one.returncode for one in done] == [0] * processes, "".join(one.stdout + one.stderr for one in done)
+    return "".join(one.stdout for one in done)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_shards_of_two_processes(tmp_path: Path) -> None:
     """FSDP2 with AdamW, loaded by the two, and by one; `python -m tests.sharding` tries other kinds and numbers."""
-    printed = launch(2, str(tmp_path), "save", "2", "--kinds", "fsdp2")
+    printed = launch(2, tmp_path, "save", 2, "--kinds", "fsdp2")
     assert "fsdp2: saved by 2, loaded by 2: identical" in printed
     store, expected = str(tmp_path / "fsdp2-2"), torch.load(tmp_path / "fsdp2-2.pt")
     assert not same(expected, incckpt.load(store))
@@ -334,7 +335,7 @@ def test_shards_of_two_processes(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_what_torch_tests_storages_for(tmp_path: Path) -> None:
     """Its cases for sharded tensors, replicas, groups of ranks, and failures in each method, over four processes."""
-    printed = launch(4, str(tmp_path), module="dcp_cases")
+    printed = launch(4, tmp_path, module="dcp_cases")
     assert printed.count("as expected") == 4
 
 

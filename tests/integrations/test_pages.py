@@ -179,6 +179,7 @@ def test_accelerates_examples(tmp_path: Path) -> None:
     assert [found.metrics for found in incckpt.list_checkpoints(tmp_path)] == [{"loss": 0.5}]
 
 
+@pytest.mark.usefixtures("forked_trainings")
 def test_the_examples_of_exact_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check, compiled = blocks("exact-resume", "python")
     head = """

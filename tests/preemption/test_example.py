@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.programs import Program
 
 pytestmark = pytest.mark.slow
 
@@ -18,17 +18,20 @@ STEPS = 60
 
 def train(url: Path, preempt_at: int | None = None) -> tuple[int, dict[int, str]]:
     """Run the example; return its status, and the losses by step."""
-    command = [sys.executable, str(EXAMPLE), str(url), "--steps", str(STEPS), "--every", "25"]
+    reading, writing = os.pipe()
     losses: dict[int, str] = {}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
+    with (
+        os.fdopen(reading) as lines,
+        os.fdopen(writing, "w") as output,
+        Program(EXAMPLE, url, "--steps", STEPS, "--every", 25, output=output) as process,
+    ):
+        output.close()
+        for line in lines:
             _, step, _, loss = line.split()
             losses[int(step)] = loss
             if int(step) == preempt_at:
                 process.send_signal(signal.SIGTERM)
-        process.wait(120)
-    return process.returncode, losses
+        return process.wait(), losses
 
 
 def test_preempted_and_resumed(tmp_path: Path) -> None:

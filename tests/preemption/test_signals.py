@@ -18,7 +18,7 @@ import torch
 import incckpt
 from incckpt.errors import OptionError
 from tests.forks import exit_code, fork, forks
-from tests.scripts import run_script
+from tests.programs import run_script
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +13,7 @@ import pytest
 import torch
 
 import incckpt
+from tests import programs
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "trackers.py"
@@ -120,15 +118,7 @@ def test_the_example_runs(tensorboard: bool, tmp_path: Path) -> None:
     if tensorboard:
         pytest.importorskip("tensorboard")
         options += ["--tensorboard", str(tmp_path / "logs")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE), str(tmp_path / "store"), *options],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = programs.run(EXAMPLE, tmp_path / "store", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     if not tensorboard:
         assert [line.split()[:2] for line in done.stdout.splitlines()] == [["step", "1"], ["step", "2"], ["step", "3"]]

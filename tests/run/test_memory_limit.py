@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from incckpt.backends.memory import MemoryBackend
 from incckpt.errors import CollectionError, CorruptionError, IncckptError, MemoryLimitError, OptionError
 from incckpt.store import refs, untrusted
 from incckpt.store.document import dump_document
+from tests import programs
 from tests.hostile import Contents, filled, manifest_of, rewrite_manifest, saved, with_manifest
 
 TIB = 1 << 40
@@ -206,7 +206,7 @@ for change in (test.many_pieces, test.chunk_of(3 << 30), test.object_of(3 << 30)
     except (incckpt.errors.MemoryLimitError, incckpt.errors.CorruptionError) as error:
         print("refused", type(error).__name__)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = programs.run("-c", program)
     assert done.stdout.count("refused") == 3, done.stderr
 
 

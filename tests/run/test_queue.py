@@ -20,7 +20,7 @@ from incckpt.errors import ManagerClosedError, SaveError
 from incckpt.run.queue import BackgroundQueue
 from incckpt.threads import Future
 from tests.forks import exit_code, fork, forks
-from tests.scripts import run_script
+from tests.programs import run_script
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from textwrap import dedent
@@ -12,8 +11,9 @@ from textwrap import dedent
 import pytest
 
 import incckpt
+from tests import programs
 from tests.forks import PATIENCE
-from tests.scripts import HANGS, run_script
+from tests.programs import run_script
 
 pytestmark = pytest.mark.slow
 
@@ -105,8 +105,7 @@ def test_a_daemon_thread_that_saves_as_the_interpreter_exits(tmp_path: Path) -> 
     begun.wait()
     print(saved[-1], flush=True)
     """
-    command = [sys.executable, "-c", STATE + dedent(script), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=False)
+    done = programs.run("-c", STATE + dedent(script), tmp_path)
     if done.returncode != -signal.SIGABRT:
         assert done.returncode == 0, done.stderr
     else:
@@ -181,11 +180,8 @@ def test_children_by_multiprocessing_save(tmp_path: Path, method: str) -> None:
         """)
     )
     store = tmp_path / "store"
-    script = f"""
-    import subprocess
-    subprocess.run([sys.executable, {str(module)!r}, {str(store)!r}, {method!r}], check=True)
-    """
-    run_script(script, store)
+    done = programs.run(module, store, method)
+    assert done.returncode == 0, done.stderr
     assert steps(store) == [0, 1]
     for number in range(2):
         assert incckpt.load(store, run=f"child{number}") == {"step": 1}

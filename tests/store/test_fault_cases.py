@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any, NamedTuple
 
 import pytest
 import s3fs
@@ -34,6 +34,7 @@ from incckpt.store.objects import OBJECTS
 from incckpt.store.refs import RefName
 from incckpt.store.store import Store
 from incckpt.testing.faults import Fail, Fault, FaultyBackend, Pause
+from tests import programs
 from tests.children.stopper import state_at
 from tests.stores import object_keys, orphans
 
@@ -108,24 +109,28 @@ def test_reply_lost_on_abort(backend: MemoryBackend) -> None:
 # ---- processes that stand still --------------------------------------------------------------------------------------
 
 
+class Stopped(NamedTuple):
+    """A process that has stopped itself, and what it prints."""
+
+    process: programs.Program
+    output: IO[str]
+
+
 @contextmanager
-def stopped(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+def stopped(*arguments: object, fresh: bool = False) -> Iterator[Stopped]:
     """Start a process, and wait until it has stopped itself."""
-    command = [sys.executable, "-m", "tests.children.stopper", *map(str, arguments)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        _, status = os.waitpid(process.pid, os.WUNTRACED)
-        assert os.WIFSTOPPED(status), f"it ended with {status}"
-        try:
-            yield process
-        finally:
-            process.send_signal(signal.SIGCONT)
+    words = "-m", "tests.children.stopper", *arguments
+    with TemporaryFile("w+") as output, programs.Program(*words, output=output, fresh=fresh) as process:
+        process.stopped()
+        yield Stopped(process, output)
 
 
-def ended(process: subprocess.Popen[str]) -> list[str]:
+def ended(writer: Stopped) -> list[str]:
     """Let a process go on to its end; return what it says of it."""
-    process.send_signal(signal.SIGCONT)
-    out, _ = process.communicate(timeout=120)
-    return out.split()
+    writer.process.send_signal(signal.SIGCONT)
+    assert writer.process.wait() == 0
+    writer.output.seek(0)
+    return writer.output.read().split()
 
 
 @pytest.mark.parametrize("pattern", ["pins/*", "objects/*", "refs/*"])
@@ -259,10 +264,9 @@ def test_two_collectors_at_once(tmp_path: Path) -> None:
 def test_a_host_whose_clock_is_a_day_off(tmp_path: Path, offset: int) -> None:
     backend = LocalBackend(tmp_path)
     save(backend, 1)
-    with stopped("save", tmp_path, "default", 2, "put", "objects/*", offset) as writer:
+    with stopped("save", tmp_path, "default", 2, "put", "objects/*", offset, fresh=True) as writer:
         Collector(Store(backend, clock=lambda: 0.0)).sweep()
-        command = [sys.executable, "-m", "tests.children.stopper", "sweep", str(tmp_path), "-", "0", "-", "-"]
-        subprocess.run([*command, str(offset)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        Collector(Store(backend, clock=lambda: time.time() + offset)).sweep()
         assert ended(writer) == ["saved", "2"]
     with incckpt.CheckpointManager(backend, read_only=True) as reader:
         assert [c.step for c in reader.checkpoints()] == [2]

@@ -20,12 +20,14 @@ def test_every_recipe_is_exact() -> None:
     assert_exact_resume(exact_trainings.every_recipe, steps=9, kill_at=[7])
 
 
+@pytest.mark.usefixtures("forked_trainings")
 def test_what_may_differ_is_left_out() -> None:
     with pytest.raises(AssertionError, match=r"before any resume.*number") as caught:
         assert_exact_resume(exact_trainings.with_a_clock, steps=2, kill_at=[1], ignore=["clock.*"])
     assert "clock" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("forked_trainings")
 def test_trainings_that_fail_are_shown() -> None:
     with pytest.raises(AssertionError, match="no such thing"):
         assert_exact_resume(exact_trainings.that_raises, steps=2)
@@ -33,6 +35,7 @@ def test_trainings_that_fail_are_shown() -> None:
         assert_exact_resume(exact_trainings.that_ends_early, steps=4)
 
 
+@pytest.mark.usefixtures("forked_trainings")
 def test_a_forgotten_generator_is_found() -> None:
     with pytest.raises(AssertionError, match=r"from step 5 on \(after the resume at step 4\), in .*model"):
         assert_exact_resume(exact_trainings.without_random_state, steps=6, kill_at=[4])

@@ -1,0 +1,140 @@
+"""Python programs in processes of their own, as ``python`` runs them but without seconds of importing torch.
+
+A process is forked from one that has imported it (`tests.children.forkserver`, one for each process of the test run).
+What depends on an interpreter's start, its imports or what it reads from its environment then, needs a fresh one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from textwrap import dedent
+from types import TracebackType
+from typing import IO
+
+ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 120.0  # seconds until a process counts as hung
+
+
+@functools.cache
+def _server() -> socket.socket:
+    """Return where programs are asked for, from a server that ends with this process."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # One thread of OpenBLAS: a process with several must not be forked.
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.children.forkserver", str(its.fileno())]
+    server = subprocess.Popen(command, pass_fds=[its.fileno()], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL)
+    its.close()
+
+    def end() -> None:
+        ours.close()
+        server.wait()
+
+    atexit.register(end)
+    return ours
+
+
+class Program:
+    """A program that runs.
+
+    Parameters
+    ----------
+    words
+        What would follow ``python``: a script, ``-m`` and a module, or ``-c`` and a program; then the arguments.
+    output, error
+        Where the program writes: open files; errors go where this process's do if nothing else is said.
+    folder
+        Where it runs.
+    environment
+        Its environment variables; by default this process's own.
+    fresh
+        Whether it runs in an interpreter of its own, which imports everything anew.
+    """
+
+    returncode: int | None = None
+
+    def __init__(
+        self,
+        *words: object,
+        output: IO[str],
+        error: IO[str] | None = None,
+        folder: Path = ROOT,
+        environment: dict[str, str] | None = None,
+        fresh: bool = False,
+    ) -> None:
+        environment = dict(os.environ) if environment is None else environment
+        request = {"words": list(map(str, words)), "folder": str(folder), "environment": environment, "fresh": fresh}
+        ours, its = socket.socketpair()
+        with its, open(os.devnull) as nothing:
+            standard = nothing.fileno(), output.fileno(), 2 if error is None else error.fileno()
+            socket.send_fds(_server(), [json.dumps(request).encode()], [*standard, its.fileno()])
+        ours.settimeout(PATIENCE)
+        self._report = ours.makefile()
+        ours.close()
+        self.pid = int(self._line())
+
+    def _line(self) -> str:
+        line = self._report.readline()
+        assert line, "the keeper of the process is gone"
+        return line.rstrip("\n")
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, if it has not been seen to end."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def stopped(self) -> None:
+        """Wait until a signal has stopped it."""
+        line = self._line()
+        assert line == "stopped", line
+
+    def wait(self) -> int:
+        """Wait for its end; return its exit status, or minus the signal that ended it."""
+        while self.returncode is None:
+            word, *status = self._line().split()
+            if word == "ended":
+                self.returncode = int(status[0])
+        return self.returncode
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.returncode is None:
+            if error is not None:
+                self.send_signal(signal.SIGKILL)
+            self.send_signal(signal.SIGCONT)
+            self.wait()
+        self._report.close()
+
+
+def run(
+    *words: object, folder: Path = ROOT, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; return its status and what it printed."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as error:
+        with Program(*words, output=output, error=error, folder=folder, environment=environment) as program:
+            status = program.wait()
+        printed = []
+        for file in (output, error):
+            file.seek(0)
+            printed.append(file.read())
+    return subprocess.CompletedProcess(list(map(str, words)), status, *printed)
+
+
+def run_script(script: str, *arguments: object, status: int = 0) -> str:
+    """Run a script that begins with the usual imports, to its end with `status`; return what it printed."""
+    start = "import atexit, os, signal, sys, threading, torch, incckpt\nM, d = incckpt.CheckpointManager, sys.argv[1]\n"
+    done = run("-c", start + dedent(script), *arguments)
+    assert done.returncode == status, done.stderr
+    return done.stdout
