@@ -17,6 +17,9 @@ CEPH_PORT ?= 8055
 .PHONY: wheel clean sharding preemption
 .DEFAULT_GOAL := help
 
+# Where Python is told to keep no bytecode, each of the tests' many processes would compile everything anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 

@@ -27,6 +27,7 @@ from incckpt.staging.detect import chosen_threads
 from incckpt.staging.hostmem import new_buffer
 from incckpt.state.build import build
 from incckpt.state.entries import TensorEntry
+from incckpt.state.names import join_name
 from incckpt.state.tree import (
     MappingNode,
     PackedRef,
@@ -37,7 +38,6 @@ from incckpt.state.tree import (
     TensorRef,
     Tree,
     children,
-    join_name,
 )
 from incckpt.store.location import locate
 from incckpt.store.manifest import Chunk, Manifest, Range

@@ -15,9 +15,10 @@ from incckpt.run.reader import Bytes, ChunkRead, Reader
 from incckpt.staging.hostmem import HostPool
 from incckpt.state.build import Builder
 from incckpt.state.entries import TensorEntry, byte_strides, packed_shape
+from incckpt.state.names import join_name
 from incckpt.state.ranges import raw_view
 from incckpt.state.selection import UNSELECTED
-from incckpt.state.tree import MappingNode, SequenceNode, TensorRef, Tree, children, join_name
+from incckpt.state.tree import MappingNode, SequenceNode, TensorRef, Tree, children
 from incckpt.store.manifest import Manifest
 
 __all__ = ["CheckpointBytes", "NamedTensor", "leaves_by_name", "named_tensors", "subtree"]

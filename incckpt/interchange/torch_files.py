@@ -28,7 +28,8 @@ from incckpt.run.reader import Bytes
 from incckpt.staging.hostmem import new_buffer
 from incckpt.state.build import Builder
 from incckpt.state.entries import TensorEntry
-from incckpt.state.tree import GeneratorRef, TensorRef, Tree, children, describe, join_name, leaves
+from incckpt.state.names import join_name
+from incckpt.state.tree import GeneratorRef, TensorRef, Tree, children, describe, leaves
 
 __all__ = [
     "array_globals",

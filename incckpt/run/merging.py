@@ -16,8 +16,8 @@ from incckpt.run.parts import JoinedParts, TensorParts
 from incckpt.run.shards import Shard
 from incckpt.state.entries import TensorEntry, entry_to_json
 from incckpt.state.flatten import no_garbage_collection
+from incckpt.state.names import join_name
 from incckpt.state.plain import encode_key
-from incckpt.state.tree import join_name
 from incckpt.store.blocks import fault_of
 from incckpt.store.document import Json
 from incckpt.store.encoded import EncodedChunks, EncodedRanges, encoded_blocks, encoded_range

@@ -24,6 +24,7 @@ from incckpt.state.build import Buffer, Builder, Bytes, set_generator_state
 from incckpt.state.contexts import Classes
 from incckpt.state.entries import TensorEntry
 from incckpt.state.inplace import Live, copy_into, find_destinations, mark_changed, overlaps_itself, why_not_writable
+from incckpt.state.names import join_name
 from incckpt.state.optimizers import (
     existing_tensors,
     is_torch_optimizer,
@@ -55,7 +56,6 @@ from incckpt.state.tree import (
     Tree,
     children,
     describe,
-    join_name,
     leaves,
 )
 from incckpt.state.values import is_value, needs_matching, replace_contents, takes_contents

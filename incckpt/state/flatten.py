@@ -19,12 +19,13 @@ import torch
 from incckpt.errors import PickleRefusedError, StateError
 from incckpt.state.contexts import class_name
 from incckpt.state.entries import Json, TensorEntry, range_kinds
+from incckpt.state.names import join_name
 from incckpt.state.packing import HEAVY_BYTES, PackedValue, pack, weighs_much
 from incckpt.state.plain import MAX_DEPTH, encode_key, encode_plain, shown, type_name
 from incckpt.state.ranges import ByteRange, TensorTable
 from incckpt.state.subclasses import encoded_context, flattened, inner_tensors, is_of_tensors
 from incckpt.state.targets import is_stateful
-from incckpt.state.tree import DEFAULT_FACTORIES, join_name, named_tuple_type
+from incckpt.state.tree import DEFAULT_FACTORIES, named_tuple_type
 
 __all__ = ["ByteRange", "FlatState", "flatten", "no_garbage_collection"]
 

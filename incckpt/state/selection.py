@@ -11,7 +11,8 @@ from typing import TypeAlias
 
 from incckpt.errors import StateMismatchError
 from incckpt.options import checked_strings
-from incckpt.state.tree import MappingNode, Plain, SequenceNode, Tree, children, join_name
+from incckpt.state.names import join_name
+from incckpt.state.tree import MappingNode, Plain, SequenceNode, Tree, children
 
 __all__ = ["UNSELECTED", "Patterns", "Selection", "select"]
 

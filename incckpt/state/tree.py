@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from incckpt.errors import CorruptionError, FormatError
 from incckpt.state.contexts import check_context
 from incckpt.state.entries import Json
+from incckpt.state.names import join_name
 from incckpt.state.plain import (
     DECODERS,
     MAX_DEPTH,
@@ -47,7 +48,6 @@ __all__ = [
     "Tree",
     "children",
     "describe",
-    "join_name",
     "leaves",
     "named_tuple_type",
     "packed_refs",
@@ -178,21 +178,6 @@ class SequenceNode:
 
 Tree: TypeAlias = Plain | TensorRef | SubclassRef | GeneratorRef | Pickled | PackedRef | MappingNode | SequenceNode
 """A structure document, parsed and checked."""
-
-
-def join_name(prefix: str, key: object) -> str:
-    """Return the dotted name of the child `key` of `prefix`; always valid UTF-8."""
-    segment = key if isinstance(key, str) else _text_of(key)
-    if not segment.isascii():
-        segment = segment.encode("utf-8", "backslashreplace").decode()
-    return f"{prefix}.{segment}" if prefix else segment
-
-
-def _text_of(key: object) -> str:
-    try:
-        return str(key)
-    except ValueError:  # an integer of over 4,300 digits
-        return hex(key) if type(key) is int else shown(key)
 
 
 @lru_cache(maxsize=256)
