@@ -31,9 +31,9 @@ test: lint types ## Build, lint, check types, run all tests
 
 quick: $(VENV)/built ## Style and the tests that take no server and no time: under a minute
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) -q -m "not slow and not server"
+	INCCKPT_EFFORT=0.1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow and not server"
 
-THOROUGH := INCCKPT_BUILD=1 INCCKPT_SIMULATION=1 INCCKPT_FUZZ=100000 INCCKPT_KILLS=200 SAVES=60 RESTORES=15 EXAMPLES=200
+THOROUGH := INCCKPT_BUILD=1 INCCKPT_SIMULATION=1 INCCKPT_FUZZ=100000 INCCKPT_KILLS=200 SAVES=60 RESTORES=15 INCCKPT_EFFORT=8
 thorough: $(VENV)/built ## The tests that `make test` runs in a small number, in a large one (hours)
 	$(THOROUGH) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --timeout=0 -m slow
 

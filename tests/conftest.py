@@ -9,14 +9,19 @@ from typing import Any
 
 import aiobotocore.session
 import pytest
+from hypothesis import settings
 
 from incckpt.backends.base import Backend
 from incckpt.backends.retry import RetryBackend
+from tests.effort import tries
 from tests.servers.installed import NotInstalled, azurite, rclone
 from tests.servers.processes import free_port, program_server, python_server
 
 # What the tests' saves put is decoded again before; incckpt, not imported yet, reads this once.
 os.environ.setdefault("INCCKPT_VERIFY_WRITES", "1")
+
+settings.register_profile("effort", settings(), max_examples=tries(100))
+settings.load_profile("effort")
 
 SERVERS = frozenset({"azure_server", "gcs_server", "s3_server", "rclone_server", "rclone_mount", "s3_mount"})
 

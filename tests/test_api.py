@@ -30,6 +30,7 @@ def three(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step", [np.int64(2), np.uint8(2), np.array(2), torch.tensor(2), torch.tensor(2, dtype=torch.uint8)]
 )
@@ -45,6 +46,7 @@ def test_any_integer_is_a_step(three: Path, tmp_path: Path, step: Any) -> None:
         assert manager.delete(step + 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [True, np.bool_(True), torch.tensor(True), 2.0, np.float64(2), -1, 10**12, b"2", [2]])
 def test_nothing_else_is_a_step(three: Path, step: Any) -> None:
     with pytest.raises(OptionError, match="step must be an integer from 0"):

@@ -30,8 +30,11 @@ from incckpt.errors import (
 from incckpt.testing.compare import assert_same_state
 from incckpt.testing.disk import StopAt
 from incckpt.testing.faults import Call, CountingBackend, Fail, Fault, FaultyBackend, kill_process
+from tests.effort import tries
 from tests.forks import exit_code, fork, forks
 from tests.stores import orphans
+
+pytestmark = pytest.mark.slow
 
 
 def state_at(step: int) -> dict[str, Any]:
@@ -152,7 +155,6 @@ def test_training_goes_on_from_a_copy(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 @forks
-@pytest.mark.slow
 def test_killed_ten_times_it_ends_complete(source: Path, tmp_path: Path, seed: int) -> None:
     """Each copy is killed at a random one of its system calls; the next goes on."""
     calls = StopAt(0, kill_process)
@@ -193,7 +195,7 @@ def test_what_a_killed_copy_put_is_not_put_again(source: Path, tmp_path: Path) -
 _DATA = st.lists(st.tuples(st.sampled_from(["a", "b"]), st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=6)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=tries(6), deadline=None)
 @given(saves=_DATA, already=st.integers(1, 5), deltas=st.booleans())
 def test_any_series(saves: list[tuple[str, int, int]], already: int, deltas: bool) -> None:
     """Runs that share contents, in part copied before."""

@@ -41,6 +41,7 @@ def importers(name: str) -> set[str]:
     return {str(path.relative_to(PACKAGE)) for path in MODULES if name in imported(path)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "only"),
     [
@@ -53,6 +54,7 @@ def test_a_kernel_has_few_callers(kernel: str, only: set[str]) -> None:
     assert importers(f"incckpt.{kernel}") == only
 
 
+@pytest.mark.slow
 def test_backends_import_no_tensor_library() -> None:
     assert {name for name in importers("torch") | importers("numpy") if name.startswith("backends")} == set()
 

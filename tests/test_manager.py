@@ -202,6 +202,7 @@ def test_a_full_backlog_can_skip(tmp_path: Path) -> None:
         assert manager.save(2, {"w": torch.ones(10)}).result().step == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["objects/*", "deltas/*", "refs/*", "pins/*"])
 def test_a_failed_save_reaches_the_trainer_and_the_next_one_mends_it(tmp_path: Path, key: str) -> None:
     fault = Fault("*", key, times=4, do=Fail(BackendError("no space on the moon")))
@@ -427,6 +428,7 @@ def test_a_save_from_what_was_restored_before_others_went_on(tmp_path: Path) -> 
     assert incckpt.load(tmp_path) == {"x": 5}
 
 
+@pytest.mark.slow
 def test_of_two_that_have_restored_the_same_the_first_to_save_goes_on(tmp_path: Path) -> None:
     incckpt.save({"x": 1}, tmp_path, step=1)
     with incckpt.CheckpointManager(tmp_path) as first, incckpt.CheckpointManager(tmp_path) as second:
@@ -653,6 +655,7 @@ def test_saving_from_many_threads(tmp_path: Path) -> None:
     assert incckpt.load(tmp_path)["x"][0] == 20
 
 
+@pytest.mark.slow
 def test_requests_of_a_save_do_not_grow_with_history(tmp_path: Path) -> None:
     """Lesson 8 of the seed."""
     backend = CountingBackend(MemoryBackend(str(tmp_path)))
@@ -676,6 +679,7 @@ def test_requests_of_a_save_do_not_grow_with_history(tmp_path: Path) -> None:
     assert len([op for op in of_objects if op.name == "head"]) <= LOOKS
 
 
+@pytest.mark.slow
 def test_requests_of_a_prune(tmp_path: Path) -> None:
     inner = MemoryBackend(str(tmp_path))
     for number in range(20):  # other runs' checkpoints
@@ -780,6 +784,7 @@ def test_the_report_says_what_a_save_did(tmp_path: Path) -> None:
     assert set(first["seconds"]) >= {"wait", "flatten", "stage", "hash", "encode", "put", "store", "commit"}
 
 
+@pytest.mark.slow
 def test_memory_for_objects_is_bounded_whatever_their_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held: dict[HostPool, int] = {}
     take = HostPool.take

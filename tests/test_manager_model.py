@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import uuid
 from concurrent.futures import Future
@@ -19,6 +18,7 @@ from incckpt.backends.base import Backend, ReadableBuffer
 from incckpt.backends.memory import MemoryBackend
 from incckpt.backends.wrapper import WrapperBackend
 from incckpt.errors import BackendError, SaveError
+from tests.effort import tries
 
 pytestmark = pytest.mark.slow
 
@@ -199,6 +199,4 @@ def same_shapes(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 
 
 TestManagerModel = ManagerModel.TestCase
-TestManagerModel.settings = settings(
-    max_examples=int(os.environ.get("EXAMPLES", "25")), stateful_step_count=25, deadline=None
-)
+TestManagerModel.settings = settings(max_examples=tries(25), stateful_step_count=25, deadline=None)

@@ -13,6 +13,8 @@ from incckpt.backends import open_backend
 from incckpt.errors import CheckpointNotFoundError, CorruptionError, OptionError, SupersededError
 from tests.stores import object_keys, orphans
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:

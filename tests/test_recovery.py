@@ -31,6 +31,9 @@ from incckpt.store.refs import Ref, RefName
 from incckpt.store.remains import Remains
 from incckpt.store.store import MARKER, Store
 from incckpt.testing.faults import Call, CountingBackend, Fail, Fault, FaultyBackend
+from tests.effort import tries
+
+pytestmark = pytest.mark.slow
 
 ATTEMPTS = "runs/default/attempts/"
 EMPTY = dump_document("lineage", {"attempt": 3, "refs": [], "abandoned": []})
@@ -206,8 +209,7 @@ def history(backend: Backend, tenures: list[tuple[int, int, bool]], keep: int | 
                 one.save(step, value(step, attempt)).result()
 
 
-@pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=tries(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(attempts, st.sampled_from([None, 2]), st.randoms(use_true_random=False))
 def test_any_history_after_any_damage_of_its_documents(
     tenures: list[tuple[int, int, bool]], keep: int | None, chance: random.Random
@@ -310,7 +312,6 @@ def test_one_of_two_recoveries_wins(backend: MemoryBackend) -> None:
     assert_sound(backend, [(1, 1), (1, 2), (2, 3), (2, 4)], [(1, 8)])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("after_work", [False, True])
 def test_a_recovery_that_fails_anywhere_can_be_repeated(after_work: bool) -> None:
     for nth in range(1, 100):

@@ -231,6 +231,7 @@ def test_options_that_are_not_known() -> None:
         open_backend("az://box/x", {"nonsense": 1})
 
 
+@pytest.mark.slow
 def test_no_account(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("AZURE_")]:
         monkeypatch.delenv(name)

@@ -110,6 +110,7 @@ def files(root: Path) -> list[str]:
 # -- exclusive creation -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_create_has_one_winner_among_processes(tmp_path: Path) -> None:
     """Eight processes that start together create the same twenty keys; each key has exactly one winner."""
     gate, opener = os.pipe()
@@ -149,6 +150,7 @@ def test_without_links_or_exclusive_rename_create_is_refused_until_asked_for(tmp
 MOUNT_ERRORS = [errno.EPERM, errno.ENOSYS, errno.EIO, errno.ENOTSUP, errno.EINVAL, errno.EACCES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", MOUNT_ERRORS, ids=[errno.errorcode[code] for code in MOUNT_ERRORS])
 def test_a_mount_that_lacks_links_and_syncs_takes_one_writer(
     tmp_path: Path, code: int, caplog: pytest.LogCaptureFixture
@@ -235,6 +237,7 @@ def _system_calls(write: Callable[[Backend], None], root: Path) -> int:
     return calls.count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_entries", [False, True])
 @pytest.mark.parametrize("write", _WRITES)
 def test_power_cut_at_every_system_call(tmp_path: Path, write: Callable[[Backend], None], keep_entries: bool) -> None:
@@ -451,6 +454,7 @@ _ERRNOS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", _ERRNOS, ids=errno.errorcode.__getitem__)
 @pytest.mark.parametrize(("verb", "call"), [(verb, call) for verb, (_, calls) in _OPERATIONS.items() for call in calls])
 def test_system_errors(tmp_path: Path, verb: str, call: str, code: int) -> None:

@@ -18,6 +18,7 @@ from incckpt.backends.wrapper import WrapperBackend
 from incckpt.errors import BackendError, BackendPermissionError, BackendTimeoutError, KeyExistsError, KeyNotFoundError
 from incckpt.testing.conformance import BackendConformance
 from incckpt.testing.faults import Call, CountingBackend, Fail, Fault, FaultyBackend
+from tests.effort import tries
 
 
 class Clock:
@@ -101,7 +102,7 @@ def test_permanent_errors_pass_at_once(error: BackendError) -> None:
     assert clock.sleeps == []
 
 
-@settings(max_examples=60)
+@settings(max_examples=tries(60))
 @given(limit=st.floats(0.1, 300), first=st.floats(0.01, 5), longest=st.floats(5, 60))
 def test_waits_grow_within_bounds_and_end(limit: float, first: float, longest: float) -> None:
     clock = Clock()

@@ -24,6 +24,7 @@ from incckpt.backends.secrets import HidingBackend, Secrets
 from incckpt.backends.wrapper import WrapperBackend
 from incckpt.errors import BackendError, IncckptError, KeyNotFoundError
 from incckpt.store.location import locate
+from tests.effort import tries
 
 MARK = "hunter2"  # is in every part of every secret
 
@@ -74,7 +75,7 @@ def attempted(action: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=tries(300))
 @given(urls())
 def test_a_url_in_a_message_has_no_secret(url: str) -> None:
     assert MARK not in redact(url)
@@ -86,7 +87,7 @@ def test_a_url_in_a_message_has_no_secret(url: str) -> None:
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=tries(50), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(url=urls(), option=st.sampled_from(["run", "step", "threads", "nonsense"]))
 def test_calls_that_fail_before_a_request(url: str, option: str, caplog: pytest.LogCaptureFixture) -> None:
     bad: dict[str, Any] = {"run": "no run", "step": "no step", "threads": 0, "nonsense": None}
@@ -140,7 +141,7 @@ class LibraryError(Exception):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=tries(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     password=secret_texts("/@#?:%+ é"),
     kind=st.sampled_from([ValueError, LibraryError, OSError]),

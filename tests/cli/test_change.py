@@ -10,6 +10,8 @@ import incckpt
 from tests.cli.conftest import Command
 from tests.stores import orphans
 
+pytestmark = pytest.mark.slow
+
 
 def steps(store: str, run: str = "default") -> list[int]:
     return [checkpoint.step for checkpoint in incckpt.list_checkpoints(store) if checkpoint.run == run]

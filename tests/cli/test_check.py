@@ -8,6 +8,8 @@ import pytest
 
 from tests.cli.conftest import Command
 
+pytestmark = pytest.mark.slow
+
 
 def damage(store: str) -> Path:
     """Flip a byte of the largest object."""

@@ -51,6 +51,7 @@ def test_what_to_do_is_a_command(command: Command, store: str) -> None:
     assert f"delete it: 'incckpt rm {place}#default@{int(ref.name.split('-')[1])}'" in command("gc", store).err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["export {store} {place}/state.pt", "report {store} -o {place}/report.html"])
 def test_a_file_that_cannot_be_written_is_no_bug(command: Command, store: str, tmp_path: Path, line: str) -> None:
     for place, code in (("/proc", Exit.USAGE), (str(tmp_path / "file"), Exit.USAGE)):

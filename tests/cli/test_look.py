@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import incckpt
 from tests.cli.conftest import Command, state_at
 
@@ -52,6 +54,7 @@ def test_list_shows_what_was_abandoned(command: Command, store: str) -> None:
     assert "(abandoned)" not in command("list", store).out
 
 
+@pytest.mark.slow
 def test_info_takes_every_fragment(command: Command, store: str) -> None:
     for fragment, step in (("", 3), ("#default", 3), ("#@latest", 3), ("#default@1", 1), ("#@best", 2), ("#other", 10)):
         done = command("info", f"{store}{fragment}", "--json")
@@ -71,6 +74,7 @@ def test_info_says_what_there_is(command: Command, store: str) -> None:
     assert (found["objects"], found["deltas"]) == (3, 1)
 
 
+@pytest.mark.slow
 def test_diff_by_tensor(command: Command, store: str) -> None:
     done = command("diff", f"{store}#@1", "@3")
     assert (done.code, done.err) == (0, "")

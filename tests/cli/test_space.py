@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import incckpt
 from tests.cli.conftest import Command
+
+pytestmark = pytest.mark.slow
 
 
 def test_stats_says_what_storing_incrementally_saves(command: Command, store: str) -> None:

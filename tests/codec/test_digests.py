@@ -22,6 +22,7 @@ def expected(raw: bytes) -> bytes:
     return b"".join(hashlib.sha256(raw[at : at + FRAME_BYTES]).digest() for at in range(0, len(raw), FRAME_BYTES))
 
 
+@pytest.mark.slow
 @given(sizes=st.lists(SIZES, max_size=4), seed=st.integers(0, 2**32), offset=st.integers(0, 9))
 def test_each_frame_of_each_chunk(sizes: list[int], seed: int, offset: int) -> None:
     generator = np.random.default_rng(seed)

@@ -26,6 +26,7 @@ from incckpt.codec import _planes, frames
 from incckpt.codec import objects as codec
 from incckpt.codec.objects import FRAME_BYTES, Base, Digest
 from incckpt.errors import CodecError
+from tests.effort import tries
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
@@ -251,7 +252,7 @@ def decode(data: codec.Buffer, found: Digest, nbytes: int, base: Base | None = N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=tries(40), deadline=None, derandomize=True)
 @given(
     n=st.one_of(st.integers(0, 40), st.integers(0, 40_000)),
     itemsize=st.sampled_from([*ITEMSIZES, 16]),
@@ -285,6 +286,7 @@ def test_round_trip(
     assert ("delta" in encoded.ways) == (encoded.base is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
 @pytest.mark.parametrize(
     "n", [FRAME_BYTES - 1, FRAME_BYTES, FRAME_BYTES + 1, 2 * FRAME_BYTES - 1, 2 * FRAME_BYTES, 2 * FRAME_BYTES + 1]
@@ -382,6 +384,7 @@ def test_the_object_does_not_depend_on_the_instruction_set(monkeypatch: pytest.M
             assert len(objects) == 1
 
 
+@pytest.mark.slow
 def test_threads_do_not_share_scratch_memory() -> None:
     generator = np.random.default_rng(0)
     chunks = [kind(FRAME_BYTES + 99, generator) for kind in (floats, halves, skewed, text, integers)] * 4
@@ -398,7 +401,7 @@ def test_threads_do_not_share_scratch_memory() -> None:
 SIZES = st.one_of(st.integers(0, 40_000), st.integers(FRAME_BYTES - 5, FRAME_BYTES + 40_000))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=tries(60), deadline=None, derandomize=True)
 @given(
     kinds=st.lists(
         st.tuples(st.sampled_from(KINDS), st.sampled_from(ITEMSIZES), SIZES, st.sampled_from([None, *BASES])),
@@ -698,6 +701,7 @@ def outcome(data: bytes, raw: Bytes, found: Digest, base: Base | None) -> str:
     return "right"
 
 
+@pytest.mark.slow
 def test_damaged_objects_are_errors_or_the_right_bytes() -> None:
     generator = np.random.default_rng(MUTATIONS)
     sound = sound_objects()
@@ -716,6 +720,7 @@ def test_damaged_objects_are_errors_or_the_right_bytes() -> None:
     assert outcomes["error"] > 0.9 * MUTATIONS
 
 
+@pytest.mark.slow
 def test_damaged_frames_never_write_outside_or_crash() -> None:
     """Below the header's checks: coded bytes of any content and length, decoded at any size and way."""
     generator = np.random.default_rng(MUTATIONS + 1)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from incckpt.codec import _planes
+from tests.effort import tries
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Elements: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
@@ -81,7 +82,7 @@ def test_an_unknown_variant_is_refused() -> None:
 @EVERY_VARIANT
 @pytest.mark.parametrize("delta", [False, True], ids=["intra", "delta"])
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=tries(40), deadline=None, derandomize=True)
 @given(n=LENGTHS, seed=SEEDS, offset=OFFSETS)
 def test_split_and_join(variant: int, delta: bool, itemsize: int, n: int, seed: int, offset: int) -> None:
     raw = random_bytes(n * itemsize, seed, offset)
@@ -136,7 +137,7 @@ def test_a_small_step_is_a_small_difference(dtype: str) -> None:
 
 
 @EVERY_VARIANT
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=tries(100), deadline=None, derandomize=True)
 @given(n=LENGTHS, seed=SEEDS, share=st.sampled_from([0.0, 0.001, 0.1, 0.5, 0.99, 1.0]), offset=OFFSETS)
 def test_mask_and_unmask(variant: int, n: int, seed: int, share: float, offset: int) -> None:
     generator = np.random.default_rng(seed)
@@ -159,7 +160,7 @@ def test_mask_and_unmask(variant: int, n: int, seed: int, share: float, offset: 
     assert fence_holds(memory, n, offset)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=tries(200), deadline=None, derandomize=True)
 @given(n=LENGTHS, seed=SEEDS, share=st.sampled_from([0.0, 0.001, 0.01, 0.1, 0.5, 1.0]), offset=OFFSETS)
 def test_gaps(n: int, seed: int, share: float, offset: int) -> None:
     generator = np.random.default_rng(seed)
@@ -186,7 +187,7 @@ def test_gaps(n: int, seed: int, share: float, offset: int) -> None:
     assert fence_holds(memory, n, offset)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=tries(200), deadline=None, derandomize=True)
 @given(gaps=st.lists(st.one_of(st.integers(0, 3), st.integers(250, 255)), max_size=40), n=st.integers(0, 3000))
 def test_gaps_that_lie_are_refused(gaps: list[int], n: int) -> None:
     places = np.cumsum([gap + (gap < 255) for gap in gaps])
@@ -208,7 +209,7 @@ def test_gaps_that_lie_are_refused(gaps: list[int], n: int) -> None:
 
 @EVERY_VARIANT
 @given(n=st.integers(1, 9000), where=st.floats(0, 1, exclude_max=True))
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=tries(50), deadline=None, derandomize=True)
 def test_constant(variant: int, n: int, where: float) -> None:
     data = np.full(n, 7, np.uint8)
     assert _planes.constant(data, variant)
@@ -217,6 +218,7 @@ def test_constant(variant: int, n: int, where: float) -> None:
     assert _planes.constant(b"", variant)
 
 
+@pytest.mark.slow
 @EVERY_VARIANT
 @pytest.mark.parametrize("delta", [False, True], ids=["intra", "delta"])
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
@@ -291,7 +293,7 @@ def skewed_bytes(draw: st.DrawFn) -> Bytes:
 
 
 @EVERY_VARIANT
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=tries(150), deadline=None, derandomize=True)
 @given(data=skewed_bytes())
 def test_any_zstd_reads_the_huffman_codes(variant: int, data: Bytes) -> None:
     frame = huffman(data, variant)
@@ -332,7 +334,7 @@ def planes_like(n: int, seed: int) -> Bytes:
 
 
 @EVERY_VARIANT
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=tries(40), deadline=None, derandomize=True)
 @given(blocks=st.integers(0, 5), rest=st.integers(0, 1 << 16), seed=SEEDS, offset=OFFSETS)
 def test_our_own_decoder_reads_the_huffman_codes(variant: int, blocks: int, rest: int, seed: int, offset: int) -> None:
     data = planes_like((blocks << 16) + max(rest, 1), seed)
@@ -353,6 +355,7 @@ def test_frames_of_zstd_itself_are_left_to_it() -> None:
             assert unhuffman(frame, len(data), _planes.BEST) in (None, data)
 
 
+@pytest.mark.slow
 def test_our_own_decoder_never_disagrees_with_zstd() -> None:
     """Of a damaged frame it says that it is none, or what zstd says; and no memory but the output's is written."""
     generator = np.random.default_rng(7)

@@ -17,6 +17,9 @@ import incckpt
 from incckpt.errors import CheckpointNotFoundError, CorruptionError
 from incckpt.inspection import difference
 from incckpt.inspection.tally import Measure
+from tests.effort import tries
+
+pytestmark = pytest.mark.slow
 
 
 def measure_of(one: incckpt.TensorDifference) -> Measure:
@@ -35,7 +38,7 @@ _DTYPES = st.sampled_from(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=tries(20), deadline=None)
 @given(
     dtype=_DTYPES,
     sizes=st.tuples(st.integers(0, 40), st.integers(0, 50)),

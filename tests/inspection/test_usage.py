@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 import incckpt
 from incckpt.backends import open_backend
 from incckpt.errors import CheckpointNotFoundError
+from tests.effort import tries
 from tests.stores import object_keys
+
+pytestmark = pytest.mark.slow
 
 
 def stored(folder: Path) -> int:
@@ -25,7 +28,7 @@ def stored(folder: Path) -> int:
 _saves = st.tuples(st.sampled_from(["a", "b"]), st.integers(0, 3), st.integers(0, 3))
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=tries(8), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     saves=st.lists(_saves, min_size=1, max_size=5),
     data=st.data(),

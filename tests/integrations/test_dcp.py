@@ -31,8 +31,11 @@ from incckpt.store.objects import manifest_keys
 from incckpt.store.refs import Ref
 from incckpt.store.store import Store
 from tests import programs
+from tests.effort import tries
 from tests.integrations.sharded import same
 from tests.servers.processes import free_port
+
+pytestmark = pytest.mark.slow
 
 
 def _state(seed: int = 0) -> dict[str, Any]:
@@ -236,7 +239,7 @@ _tensors = st.dictionaries(
 )
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=tries(8), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     saves=st.lists(
         st.tuples(_tensors, st.sampled_from([None, 1, [1, {"x": 2}]]), st.booleans()), min_size=2, max_size=5
@@ -314,7 +317,6 @@ def launch(processes: int, *arguments: object, module: str = "sharded") -> str:
     return "".join(one.stdout for one in done)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_shards_of_two_processes(tmp_path: Path) -> None:
     """FSDP2 with AdamW, loaded by the two, and by one; `python -m tests.sharding` tries other kinds and numbers."""
@@ -331,7 +333,6 @@ def test_shards_of_two_processes(tmp_path: Path) -> None:
     assert incckpt.verify(store).ok
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_what_torch_tests_storages_for(tmp_path: Path) -> None:
     """Its cases for sharded tensors, replicas, groups of ranks, and failures in each method, over four processes."""

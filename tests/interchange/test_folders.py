@@ -58,6 +58,7 @@ def write_checkpoint(folder: Path, step: int, *, safe: bool = True) -> dict[str,
     return {"model": state, "optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict(), "rng_state": rng}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_folder_of_the_trainer_is_imported(safe: bool, tmp_path: Path) -> None:
     expected = write_checkpoint(tmp_path / "checkpoint-500", 500, safe=safe)

@@ -20,6 +20,7 @@ from incckpt.interchange.safetensors_files import _NUMPY_DTYPES, _TORCH_DTYPES
 from incckpt.state.ranges import raw_view
 from incckpt.testing.compare import assert_same_state, difference
 from incckpt.testing.strategies import arrays, tensors
+from tests.effort import tries
 
 safetensors = pytest.importorskip("safetensors")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -52,7 +53,7 @@ def plain(value: torch.Tensor | np.ndarray[Any, Any]) -> torch.Tensor:
 @settings(
     deadline=None,
     derandomize=True,
-    max_examples=20,
+    max_examples=tries(20),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 @given(

@@ -66,6 +66,7 @@ def fine_tune(folder: Path, count: int) -> list[dict[str, torch.Tensor]]:
     return states
 
 
+@pytest.mark.slow
 def test_a_series_costs_what_changes(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     states = fine_tune(tmp_path / "old", 5)
@@ -82,6 +83,7 @@ def test_a_series_costs_what_changes(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_series_costs_what_a_manager_writes(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     states = fine_tune(tmp_path / "old", 4)

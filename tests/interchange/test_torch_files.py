@@ -20,6 +20,7 @@ from incckpt.errors import CorruptionError, OptionError, PickleRefusedError, Sta
 from incckpt.interchange import export, import_files
 from incckpt.testing.compare import assert_same_state
 from incckpt.testing.strategies import states
+from tests.effort import tries
 
 Point = namedtuple("Point", ["x", "y"])
 
@@ -78,7 +79,7 @@ def test_the_file_is_a_sound_archive_with_aligned_storages(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:ComplexHalf")  # torch says so whenever it makes such a tensor
-@settings(deadline=None, derandomize=True, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, derandomize=True, max_examples=tries(20), suppress_health_check=[HealthCheck.too_slow])
 @given(state=states())
 def test_a_file_is_what_torch_save_makes_of_the_state(state: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +98,7 @@ def test_a_file_is_what_torch_save_makes_of_the_state(state: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:ComplexHalf")  # torch says so whenever it makes such a tensor
-@settings(deadline=None, derandomize=True, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, derandomize=True, max_examples=tries(20), suppress_health_check=[HealthCheck.too_slow])
 @given(state=states())
 def test_any_file_is_imported(state: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:

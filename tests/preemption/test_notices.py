@@ -24,6 +24,7 @@ from incckpt.preemption.notices import (
     Watcher,
     sources_of,
 )
+from tests.effort import tries
 from tests.preemption.clouds import Aws, Azure, Cloud, Gcp, cloud, serving
 
 SOURCES: dict[str, Callable[..., Source]] = {"aws": AwsNotices, "gcp": GcpNotices, "azure": AzureNotices}
@@ -270,7 +271,7 @@ def test_an_answer_in_drops() -> None:
     status=st.sampled_from([200, 200, 200, 204, 999]),
     raw=st.booleans(),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=tries(40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_garbage_raises_nothing(
     name: str, services: dict[str, Cloud], body: bytes, status: int, raw: bool, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -142,6 +142,7 @@ def test_managers_that_share_one(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
 
 
+@pytest.mark.slow
 def test_a_manager_that_is_dropped_is_freed_at_once(tmp_path: Path) -> None:
     manager = incckpt.CheckpointManager(tmp_path)
     manager.save(1, {"w": torch.ones(3)}).result()

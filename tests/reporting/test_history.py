@@ -19,6 +19,8 @@ from incckpt.store.refs import Ref
 from incckpt.store.store import Store
 from tests.reporting.runs import train
 
+pytestmark = pytest.mark.slow
+
 
 def history_of(store: Path, run: str = "default") -> History:
     with Store.open(str(store)) as opened:

@@ -20,6 +20,7 @@ from incckpt.errors import OptionError, StoreNotFoundError
 from incckpt.reporting import heatmap
 from incckpt.reporting.history import History
 from incckpt.reporting.page import render
+from tests.effort import tries
 from tests.reporting.runs import large_history, train
 
 HOSTILE = [
@@ -75,7 +76,7 @@ def test_the_page_names_no_other_file() -> None:
     assert "url(" not in page
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=tries(40), deadline=None)
 @given(st.lists(st.text(min_size=1) | st.sampled_from(HOSTILE), min_size=3, max_size=3))
 def test_no_name_becomes_markup(names: list[str]) -> None:
     plain = parsed(render(large_history(3, 2))).tags
@@ -105,6 +106,7 @@ def test_the_page_is_bounded() -> None:
     assert heatmap.MOST_COLUMNS * (heatmap._MOST_CELLS // heatmap.MOST_COLUMNS) * 4 / 3 < 6_000_000
 
 
+@pytest.mark.slow
 def test_a_thousand_tensors_by_a_thousand_steps_take_two_megabytes() -> None:
     assert len(render(large_history(1000, 1000))) < 2_000_000
 

@@ -89,6 +89,7 @@ TRAININGS = st.builds(
 SHARES = st.floats(0.002, 0.2)
 
 
+@pytest.mark.slow
 @given(TRAININGS, SHARES)
 def test_saves_keep_to_their_share(training: Training, share: float) -> None:
     cadence = Cadence(share=share, most_lost=math.inf, shortest=1e-9, clock=lambda: training.now)
@@ -102,6 +103,7 @@ def test_saves_keep_to_their_share(training: Training, share: float) -> None:
         assert after - before <= max(cost / share, pending) + 2 * training.step_seconds + 1e-6
 
 
+@pytest.mark.slow
 @given(TRAININGS, SHARES, st.floats(1, 300))
 @example(Training(step_seconds=0.05, blocked=0, durable_after=1, slower=2), 0.125, 1)  # at the end of a step, or not
 def test_a_crash_costs_no_more_than_stated(training: Training, share: float, extra: float) -> None:

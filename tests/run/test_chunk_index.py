@@ -47,6 +47,7 @@ def test_what_was_collected_is_forgotten() -> None:
     assert len(index) == 0
 
 
+@pytest.mark.slow
 def test_runs_of_one_process_store_common_content_once(tmp_path: Path) -> None:
     """Five runs, all past their first saves, begin to hold the same new content."""
     backend = open_backend(tmp_path)

@@ -15,6 +15,8 @@ from incckpt.store.refs import Ref
 from incckpt.store.store import Store
 from tests.stores import orphans
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 
 

@@ -20,6 +20,8 @@ from incckpt.store.document import dump_document
 from tests import programs
 from tests.hostile import Contents, filled, manifest_of, rewrite_manifest, saved, with_manifest
 
+pytestmark = pytest.mark.slow
+
 TIB = 1 << 40
 MIB = 1 << 20
 
@@ -133,7 +135,6 @@ def test_a_limit_is_no_damage() -> None:
         manager.load()  # and is not passed over for an earlier checkpoint
 
 
-@pytest.mark.slow
 def test_a_document_that_is_mostly_brackets() -> None:
     contents = sound()
     key, _ = manifest_of(contents)
@@ -191,7 +192,6 @@ def test_metrics_that_no_ref_could_hold_are_refused_at_save() -> None:
         incckpt.save({}, filled(sound()).url, metrics={f"{'x' * 1000}{index}": 1.0 for index in range(20_000)})
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the address space")
 def test_an_address_space_that_is_limited(tmp_path: Path) -> None:
     program = f"""

@@ -25,6 +25,7 @@ from incckpt.store.blocks import Block, fault
 from incckpt.store.manifest import Chunk, Manifest
 from incckpt.store.objects import manifest_keys, manifest_sizes
 from incckpt.store.refs import RefName
+from tests.effort import tries
 from tests.store.test_blocks import covers
 
 _AT_LEISURE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -94,7 +95,7 @@ def merged(case: Case) -> Manifest:
     return merge(case.leaves, case.shards).manifest("run", RefName(1, 1, "0" * 16), 0.0, {})
 
 
-@settings(_AT_LEISURE, max_examples=40)
+@settings(_AT_LEISURE, max_examples=tries(40))
 @given(cases())
 def test_what_is_merged_reads_back_as_the_state(case: Case) -> None:
     """Every byte of every tensor, found through the manifest that a reader has parsed and checked."""
@@ -178,7 +179,7 @@ _FAULTS: dict[str, Callable[[Parts, int], Parts]] = {
 
 
 @pytest.mark.parametrize("fault", _FAULTS)
-@settings(_AT_LEISURE, max_examples=10)
+@settings(_AT_LEISURE, max_examples=tries(10))
 @given(case=cases(), data=st.data())
 def test_a_wrong_part_is_refused(fault: str, case: Case, data: st.DataObject) -> None:
     """Whatever is wrong with one part of one process."""
@@ -205,7 +206,7 @@ def _parts_with_bytes(case: Case, name: str) -> int:
     )
 
 
-@settings(_AT_LEISURE, max_examples=20)
+@settings(_AT_LEISURE, max_examples=tries(20))
 @given(cases(), st.data())
 def test_a_process_without_a_report_is_noticed(case: Case, data: st.DataObject) -> None:
     """Whether it had parts, whole tensors or other values; the error names one of them."""

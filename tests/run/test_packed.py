@@ -21,6 +21,7 @@ from incckpt.store.refs import Ref
 from incckpt.store.store import Store
 from incckpt.testing import strategies as states
 from incckpt.testing.compare import assert_same_state
+from tests.effort import tries
 from tests.stores import orphans
 
 pytestmark = pytest.mark.slow
@@ -31,7 +32,7 @@ def log_of(count: int) -> list[dict[str, Any]]:
 
 
 @settings(
-    max_examples=25,
+    max_examples=tries(25),
     deadline=None,
     derandomize=True,
     suppress_health_check=[*HealthCheck],

@@ -24,6 +24,8 @@ from incckpt.store.objects import DELTAS, OBJECTS, Objects
 from incckpt.testing.faults import CountingBackend, Fail, Fault, FaultyBackend
 from tests.stores import object_keys
 
+pytestmark = pytest.mark.slow
+
 TENSORS = 20  # of 1 MiB each: as many chunks
 
 
@@ -59,7 +61,6 @@ def chunk_objects(backend: Backend) -> list[str]:
     return sorted(entry.key for space in (OBJECTS, DELTAS) for entry in backend.list(space) if entry.size > 1 << 16)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("base", [True, False])
 @pytest.mark.parametrize("harm", [lambda backend, key: backend.delete([key]), cut], ids=["gone", "cut"])
 def test_what_is_lost_is_stored_again(
@@ -87,7 +88,6 @@ def test_what_is_lost_is_stored_again(
         assert len(caplog.records) == again, "what was stored again is no news"
 
 
-@pytest.mark.slow
 def test_the_base_of_a_delta_that_is_lost_is_replaced(tmp_path: Path) -> None:
     app = state()
     backend = LocalBackend(tmp_path)

@@ -22,6 +22,8 @@ from incckpt.state.flatten import flatten
 from tests.forks import exit_code, fork, forks
 from tests.servers.processes import python_server
 
+pytestmark = pytest.mark.slow
+
 
 def steps_at(url: str | Path, run: str = "default") -> list[int]:
     with incckpt.CheckpointManager(url, run=run, read_only=True) as manager:

@@ -20,6 +20,8 @@ from incckpt.store.store import Store
 from incckpt.testing.faults import Call, CountingBackend, Fault, FaultyBackend
 from tests.store.test_corruption import flip, objects_of, save_three, truncate
 
+pytestmark = pytest.mark.slow
+
 
 def problems(folder: Path, level: Level) -> dict[int, int]:
     return {checkpoint.step: len(checkpoint.problems) for checkpoint in verify(folder, level=level).checkpoints}

@@ -21,6 +21,7 @@ from incckpt.staging.hostmem import HostPool
 from incckpt.state.flatten import FlatState, flatten
 from incckpt.store.manifest import Chunk
 from incckpt.testing.compare import assert_same_state
+from tests.effort import tries
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -49,7 +50,7 @@ def chunks_of(contents: list[Content]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("where", [as_is, as_on_a_device])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=tries(25), deadline=None)
 @given(data=st.data())
 def test_contents_are_the_state_and_only_what_changed_is_new(
     where: Callable[[FlatState], FlatState], data: st.DataObject
@@ -77,6 +78,7 @@ def test_contents_are_the_state_and_only_what_changed_is_new(
             state[index][data.draw(st.integers(0, sizes[index] - 1))] += 1
 
 
+@pytest.mark.slow
 def test_buffers_are_recycled_but_not_while_in_use() -> None:
     pool = HostPool()
     first = pool.take(MIB)
@@ -98,6 +100,7 @@ def test_buffers_are_recycled_but_not_while_in_use() -> None:
     assert pool.free_bytes == 0
 
 
+@pytest.mark.slow
 def test_host_memory_is_one_copy_of_the_state_besides_what_is_in_flight(tmp_path: Path) -> None:
     state = {f"w{i}": torch.zeros(MIB) for i in range(8)}
     with incckpt.CheckpointManager(tmp_path, chunk_bytes=MIB) as manager:
@@ -128,7 +131,7 @@ def test_the_layout_may_change(tmp_path: Path) -> None:
 _sizes = st.dictionaries(st.sampled_from("abcdef"), st.sampled_from([0, 3, 2000, 300_000, 700_000]), min_size=1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=tries(25), deadline=None)
 @given(before=_sizes, after=_sizes, changed=st.sets(st.sampled_from("abcdef")))
 def test_one_changed_size_does_not_forget_the_rest(
     before: dict[str, int], after: dict[str, int], changed: set[str]
@@ -205,6 +208,7 @@ def test_first_cycles_differ_in_length() -> None:
         assert max(lengths.count(length) for length in set(lengths)) <= 2 * 100 / (longest - 1)
 
 
+@pytest.mark.slow
 def test_a_chunk_has_one_first_cycle(tmp_path: Path) -> None:
     weights = torch.randn(1 << 16)
     with incckpt.CheckpointManager(tmp_path) as manager:

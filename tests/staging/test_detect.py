@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from incckpt.errors import KernelError, OptionError
 from incckpt.staging import _detect, detect
+from tests.effort import tries
 
 Bytes = npt.NDArray[np.uint8]
 Float64s = npt.NDArray[np.float64]
@@ -164,6 +165,7 @@ def test_a_change_of_one_bit_is_found_wherever_it_is(nbytes: int, threads: int) 
 # ---- sums ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", detect.KERNELS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
 def test_every_bit_pattern_of_a_small_float_is_squared_exactly(dtype: str, kernel: str) -> None:
@@ -182,6 +184,7 @@ def test_every_bit_pattern_of_a_small_float_is_squared_exactly(dtype: str, kerne
     np.testing.assert_array_equal(base, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", detect.KERNELS)
 @pytest.mark.parametrize("dtype", REAL_DTYPES)
 def test_sums_agree_with_float64_arithmetic(dtype: str, kernel: str) -> None:
@@ -199,7 +202,7 @@ def test_sums_agree_with_float64_arithmetic(dtype: str, kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", detect.KERNELS)
 @pytest.mark.parametrize("dtype", REAL_DTYPES)
-@settings(PATIENT, max_examples=30)
+@settings(PATIENT, max_examples=tries(30))
 @given(
     counts=st.lists(st.integers(0, 400), max_size=8),
     seed=st.integers(0, 2**32),
@@ -225,6 +228,7 @@ def test_sums_of_any_table_agree_with_float64_arithmetic(
     np.testing.assert_allclose(squares, expected[:, 1], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", detect.KERNELS)
 @pytest.mark.parametrize("dtype", REAL_DTYPES)
 def test_sums_do_not_depend_on_threads_or_alignment(dtype: str, kernel: str) -> None:
@@ -253,7 +257,7 @@ def test_complex_numbers_are_pairs(dtype: str, real: str) -> None:
 
 @pytest.mark.parametrize("kernel", detect.KERNELS)
 @pytest.mark.parametrize("dtype", REAL_DTYPES)
-@settings(PATIENT, max_examples=20)
+@settings(PATIENT, max_examples=tries(20))
 @given(count=st.integers(1, 600), where=st.integers(0), what=st.sampled_from([np.nan, np.inf, -np.inf]), data=st.data())
 def test_nan_and_infinity_anywhere_count_as_changed(
     dtype: str, kernel: str, count: int, where: int, what: float, data: st.DataObject

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from incckpt.codec.frames import FRAME_BYTES
 from incckpt.errors import OptionError
 from incckpt.staging.layout import plan
+from tests.effort import tries
 
 MIB = 1 << 20
 FIELDS = ("seg_range", "seg_range_offset", "seg_chunk", "seg_chunk_offset", "seg_nbytes")
@@ -29,7 +30,8 @@ def sizes(draw: st.DrawFn) -> list[tuple[int, int]]:
     return found
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=tries(300), deadline=None)
 @given(sizes(), st.sampled_from([MIB, 2 * MIB, 16 * MIB]), st.data())
 def test_every_byte_lies_in_one_chunk_of_its_element_size(
     ranges: list[tuple[int, int]], chunk_bytes: int, data: st.DataObject
@@ -54,7 +56,7 @@ def test_every_byte_lies_in_one_chunk_of_its_element_size(
     assert not table.chunk_nbytes.size or (table.chunk_nbytes % table.chunk_itemsize == 0).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=tries(100), deadline=None)
 @given(sizes())
 def test_large_ranges_are_alone_and_small_ones_whole(ranges: list[tuple[int, int]]) -> None:
     table = plan(ranges, chunk_bytes=2 * MIB)
@@ -70,7 +72,7 @@ def test_large_ranges_are_alone_and_small_ones_whole(ranges: list[tuple[int, int
             assert [ranges[number][0] for number in table.seg_range[members]] == table.seg_nbytes[members].tolist()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=tries(100), deadline=None)
 @given(sizes())
 def test_small_ranges_make_few_chunks(ranges: list[tuple[int, int]]) -> None:
     table = plan(ranges)
@@ -98,7 +100,7 @@ def test_ten_thousand_tiny_tensors_make_one_chunk_per_frame() -> None:
     assert len(table.seg_range) == 10_000
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=tries(200), deadline=None)
 @given(sizes(), st.data())
 def test_small_ranges_of_one_kind_lie_together(ranges: list[tuple[int, int]], data: st.DataObject) -> None:
     kinds = data.draw(st.lists(st.sampled_from("abc"), min_size=len(ranges), max_size=len(ranges)))

@@ -16,6 +16,7 @@ from incckpt.run.report import SaveReport
 from incckpt.staging.baseline import Baseline
 from incckpt.staging.movement import MovementMeter
 from incckpt.state.flatten import flatten
+from tests.effort import tries
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.float8_e4m3fn]
 
@@ -44,6 +45,7 @@ def truth(before: torch.Tensor, now: torch.Tensor) -> tuple[float, float]:
     return float((new - old).norm() / old.norm()), float(old.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(7, 11), (1000, 1000)], ids=["small", "large"])
 def test_relative_change_is_near_the_truth(dtype: torch.dtype, shape: tuple[int, int]) -> None:
@@ -98,7 +100,7 @@ def test_another_layout_with_the_same_tensors_is_compared() -> None:
     assert meter({"a": torch.ones(300) * 3, "b": torch.ones(3) * 2, "new": torch.ones(3)}).keys() == {"a"}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=tries(30), deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.floats(0.5, 2.0, width=32)), min_size=1, max_size=8))
 def test_compares_with_the_last_committed(saves: list[tuple[bool, float]]) -> None:
     meter, committed = Meter(), None

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from incckpt.codec.frames import FRAME_BYTES
 from incckpt.staging.packed import PackedChunks, PackedStage
 from incckpt.state.packing import PackedValue
+from tests.effort import tries
 
 MIB = 1 << 20
 
@@ -46,7 +47,7 @@ blocks = sizes.map(lambda size: os.urandom(size))
 kinds = st.one_of(blocks, st.lists(blocks, min_size=1, max_size=4), sizes.map(lambda size: "é" * size))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=tries(40), deadline=None)
 @given(st.lists(kinds, max_size=6))
 def test_every_byte_is_in_its_place_and_no_chunk_too_large(some: list[list[bytes] | bytes | str]) -> None:
     given_values = values(*some)

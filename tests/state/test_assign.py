@@ -22,6 +22,7 @@ from incckpt.state.ranges import raw_array, raw_view
 from incckpt.state.rng import RngState
 from incckpt.testing import strategies as states
 from incckpt.testing.compare import assert_same_state, difference
+from tests.effort import tries
 from tests.states import Stored
 
 Point = namedtuple("Point", ["x", "y"])
@@ -89,6 +90,7 @@ class Job:
 OPTIMIZERS = [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, Float32Moments]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", OPTIMIZERS)
@@ -108,6 +110,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(make: Any, dtype: torch.dtype
         assert difference(Stored(job.state).load(), Stored(other.state).load()) == ""
 
 
+@pytest.mark.slow
 def test_moments_keep_the_dtype_that_load_state_dict_would_cast() -> None:
     job = Job(0, Float32Moments, torch.bfloat16)
     job.train(2)
@@ -138,7 +141,7 @@ def test_a_model_and_optimizer_that_run_are_restored_without_new_memory() -> Non
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=tries(150), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(states.states(), st.booleans())
 def test_any_state_is_restored_into_one_like_it(state: Any, in_place: bool) -> None:
     stored = Stored([state])

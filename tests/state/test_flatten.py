@@ -26,13 +26,14 @@ from incckpt.state.ranges import CARRIERS, raw_array, raw_view
 from incckpt.state.rng import RngState
 from incckpt.testing import strategies as states
 from incckpt.testing.compare import aliases, assert_same_state, difference
+from tests.effort import tries
 from tests.states import Stored, live_bytes
 
 
 def examples(count: int) -> settings:
     """Return settings for that many examples, the same at every run."""
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=checks)
+    return settings(max_examples=tries(count), deadline=None, derandomize=True, suppress_health_check=checks)
 
 
 @pytest.mark.slow
@@ -42,6 +43,7 @@ def test_a_state_comes_back_bit_for_bit(state: Any) -> None:
     assert_same_state(state, Stored(state).load())
 
 
+@pytest.mark.slow
 @examples(400)
 @given(states.shared_memory(), st.data())
 def test_what_is_written_through_one_alias_is_seen_through_the_others(views: Any, data: st.DataObject) -> None:
@@ -74,6 +76,7 @@ def test_no_dtype_of_torch_is_forgotten() -> None:
     assert known | quantised == {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TORCH_DTYPES if hasattr(torch, name)])
 @pytest.mark.parametrize("layout", ["dense", "gaps", "transposed", "scalar", "empty", "expanded"])
 def test_every_dtype_in_every_layout(name: str, layout: str) -> None:
@@ -338,6 +341,7 @@ def test_the_element_size_of_a_range_is_the_commonest_that_divides_it() -> None:
     assert flatten([base[:12].view(torch.float32), base[8:14]]).ranges[0].itemsize == 2
 
 
+@pytest.mark.slow
 def test_temporaries_of_a_state_dict_are_not_taken_for_aliases() -> None:
     class Fleeting:
         def state_dict(self) -> Any:

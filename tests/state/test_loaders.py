@@ -216,6 +216,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("override", "hook", "where"), CASES)
 def test_generated_modules_load_as_by_hand(override: Any, hook: Any, where: str) -> None:
     """Every override with every hook: restore gives what ``load_state_dict`` gives for a state from ``torch.load``."""
@@ -572,6 +573,7 @@ def _compiled(how: str) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("saved", "here"), [*itertools.permutations(["plain", "whole", "part", "both"], 2)])
 def test_a_compiled_module_and_a_plain_one_share_checkpoints(saved: str, here: str) -> None:
     source, target = _compiled(saved), _compiled(here)

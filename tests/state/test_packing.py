@@ -24,6 +24,7 @@ from incckpt.state.plain import MAX_DEPTH
 from incckpt.state.tree import PACKED_KINDS, PackedRef, parse
 from incckpt.testing import strategies as states
 from incckpt.testing.compare import assert_same_state
+from tests.effort import tries
 from tests.states import Stored
 
 pytestmark = pytest.mark.slow
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.slow
 def examples(count: int) -> settings:
     """Return settings for that many examples, the same at every run."""
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
-    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=checks)
+    return settings(max_examples=tries(count), deadline=None, derandomize=True, suppress_health_check=checks)
 
 
 # --- there and back ---------------------------------------------------------------------------------------------------

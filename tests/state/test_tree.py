@@ -24,6 +24,7 @@ from incckpt.state.plain import DECODERS, MAX_DEPTH
 from incckpt.state.tree import DEFAULT_FACTORIES, FORMS, parse, references
 from incckpt.testing import strategies as states
 from incckpt.testing.compare import assert_same_state
+from tests.effort import tries
 from tests.states import Stored, new_buffer
 
 REFUSED = (CorruptionError, FormatError)
@@ -57,7 +58,7 @@ def any_json() -> st.SearchStrategy[Any]:
 def examples(count: int) -> settings:
     """Return settings for that many examples, the same at every run."""
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=checks)
+    return settings(max_examples=tries(count), deadline=None, derandomize=True, suppress_health_check=checks)
 
 
 def places(node: Any) -> Iterator[tuple[Any, Any]]:
@@ -226,6 +227,7 @@ def deep(member: str, depth: int = 20_000) -> Any:
     return node
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("member", ["list", "dict", "namedtuple", "set", "frozenset"])
 def test_depth_is_an_error_of_the_document_not_of_the_reader(member: str) -> None:
     with pytest.raises(CorruptionError, match="deep"):
@@ -382,6 +384,7 @@ def test_a_pattern_that_matches_nothing_is_named_with_names_that_exist() -> None
         Stored(selectable()).load(keys=[])
 
 
+@pytest.mark.slow
 @examples(150)
 @given(states.states(), st.data())
 def test_every_name_selects_its_value(state: Any, data: st.DataObject) -> None:

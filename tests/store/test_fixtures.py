@@ -30,6 +30,7 @@ def test_every_checkpoint_restores(store: Path) -> None:
     assert verify(store)
 
 
+@pytest.mark.slow
 def test_large_plain_values_restore() -> None:
     store = Path(__file__).parents[1] / "fixtures" / "format2"
     state = packed_state()

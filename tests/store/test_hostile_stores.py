@@ -96,6 +96,7 @@ CASES: dict[str, Change] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_an_oddity_is_an_error_of_ours(case: str) -> None:
     contents = rewrite_manifest(sound(), CASES[case])

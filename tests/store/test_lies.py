@@ -33,6 +33,8 @@ from incckpt.store.store import Store
 from incckpt.testing.faults import Action, CountingBackend, Fail, Fault, FaultyBackend, Lie
 from tests.stores import object_keys, orphans
 
+pytestmark = pytest.mark.slow
+
 PAGE = b"<!DOCTYPE html><html xmlns='http://www.w3.org/1999/xhtml'><body>Please sign in</body></html>"
 
 LIES: dict[str, Callable[[], Action]] = {

@@ -14,6 +14,8 @@ from incckpt.run import chunk_index
 from incckpt.testing.faults import Fail, Fault, FaultyBackend
 from tests.stores import orphans
 
+pytestmark = pytest.mark.slow
+
 CHUNK = 1 << 20
 CHUNKS = 16
 

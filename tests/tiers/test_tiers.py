@@ -24,6 +24,8 @@ from incckpt.testing.faults import Call, CountingBackend, Fail, Fault, FaultyBac
 from incckpt.tiers.follows import Follows
 from tests.stores import orphans
 
+pytestmark = pytest.mark.slow
+
 
 def state_at(step: int) -> dict[str, Any]:
     """Return a state of a large tensor that stays, one that changes a little, and a small one that is new each time."""

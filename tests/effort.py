@@ -1,0 +1,12 @@
+"""How much a property test tries."""
+
+from __future__ import annotations
+
+import os
+
+_EFFORT = float(os.environ.get("INCCKPT_EFFORT", "1"))  # make quick: 0.1, make thorough: 8
+
+
+def tries(count: int) -> int:
+    """Return `count`, times the environment's ``INCCKPT_EFFORT``; at least 3."""
+    return max(3, round(_EFFORT * count))
