@@ -751,7 +751,7 @@ def test_a_folder_that_was_left_empty_is_a_leftover(tmp_path: Path) -> None:
     for writer in (backend, other):  # both remember folders that are gone
         writer.put("a/b/k", NEW)
         writer.create("a/b/l", NEW)
-        assert [entry.key for entry in LocalBackend(tmp_path).list()] == ["a/b/k", "a/b/l"]
+        assert sorted(entry.key for entry in LocalBackend(tmp_path).list()) == ["a/b/k", "a/b/l"]
         writer.delete(["a/b/k", "a/b/l"])
         backend.remove_leftover(found)
     for name in ("a/../", "../", "/", "./"):
