@@ -209,7 +209,7 @@ def history(backend: Backend, tenures: list[tuple[int, int, bool]], keep: int | 
                 one.save(step, value(step, attempt)).result()
 
 
-@settings(max_examples=tries(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=tries(25), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(attempts, st.sampled_from([None, 2]), st.randoms(use_true_random=False))
 def test_any_history_after_any_damage_of_its_documents(
     tenures: list[tuple[int, int, bool]], keep: int | None, chance: random.Random

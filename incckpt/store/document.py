@@ -40,6 +40,7 @@ Json: TypeAlias = Any
 
 _Item = TypeVar("_Item")
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=True)
 _CHECK = b',"check":"%08x"}'
 _CHECK_NBYTES = len(_CHECK % 0)
 
@@ -58,7 +59,7 @@ def dump_document(kind: str, fields: Mapping[str, Json], *, version: int = FORMA
 def _dump(value: Json) -> bytes:
     if isinstance(value, JsonList):
         return b"[%b]" % value.text
-    return json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=True).encode()
+    return _ENCODER.encode(value).encode()
 
 
 class JsonList(Sequence[_Item]):

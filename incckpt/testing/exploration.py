@@ -283,6 +283,7 @@ class Explorer:
 
     def _explore(self, explored: Explored) -> None:
         seen = {self._first.mark}
+        checked = {(self._first.server.mark, self._first.told)}  # all that a check is told
         self._check(self._first.server, self._first.told)
         path: list[tuple[_Label, Iterator[tuple[_Label, _State]]]] = [(_Label("start"), self._steps(self._first))]
         while path:
@@ -296,8 +297,11 @@ class Explorer:
             if mark in seen:
                 continue
             seen.add(mark)
+            what = state.server.mark, state.told
             try:
-                self._check(state.server, state.told)
+                if what not in checked:
+                    self._check(state.server, state.told)
+                    checked.add(what)
             except Violation as violation:
                 steps = "\n  ".join([str(label) for label, _ in path[1:]] + [str(label)])
                 raise Violation(f"{violation}, after:\n  {steps}") from violation
@@ -394,7 +398,7 @@ class Explorer:
                     moved = self._moved(state, number, state.server, int(key), request, switches=left)
                     yield _Label(name, note=f": its thread {key} goes on"), moved
             return
-        server = state.server.fork()
+        server = state.server.fork() if request.op in WRITES else state.server
         faults = self._faulty if state.faults and request.keys and request.keys[0].startswith(self._faulty_at) else ()
         if request.op == "delete":
             at = state.deleted[number]
@@ -459,10 +463,13 @@ class Explorer:
     ) -> _State:
         process = self._processes[number]
         point = process.follow(state.points[number], reply)
-        told = self._told(state, server, request) | frozenset(process.points[point].events)
+        told = self._told(state, server, request)
+        if events := process.points[point].events:
+            told |= frozenset(events)
         while (following := process.points[point].request) is not None and following.op == "time":
             point = process.follow(point, server.time)
-            told |= frozenset(process.points[point].events)
+            if events := process.points[point].events:
+                told |= frozenset(events)
         return _State(
             server,
             _with(state.points, number, point),

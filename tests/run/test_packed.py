@@ -32,7 +32,7 @@ def log_of(count: int) -> list[dict[str, Any]]:
 
 
 @settings(
-    max_examples=tries(25),
+    max_examples=tries(15),
     deadline=None,
     derandomize=True,
     suppress_health_check=[*HealthCheck],

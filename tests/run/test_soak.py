@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 12
+SECONDS = 8
 
 
 def soak(*arguments: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def test_loads_beside_a_writer_that_keeps_one(tmp_path: Path) -> None:
         seen: list[int] = []
         target: dict[str, Any] = {"w": torch.zeros(1000, dtype=torch.int64), "step": 0}
         with incckpt.CheckpointManager(tmp_path, read_only=True) as reader:
-            for _ in range(150):
+            for _ in range(80):
                 state = incckpt.load(tmp_path)
                 assert (state["w"] == state["step"]).all()
                 step = reader.restore(target)

@@ -59,7 +59,7 @@ def test_many_saves_just_below_the_threshold_do_not_drift(tmp_path: Path) -> Non
         assert saved < 0.6 * 400 * manager.history[0].nbytes, "every other save should have skipped the floats"
 
 
-@settings(max_examples=tries(30), deadline=None)
+@settings(max_examples=tries(15), deadline=None)
 @given(
     threshold=st.sampled_from([1e-3, 1e-2, 0.3]),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64]),
