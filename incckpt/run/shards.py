@@ -128,7 +128,7 @@ class Shard:
     @classmethod
     def empty(cls) -> Shard:
         """Return what a process tells that has stored nothing."""
-        chunks = EncodedChunks(b"", np.zeros(0, np.int64), {})
+        chunks = EncodedChunks((), np.zeros(0, np.int64), {})
         return cls({}, {}, {}, (), Parts.of({}, {}, (), ()), chunks, 1 << 20)
 
 

@@ -23,16 +23,16 @@ class EncodedChunks(JsonList[Chunk]):
 
     Parameters
     ----------
-    text
-        The items of the list, with commas between them.
+    texts
+        The items of the list, in texts of one or more with commas between them.
     lengths
         ``int64[n]``: the raw bytes of each chunk.
     sizes
         The sizes in bytes of the objects that they are read from, by key.
     """
 
-    def __init__(self, text: bytes, lengths: Int64s, sizes: Mapping[str, int]) -> None:
-        super().__init__(text, len(lengths), int(lengths.sum()))
+    def __init__(self, texts: Sequence[bytes], lengths: Int64s, sizes: Mapping[str, int]) -> None:
+        super().__init__(texts, len(lengths), int(lengths.sum()))
         self.lengths = lengths
         self.sizes = sizes
 
@@ -40,7 +40,8 @@ class EncodedChunks(JsonList[Chunk]):
     def of(cls, chunks: Sequence[Chunk], sizes: Mapping[str, int]) -> EncodedChunks:
         """Encode chunks, given the sizes of their objects by key."""
         lengths = np.fromiter((chunk.nbytes for chunk in chunks), np.int64, len(chunks))
-        return cls(_compact([chunk_to_json(chunk) for chunk in chunks])[1:-1], lengths, sizes)
+        text = _compact([chunk_to_json(chunk) for chunk in chunks])[1:-1]
+        return cls([text] if text else [], lengths, sizes)
 
     @classmethod
     def joined(cls, parts: Iterable[EncodedChunks]) -> EncodedChunks:
@@ -50,14 +51,14 @@ class EncodedChunks(JsonList[Chunk]):
         for part in filled:
             sizes.update(part.sizes)
         lengths = np.concatenate([np.zeros(0, np.int64), *(part.lengths for part in filled)])
-        return cls(b",".join(part.text for part in filled), lengths, sizes)
+        return cls([text for part in filled for text in part.texts], lengths, sizes)
 
     def parse(self, item: Json) -> Chunk:
         """Return a chunk."""
         return chunk_from_json(item, "chunk")
 
-    def __reduce__(self) -> tuple[type[EncodedChunks], tuple[bytes, Int64s, Mapping[str, int]]]:
-        return EncodedChunks, (self.text, self.lengths, self.sizes)
+    def __reduce__(self) -> tuple[type[EncodedChunks], tuple[Sequence[bytes], Int64s, Mapping[str, int]]]:
+        return EncodedChunks, (self.texts, self.lengths, self.sizes)
 
 
 class EncodedRanges(JsonList[Range]):
@@ -74,7 +75,7 @@ class EncodedRanges(JsonList[Range]):
     """
 
     def __init__(self, items: Sequence[bytes], nbytes: int, chunks: Sequence[Chunk]) -> None:
-        super().__init__(b",".join(items), len(items), nbytes)
+        super().__init__(items, len(items), nbytes)
         self._chunks = chunks
 
     def parse(self, item: Json) -> Range:
