@@ -76,15 +76,17 @@ class Program:
         with its, open(os.devnull) as nothing:
             standard = nothing.fileno(), output.fileno(), 2 if error is None else error.fileno()
             socket.send_fds(_server(), [json.dumps(request).encode()], [*standard, its.fileno()])
-        ours.settimeout(PATIENCE)
-        self._report = ours.makefile()
-        ours.close()
+        self._report, self._told = ours, b""
         self.pid = int(self._line())
 
-    def _line(self) -> str:
-        line = self._report.readline()
-        assert line, "the keeper of the process is gone"
-        return line.rstrip("\n")
+    def _line(self, patience: float = PATIENCE) -> str:
+        self._report.settimeout(patience)
+        while b"\n" not in self._told:
+            told = self._report.recv(1000)
+            assert told, "the keeper of the process is gone"
+            self._told += told
+        line, _, self._told = self._told.partition(b"\n")
+        return line.decode()
 
     def send_signal(self, number: int) -> None:
         """Send a signal, if it has not been seen to end."""
@@ -96,10 +98,16 @@ class Program:
         line = self._line()
         assert line == "stopped", line
 
-    def wait(self) -> int:
-        """Wait for its end; return its exit status, or minus the signal that ended it."""
+    def wait(self, patience: float = PATIENCE) -> int:
+        """Wait for its end; return its exit status, or minus the signal that ended it.
+
+        Raises
+        ------
+        TimeoutError
+            If it runs, or stands still, after `patience` seconds more.
+        """
         while self.returncode is None:
-            word, *status = self._line().split()
+            word, *status = self._line(patience).split()
             if word == "ended":
                 self.returncode = int(status[0])
         return self.returncode

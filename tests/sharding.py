@@ -11,7 +11,6 @@ import argparse
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import incckpt
+from tests.programs import Program
+from tests.servers.processes import free_port
 
 
 def command(processes: int, *arguments: str) -> list[str]:
@@ -59,30 +60,20 @@ def kill(folder: Path, kills: int, seconds: float, seed: int) -> None:
     announced: set[int] = set()
     dice = random.Random(seed)
     while done < kills and time.monotonic() - started < seconds:
-        job = subprocess.Popen(
-            command(4, str(store), "train"), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, start_new_session=True,
-        )  # fmt: skip
-        assert job.stdout is not None
-        ranks: list[int] = []
+        job = Job(store, timeout=60)
         wanted = dice.randint(1, 6)
-        for line in job.stdout:
-            word, _, number = line.partition(" ")
-            if word == "pid":
-                ranks.append(int(number))
-            elif word == "saved":
-                announced.add(int(number))
+        told = job.steps()
+        for word, step in told:
+            if word == "saved":
+                announced.add(step)
                 wanted -= 1
-            if word == "saving" and wanted <= 0 and len(ranks) == 4:
+            elif wanted <= 0:
                 time.sleep(dice.uniform(0, 0.15))
-                os.kill(dice.choice(ranks), signal.SIGKILL)
+                dice.choice(job.ranks).send_signal(signal.SIGKILL)
                 done += 1
                 break
-        for line in job.stdout:
-            word, _, number = line.partition(" ")
-            if word == "saved":
-                announced.add(int(number))
-        job.wait()
+        announced.update(step for word, step in told if word == "saved")
+        job.end(job.ranks, 60)
         tell("kills", done, started, announced, check(store, announced))
 
 
@@ -107,7 +98,7 @@ def check(store: Path, announced: set[int]) -> list[int]:
 
 @dataclass
 class Job:
-    """Four ranks without a launcher, so that nothing kills one that is stopped.
+    """Four ranks without a launcher, which would kill those that are left, or stopped.
 
     Parameters
     ----------
@@ -119,37 +110,34 @@ class Job:
 
     store: Path
     timeout: float
-    ranks: list[subprocess.Popen[str]] = field(default_factory=list)
+    ranks: list[Program] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "4"}
-        command = [sys.executable, "-m", "tests.integrations.sharded", str(self.store), "train"]
-        for rank in range(4):
-            one = subprocess.Popen(
-                [*command, "--timeout", str(self.timeout)], env={**environment(), **where, "RANK": str(rank)},
-                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
-            )  # fmt: skip
-            self.ranks.append(one)
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "4"}
+        words = "-m", "tests.integrations.sharded", self.store, "train", "--timeout", self.timeout
+        reading, writing = os.pipe()
+        self._output = os.fdopen(reading)
+        with os.fdopen(writing, "w") as told, open(os.devnull, "w") as nothing:
+            for rank in range(4):
+                variables = environment() | where | {"RANK": str(rank)}
+                output = told if rank == 0 else nothing
+                self.ranks.append(Program(*words, output=output, error=nothing, environment=variables))
 
     def steps(self) -> Iterator[tuple[str, int]]:
         """Yield what rank 0 says: ``saving`` or ``saved``, and the step."""
-        assert self.ranks[0].stdout is not None
-        for line in self.ranks[0].stdout:
+        for line in self._output:
             word, _, number = line.partition(" ")
             if word in ("saving", "saved"):
                 yield word, int(number)
 
-    def end(self, ranks: Sequence[subprocess.Popen[str]], seconds: float = 0) -> None:
+    def end(self, ranks: Sequence[Program], seconds: float = 0) -> None:
         """Wait for ranks to end by themselves, and kill those that do not."""
         limit = time.monotonic() + seconds
         for rank in ranks:
             try:
-                rank.wait(max(0, limit - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                rank.kill()
+                rank.wait(max(0.01, limit - time.monotonic()))
+            except TimeoutError:
+                rank.send_signal(signal.SIGKILL)
                 rank.wait()
 
 
