@@ -16,6 +16,7 @@ import gc
 import importlib.util
 import json
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ import incckpt.manager
 import incckpt.recovery  # noqa: F401
 
 _REQUEST = 1 << 20  # bytes
+_LONGEST = 1200  # seconds that a program may run, so that none outlives a test run that was killed
 _FILES = 4  # standard input, output and error of the program, and where its keeper writes
 
 
@@ -57,6 +59,8 @@ def _keep(files: list[int], words: list[str], environment: dict[str, str], folde
         for file in standard:
             os.close(file)
         os.write(report, f"{program}\n".encode())
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(program, signal.SIGKILL))
+        signal.alarm(_LONGEST)
         while True:
             _, status = os.waitpid(program, os.WUNTRACED)
             if not os.WIFSTOPPED(status):
