@@ -330,6 +330,14 @@ WEIGHTS = {"structure": 12, "tensors": 12, "ranges": 4, "chunks": 4, "packed": 4
 """How often a part of a manifest is changed, for once of any other."""
 
 
+def copied(value: Any) -> Any:
+    """Return a copy, or ``None`` for what is nested too deeply to be copied: an earlier change has made it so."""
+    try:
+        return copy.deepcopy(value)
+    except RecursionError:
+        return None
+
+
 def change_fields(chance: Chance, document: dict[str, Any]) -> None:
     """Change some fields of a document, favouring none of its parts for its length, nor a field for its number."""
     for _ in range(chance.choice([1, 1, 1, 2, 3])):
@@ -344,21 +352,21 @@ def change_fields(chance: Chance, document: dict[str, Any]) -> None:
             container = document
         match chance.randrange(9):
             case _ if part == "structure" and chance.random() < 0.05:
-                container[key] = copy.deepcopy(EVIL)
+                container[key] = copied(EVIL)
             case 0 if isinstance(container, dict):
                 del container[key]
             case 1 if container is not document:
                 other, its = chance.choice(alike)
-                container[key] = copy.deepcopy(other[its])
+                container[key] = copied(other[its])
             case 2:
                 other, its = chance.choice(found[chance.choice(list(found))])
-                container[key] = copy.deepcopy(other[its])
+                container[key] = copied(other[its])
             case 3 if isinstance(container, dict):
                 container[chance.choice([*ODD_TEXT, "base", "digits", "flags", "device", "stride", "packed"])] = (
                     odd_value(chance, container.pop(key))
                 )
             case 4 if isinstance(container, list):
-                container.insert(key, copy.deepcopy(container[key]))
+                container.insert(key, copied(container[key]))
             case _:
                 container[key] = odd_value(chance, container[key])
 
@@ -418,7 +426,7 @@ def of_a_shape(contents: Contents, chance: Chance) -> Contents:
         if chance.random() < 0.3:  # what another is, but for the flags
             for member in ("dtype", "kind", "shape", "stride", "pieces"):
                 entry.pop(member, None)
-                entry.update({member: copy.deepcopy(other[member])} if member in other else {})
+                entry.update({member: copied(other[member])} if member in other else {})
             entry["flags"] = chance.choice([[], ["packed"]])
             return
         if chance.random() < 0.2:  # more elements than 64 bits can count, and hardly any memory
@@ -474,7 +482,7 @@ def of_a_reference(contents: Contents, chance: Chance) -> Contents:
             at = chance.randrange(len(value))
             container[member] = value[:at] + chance.choice("09afAZ/+") + value[at + 1 :]
         elif chance.random() < 0.5:
-            container[member] = copy.deepcopy(chance.choice(alike)[0][member])
+            container[member] = copied(chance.choice(alike)[0][member])
         else:
             container[member] = odd_value(chance, value)
 
@@ -506,9 +514,9 @@ def of_a_node(contents: Contents, chance: Chance) -> Contents:
         other, its = chance.choice(found)
         match chance.randrange(5):
             case 0:
-                holder[at] = copy.deepcopy(EVIL)
+                holder[at] = copied(EVIL)
             case 1:
-                holder[at] = copy.deepcopy(other[its])
+                holder[at] = copied(other[its])
             case 2 | 3:
                 holder[at], other[its] = other[its], holder[at]
             case _:
@@ -527,6 +535,8 @@ def of_repetition(contents: Contents, chance: Chance) -> Contents:
         ranges = chance.choice(lists)
         index = max(range(len(ranges)), key=lambda at: (ranges[at]["bytes"], at))
         times = chance.choice([2, 1000, 30_000])
+        if times * len(ranges[index]["pieces"]) > 1 << 20:
+            return  # another change has repeated them before
         ranges[index]["pieces"] *= times
         ranges[index]["bytes"] *= times
         for tensor in fields["tensors"] if ranges is fields["ranges"] else []:
