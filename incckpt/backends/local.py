@@ -197,9 +197,11 @@ class LocalBackend(Backend):
     def list(self, prefix: str = "") -> Iterator[Entry]:
         for folder, names in self._walk(validate_prefix(prefix)):
             found: list[Entry] = []
-            for path in (os.path.join(folder, name) for name in names):
-                key = self._key(path)
+            above = "" if folder == self._root else f"{self._key(folder)}/"
+            for name in names:
+                key = above + name
                 if is_key(key):
+                    path = f"{folder}/{name}"
                     try:
                         about = self._calls.stat(path)
                     except OSError as exc:
@@ -208,7 +210,7 @@ class LocalBackend(Backend):
                         raise self._error(exc, "list", prefix, path) from exc
                     if stat.S_ISREG(about.st_mode):
                         found.append(Entry(key, about.st_size, about.st_mtime))
-            self._settle(folder, "list", f"{self._key(folder)}/")
+            self._settle(folder, "list", above or "./")
             yield from found
 
     def head(self, key: str) -> Entry:
