@@ -20,6 +20,8 @@ from textwrap import dedent
 from types import TracebackType
 from typing import IO
 
+from tests.servers.processes import free_port
+
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 120.0  # seconds until a process counts as hung
 
@@ -110,6 +112,7 @@ class Program:
             word, *status = self._line(patience).split()
             if word == "ended":
                 self.returncode = int(status[0])
+                self._report.close()
         return self.returncode
 
     def __enter__(self) -> Program:
@@ -123,7 +126,6 @@ class Program:
                 self.send_signal(signal.SIGKILL)
             self.send_signal(signal.SIGCONT)
             self.wait()
-        self._report.close()
 
 
 def run(
@@ -138,6 +140,13 @@ def run(
             file.seek(0)
             printed.append(file.read())
     return subprocess.CompletedProcess(list(map(str, words)), status, *printed)
+
+
+def rank_variables(processes: int) -> list[dict[str, str]]:
+    """Return what ``torchrun`` would add to the environment of each of so many processes."""
+    common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    common["MASTER_PORT"] = str(free_port())
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def run_script(script: str, *arguments: object, status: int = 0) -> str:

@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import incckpt
-from tests.programs import Program
-from tests.servers.processes import free_port
+from tests.programs import Program, rank_variables
 
 
 def command(processes: int, *arguments: str) -> list[str]:
@@ -113,15 +112,13 @@ class Job:
     ranks: list[Program] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "4"}
         words = "-m", "tests.integrations.sharded", self.store, "train", "--timeout", self.timeout
         reading, writing = os.pipe()
         self._output = os.fdopen(reading)
         with os.fdopen(writing, "w") as told, open(os.devnull, "w") as nothing:
-            for rank in range(4):
-                variables = environment() | where | {"RANK": str(rank)}
+            for rank, variables in enumerate(rank_variables(4)):
                 output = told if rank == 0 else nothing
-                self.ranks.append(Program(*words, output=output, error=nothing, environment=variables))
+                self.ranks.append(Program(*words, output=output, error=nothing, environment=environment() | variables))
 
     def steps(self) -> Iterator[tuple[str, int]]:
         """Yield what rank 0 says: ``saving`` or ``saved``, and the step."""

@@ -51,7 +51,7 @@ def _program(words: list[str]) -> tuple[CodeType, ModuleType, str]:
     return compile(Path(words[0]).read_bytes(), words[0], "exec"), main, str(Path(words[0]).parent)
 
 
-def _keep(files: list[int], words: list[str], environment: dict[str, str], folder: str) -> None:
+def _keep(files: list[int], environment: dict[str, str], folder: str) -> None:
     """Fork a process for the program, and tell what becomes of it; return in that process, ready to run it."""
     *standard, report = files
     program = os.fork()
@@ -98,8 +98,8 @@ def main() -> None:
     if os.fork():
         os._exit(0)  # so that keepers are nobody's children, and nothing has to wait for them
     request = json.loads(message)
+    _keep(files, request["environment"], request["folder"])
     words = request["words"]
-    _keep(files, words, request["environment"], request["folder"])
     if request["fresh"]:
         os.execv(sys.executable, [sys.executable, *words])
     code, module, first = _program(words)

@@ -151,14 +151,13 @@ def load(folder: Path, world: int, kinds: Sequence[str]) -> None:
 
 
 def _say(line: str) -> None:
-    os.write(1, f"{line}\n".encode())  # at once: the ranks share a pipe
+    os.write(1, f"{line}\n".encode())  # at once, though it is a pipe
 
 
 def endless(store: Path, timeout: timedelta) -> None:
     """Restore, and save step after step, the weights of each being its number, until killed or failed."""
     torch.manual_seed(0)
     rank = dist.get_rank()
-    _say(f"pid {os.getpid()}")
     model = Net()
     fully_shard(model)
     with DistributedCheckpointManager(str(store), keep_last_n=3, threads=1, timeout=timeout) as manager:

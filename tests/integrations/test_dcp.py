@@ -33,7 +33,6 @@ from incckpt.store.store import Store
 from tests import programs
 from tests.effort import tries
 from tests.integrations.sharded import same
-from tests.servers.processes import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -304,15 +303,13 @@ def test_a_save_in_the_background_copies_what_changed(tmp_path: Path) -> None:
 
 def launch(processes: int, *arguments: object, module: str = "sharded") -> str:
     """Run a module of these tests in so many processes, as ``torchrun`` would; return what they print."""
-    common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
 
-    def rank(number: int) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | common | {"RANK": str(number), "LOCAL_RANK": str(number)}
+    def rank(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | variables | {"OMP_NUM_THREADS": "1"}
         return programs.run("-m", f"tests.integrations.{module}", *arguments, environment=environment)
 
     with ThreadPoolExecutor(processes) as pool:
-        done = list(pool.map(rank, range(processes)))
+        done = list(pool.map(rank, programs.rank_variables(processes)))
     assert [one.returncode for one in done] == [0] * processes, "".join(one.stdout + one.stderr for one in done)
     return "".join(one.stdout for one in done)
 
