@@ -12,6 +12,7 @@ checkpoint needs.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -118,6 +119,7 @@ class Soak:
 
     def run(self, seconds: float, kills: int, pace: Callable[[], float]) -> None:
         """Start everything; kill and restart until both `seconds` and `kills` are reached."""
+        gc.freeze()  # or each process would copy all of this memory as it collects garbage
         names = [f"run{index}" for index in range(self.writers)]
         names += [f"collector{index}" for index in range(self.collectors)]
         processes = {name: self.start(name) for name in names}

@@ -30,6 +30,7 @@ __all__ = [
     "PagedListing",
     "ReadableBuffer",
     "is_key",
+    "keys_in",
     "redact",
     "validate_key",
     "validate_prefix",
@@ -79,6 +80,15 @@ class Leftover:
 def is_key(key: str) -> bool:
     """Whether `key` is a valid key; listings skip other names (a hidden file, a console's folder marker)."""
     return len(key) <= _MAX_KEY and all(_SEGMENT.fullmatch(part) for part in key.split("/"))
+
+
+def keys_in(folder: str, names: Iterable[str]) -> Iterator[str]:
+    """Yield the valid keys among the names in a folder, which ends with ``/`` or is empty."""
+    if not folder or is_key(folder[:-1]):
+        longest = _MAX_KEY - len(folder)
+        for name in names:
+            if _SEGMENT.fullmatch(name) and len(name) <= longest:
+                yield folder + name
 
 
 def validate_key(key: str) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from urllib.parse import quote
 
-from incckpt.backends.base import FULL, Backend, Entry, Leftover, ReadableBuffer, is_key, validate_key, validate_prefix
+from incckpt.backends.base import FULL, Backend, Entry, Leftover, ReadableBuffer, keys_in, validate_key, validate_prefix
 from incckpt.backends.folders import NO_SUCH_CALL, Folders
 from incckpt.backends.reserve import Reserve
 from incckpt.backends.system import ADVICE, NativeCalls, SystemCalls, UnsyncedCalls
@@ -198,18 +198,16 @@ class LocalBackend(Backend):
         for folder, names in self._walk(validate_prefix(prefix)):
             found: list[Entry] = []
             above = "" if folder == self._root else f"{self._key(folder)}/"
-            for name in names:
-                key = above + name
-                if is_key(key):
-                    path = f"{folder}/{name}"
-                    try:
-                        about = self._calls.stat(path)
-                    except OSError as exc:
-                        if exc.errno in _GONE:
-                            continue
-                        raise self._error(exc, "list", prefix, path) from exc
-                    if stat.S_ISREG(about.st_mode):
-                        found.append(Entry(key, about.st_size, about.st_mtime))
+            for key in keys_in(above, names):
+                path = f"{folder}/{key[len(above) :]}"
+                try:
+                    about = self._calls.stat(path)
+                except OSError as exc:
+                    if exc.errno in _GONE:
+                        continue
+                    raise self._error(exc, "list", prefix, path) from exc
+                if stat.S_ISREG(about.st_mode):
+                    found.append(Entry(key, about.st_size, about.st_mtime))
             self._settle(folder, "list", above or "./")
             yield from found
 

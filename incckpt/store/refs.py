@@ -122,11 +122,12 @@ class RefName:
     def __str__(self) -> str:
         return f"{self.attempt:06d}-{self.step:012d}-{self.nonce}"
 
-    @classmethod
-    def parse(cls, name: str) -> RefName | None:
+    @staticmethod
+    @functools.lru_cache(1 << 14)  # every save meets those of the saves before
+    def parse(name: str) -> RefName | None:
         """Return the parts of `name`, or ``None`` if it is not the name of a ref."""
         match = _REF.fullmatch(name)
-        return None if match is None else cls(int(match[1]), int(match[2]), match[3])
+        return None if match is None else RefName(int(match[1]), int(match[2]), match[3])
 
     @classmethod
     def new(cls, attempt: int, step: object) -> RefName:

@@ -9,6 +9,7 @@ then ``ended how calls``, where `how` is ``killed``, ``finished`` or what went w
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -60,6 +61,7 @@ def main() -> None:
     """Serve requests until the input ends."""
     assert np.__version__
     torch.set_num_threads(1)
+    gc.freeze()  # or each child would copy all of this memory as it collects garbage
     print("ready", flush=True)
     for line in sys.stdin:
         folder, nth = line.rsplit(" ", 1)

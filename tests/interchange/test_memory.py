@@ -13,7 +13,7 @@ from benchmarks.bench_interchange import run, same_bytes, tensors_of, write_mode
 
 pytest.importorskip("safetensors")
 
-STATE = 700 << 20
+STATE = 500 << 20
 MOST = 400 << 20  # what the reader has in flight, and a window of chunks
 
 

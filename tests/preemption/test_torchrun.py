@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 
 import incckpt
 from tests.preemption.elastic import EVERY, batch, loss_of, made
+from tests.programs import Program
 
 pytestmark = pytest.mark.slow
 
@@ -43,22 +42,21 @@ def launched(store: Path) -> tuple[int, list[tuple[int, str]]]:
     int, list of (int, str)
         The launcher's status, and the steps of rank 0 with their losses, as they came.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     command += [str(WORKER), str(store), str(STEPS), str(KILL_AT)]
     steps: list[tuple[int, str]] = []
     stopped = False
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT
-    ) as launcher:
-        assert launcher.stdout is not None
-        for line in launcher.stdout:
+    reading, writing = os.pipe()
+    with open(reading) as printed, open(writing, "w") as output, open(os.devnull, "w") as errors:
+        launcher = Program(*command, output=output, error=errors, environment=ENVIRONMENT)
+        output.close()
+        for line in printed:
             _, step, _, loss = line.split()
             steps.append((int(step), loss))
             if int(step) >= TERM_AT and not stopped:
                 launcher.send_signal(signal.SIGTERM)
                 stopped = True
-        launcher.wait(120)
-    return launcher.returncode, steps
+        return launcher.wait(), steps
 
 
 def test_a_worker_dies_and_the_launcher_is_stopped(tmp_path: Path) -> None:

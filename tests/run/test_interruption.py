@@ -17,7 +17,7 @@ import incckpt
 
 pytestmark = pytest.mark.slow
 
-STRIDE = int(os.environ.get("INCCKPT_INTERRUPTION", "613"))  # 1: every instant (make interrupt)
+STRIDE = int(os.environ.get("INCCKPT_INTERRUPTION", "1009"))  # 1: every instant (make interrupt)
 SAMPLED = "INCCKPT_INTERRUPTION" not in os.environ
 HANGS = 1200 if STRIDE > 30 else 6 * 3600  # seconds; a single instant that hangs ends the child sooner
 

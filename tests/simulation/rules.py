@@ -32,7 +32,8 @@ class Rule:
     caught
         Name of the scenario in which its absence shows.
     bounds
-        Of the exploration, where they are not the scenario's own.
+        Of the exploration, where they are not the scenario's own; a seed where the orders that it draws show the
+        absence sooner.
     """
 
     caught: str
@@ -57,6 +58,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"seed": 1},
     ),
     "every rank looks for itself what is condemned, once the pin is put": Rule(
         "two ranks under one pin, beside a run of one content that is pruned",
@@ -143,6 +145,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"seed": 1},
     ),
     "what no ref vouches for is looked at": Rule(
         "a stalled saver that uses garbage is given up",
@@ -169,6 +172,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"seed": 1},
     ),
     "a manifest lists the bases of its deltas": Rule(
         "a reader while there is pruning",
@@ -385,6 +389,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"seed": 0},
     ),
     "a restore starts no attempt": Rule(
         "a writer, and one who only looks",
@@ -557,6 +562,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"seed": 0},
     ),
     "own tombstones are not deleted as long as copies of the commit may come": Rule(
         "a lone writer that prunes, its requests late",
@@ -570,6 +576,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"seed": 0},
     ),
     "condemned before expired": Rule(
         "a lone writer that prunes, badly connected",
@@ -666,6 +673,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"seed": 2},
     ),
     "refs are listed again before anything is deleted": Rule(
         "a pruner, a saver and a collector",
@@ -899,6 +907,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"seed": 1},
     ),
     "pins are listed twice before anything is deleted": Rule(
         "two runs of one content, one pruned, and one wrong answer",
@@ -925,7 +934,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
-        {"switches": 2, "lying_at": ("refs/",)},
+        {"switches": 2, "lying_at": ("refs/",), "seed": 4},
     ),
     "a condemned list that was put is looked for": Rule(
         "two runs of one content, one pruned, and one wrong answer",
@@ -967,6 +976,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"seed": 0},
     ),
     "a writer lists what it put in vain": Rule(
         "two replacements at once",
@@ -1034,7 +1044,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
-        {"faulty": ("dropped",), "faulty_at": ("bucket/refs/",)},
+        {"faulty": ("dropped",), "faulty_at": ("bucket/refs/",), "seed": 1},
     ),
     "the local tier names what it goes on from before its first save": Rule(
         "a machine taken for dead, and another that goes on from the bucket",
@@ -1048,6 +1058,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"seed": 5},
     ),
     "who goes back abandons the later ones in the bucket first": Rule(
         "a machine goes back to an earlier checkpoint",
@@ -1100,6 +1111,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"seed": 0},
     ),
     "a bucket out of reach is asked, once it can be, whether it was written from elsewhere": Rule(
         "a machine comes back, and cannot reach the bucket",
@@ -1113,6 +1125,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"seed": 3},
     ),
     "whom the bucket refuses saves no more": Rule(
         "a machine taken for dead, and another that goes on from the bucket",

@@ -15,6 +15,7 @@ from tests.testing import exact_trainings
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.usefixtures("forked_trainings")
 def test_every_recipe_is_exact() -> None:
     # After step 7: in the middle of an epoch, and of three batches whose gradients are accumulated.
     assert_exact_resume(exact_trainings.every_recipe, steps=9, kill_at=[7])
@@ -27,10 +28,13 @@ def test_what_may_differ_is_left_out() -> None:
     assert "clock" not in str(caught.value)
 
 
-@pytest.mark.usefixtures("forked_trainings")
-def test_trainings_that_fail_are_shown() -> None:
+def test_a_training_in_a_fresh_interpreter_that_raises_is_shown() -> None:
     with pytest.raises(AssertionError, match="no such thing"):
         assert_exact_resume(exact_trainings.that_raises, steps=2)
+
+
+@pytest.mark.usefixtures("forked_trainings")
+def test_a_training_that_ends_early_is_shown() -> None:
     with pytest.raises(AssertionError, match="ended after step 3, of 4"):
         assert_exact_resume(exact_trainings.that_ends_early, steps=4)
 
