@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-_EFFORT = float(os.environ.get("INCCKPT_EFFORT", "1"))  # make quick: 0.1, make thorough: 8
+_EFFORT = float(os.environ.get("INCCKPT_EFFORT", "1"))  # make quick: 0.1, make test: 0.5, make thorough: 8
 
 
 def tries(count: int) -> int:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import programs
 
 pytestmark = pytest.mark.slow
 
@@ -16,10 +15,7 @@ SECONDS = 5
 
 
 def soak(*arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.soak", "--seconds", str(SECONDS), "--kills", "4", "--seed", "1", *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=500, check=False, cwd=Path(__file__).parents[2]
-    )
+    done = programs.run("-m", "tests.soak", "--seconds", SECONDS, "--kills", 4, "--seed", 1, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
