@@ -1,4 +1,4 @@
-"""How much a property test tries."""
+"""How much a test tries."""
 
 from __future__ import annotations
 
@@ -10,3 +10,8 @@ _EFFORT = float(os.environ.get("INCCKPT_EFFORT", "1"))  # make quick: 0.1, make 
 def tries(count: int) -> int:
     """Return `count`, times the environment's ``INCCKPT_EFFORT``; at least 3."""
     return max(3, round(_EFFORT * count))
+
+
+def every(count: int = 1) -> int:
+    """Return `count`, or more where the environment's ``INCCKPT_EFFORT`` is less than 1: of what to try one in so many."""
+    return max(count, round(count / _EFFORT))

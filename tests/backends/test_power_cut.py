@@ -13,6 +13,7 @@ from incckpt.errors import SaveError
 from incckpt.manager import CheckpointManager
 from incckpt.testing.disk import PowerCut, StopAt, UnsyncedDisk
 from tests.children.save_loop import equals, state_at
+from tests.effort import every
 from tests.stores import orphans
 
 pytestmark = pytest.mark.slow
@@ -42,7 +43,7 @@ def test_what_was_announced_survives(tmp_path: Path, keep_entries: bool, caplog:
     root.mkdir()
     announced, calls = save_until_the_cut(root, UnsyncedDisk(root), 0)
     assert announced == list(range(1, STEPS + 1))
-    for nth in range(2, calls, 17):
+    for nth in range(2, calls, every(9)):
         root = tmp_path / str(nth)
         root.mkdir()
         disk = UnsyncedDisk(root)
@@ -69,7 +70,7 @@ def test_a_sync_left_out_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFix
     disk = UnsyncedDisk(root)
     save_until_the_cut(root, disk, 0)
     lost = 0
-    for skipped in range(1, disk.fsyncs + 1):
+    for skipped in range(1, disk.fsyncs + 1, every()):
         root = tmp_path / str(skipped)
         root.mkdir()
         mutant = UnsyncedDisk(root, skip_fsync=skipped)
@@ -80,7 +81,7 @@ def test_a_sync_left_out_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFix
             lost += not equals(incckpt.load(root / "store"), STEPS)
         except incckpt.IncckptError:
             lost += 1
-    assert lost >= 4, "the marker's, the last objects', the manifest's and the ref's syncs at least"
+    assert lost >= 4 / every(), "the marker's, the last objects', the manifest's and the ref's syncs at least"
 
 
 def test_objects_of_another_process_that_were_just_put(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -94,7 +95,7 @@ def test_objects_of_another_process_that_were_just_put(tmp_path: Path, caplog: p
         manager.save(1, state_at(1)).result()
         objects = manager.history[-1].put_objects
     reused = 0
-    for nth in range(before, calls.count, 5):
+    for nth in range(before, calls.count, every(3)):
         root = tmp_path / str(nth)
         root.mkdir()
         disk = UnsyncedDisk(root)

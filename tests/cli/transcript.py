@@ -122,14 +122,14 @@ SECTIONS = [
         "incckpt list s3:/demo/runs",
         "incckpt lst runs",
     ]),
-    Section("2,000 checkpoints", "", [
+    Section("500 checkpoints", "", [
         "incckpt list big | tail -n 3",
         "incckpt stats big",
         "incckpt du big | tail -n 4",
-        "incckpt info big#@1000",
-        "incckpt diff big#@1 @2000",
+        "incckpt info big#@250",
+        "incckpt diff big#@1 @500",
         "incckpt verify big --level list",
-        "incckpt prune big --keep-every 500",
+        "incckpt prune big --keep-every 100",
     ]),
     Section("A damaged store", "In one copy of `runs` a byte of an object was flipped; another has lost `runs/`.", [
         "incckpt verify flipped",
@@ -178,7 +178,7 @@ def make_stores(folder: Path) -> None:
     data[-1] ^= 1
     damaged.write_bytes(data)
     shutil.rmtree(folder / "lost" / "runs")
-    make_big_store(folder / "big", 2000)
+    make_big_store(folder / "big", 500)
 
 
 def make_big_store(folder: Path, count: int) -> None:

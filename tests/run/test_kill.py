@@ -17,7 +17,7 @@ from tests.stores import orphans
 
 pytestmark = pytest.mark.slow
 
-INSTANTS = int(os.environ.get("INCCKPT_KILLS", "16"))  # make thorough: 200
+INSTANTS = int(os.environ.get("INCCKPT_KILLS", "10"))  # make thorough: 200
 
 
 class Saver:

@@ -19,6 +19,7 @@ from incckpt.manager import CheckpointManager
 from incckpt.store.refs import Ref
 from incckpt.store.store import Store
 from incckpt.testing.disk import StopAt
+from tests.effort import every
 from tests.stores import object_keys, orphans
 
 pytestmark = pytest.mark.slow
@@ -189,7 +190,7 @@ def test_a_disk_that_fails_at_any_call(tmp_path: Path, number: int, only: str) -
         manager.save(2, state_at(2)).result()
         after = counting.count
     failures = 0
-    for nth in range(before + 1, after + 1):
+    for nth in range(before + 1, after + 1, every()):
         folder = tmp_path / f"store{nth}"
         calls = failing_at(nth, number, only)
         with CheckpointManager(LocalBackend(str(folder), calls=calls)) as manager:
