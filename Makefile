@@ -27,7 +27,7 @@ demo: $(VENV)/built ## Train, kill in the middle of a save, resume, compare (two
 	$(BIN)/python examples/demo.py
 
 test: lint types ## Build, lint, check types, run all tests
-	INCCKPT_EFFORT=0.5 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	INCCKPT_EFFORT=0.3 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 quick: $(VENV)/built ## Style and the tests that take no server and no time: under a minute
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

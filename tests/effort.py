@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-_EFFORT = float(os.environ.get("INCCKPT_EFFORT", "1"))  # make quick: 0.1, make test: 0.5, make thorough: 8
+_EFFORT = float(os.environ.get("INCCKPT_EFFORT", "1"))  # make quick: 0.1, make test: 0.3, make thorough: 8
 
 
 def tries(count: int) -> int:
@@ -13,5 +13,5 @@ def tries(count: int) -> int:
 
 
 def every(count: int = 1) -> int:
-    """Return `count`, or more where the environment's ``INCCKPT_EFFORT`` is less than 1: of what to try one in so many."""
+    """Return which of many to try: one in `count`, fewer where the environment's ``INCCKPT_EFFORT`` is less than 1."""
     return max(count, round(count / _EFFORT))

@@ -1,12 +1,13 @@
 """Python programs in processes of their own, as ``python`` runs them but without seconds of importing torch.
 
-A process is forked from one that has imported it (`tests.children.forkserver`, one for each process of the test run).
+A process is forked from one that has imported it (`tests.children.forkserver`, one for all processes of a test run).
 What depends on an interpreter's start, its imports or what it reads from its environment then, needs a fresh one.
 """
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import functools
 import json
 import os
@@ -28,20 +29,32 @@ PATIENCE = 120.0  # seconds until a process counts as hung
 
 @functools.cache
 def _server() -> socket.socket:
-    """Return where programs are asked for, from a server that ends with this process."""
-    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    # One thread of OpenBLAS: a process with several must not be forked.
-    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.children.forkserver", str(its.fileno())]
-    server = subprocess.Popen(command, pass_fds=[its.fileno()], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL)
-    its.close()
-
-    def end() -> None:
-        ours.close()
-        server.wait()
-
-    atexit.register(end)
+    """Return where programs are asked for, from a server that ends when nobody can ask any more."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"alone-{os.getpid()}")
+    address = f"\0incckpt-tests-{run}"  # Linux's abstract names: no file is left behind
+    ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with open(Path(tempfile.gettempdir()) / "incckpt-tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            ours.connect(address)
+        except ConnectionRefusedError:
+            server = _start_server(address)
+            ours.connect(address)
+            atexit.register(server.wait)
+    atexit.register(ours.close)  # before that
     return ours
+
+
+def _start_server(address: str) -> subprocess.Popen[bytes]:
+    """Start the server; what connects from now on waits until it has imported everything."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(address)
+        listening.listen()
+        # One thread of OpenBLAS: a process with several must not be forked.
+        environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        number = listening.fileno()
+        command = [sys.executable, "-m", "tests.children.forkserver", str(number)]
+        return subprocess.Popen(command, pass_fds=[number], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL)
 
 
 class Program:

@@ -16,6 +16,7 @@ import gc
 import importlib.util
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -79,22 +80,40 @@ def _keep(files: list[int], environment: dict[str, str], folder: str) -> None:
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # OpenMP has read it long ago
 
 
+def _asked(listening: socket.socket) -> tuple[bytes, list[int]] | None:
+    """Return each request, with its files, in a process of its own; ``None`` in this one at the end."""
+    clients = [listening.accept()[0]]
+    while clients:
+        ready, _, _ = select.select([listening, *clients], [], [])
+        for one in ready:
+            if one is listening:
+                clients.append(one.accept()[0])
+                continue
+            message, files, _, _ = socket.recv_fds(one, _REQUEST, _FILES)
+            if not message:
+                clients.remove(one)
+                one.close()
+                continue
+            between = os.fork()
+            if not between:
+                for client in clients:
+                    client.close()
+                return message, files
+            os.waitpid(between, 0)
+            for file in files:
+                os.close(file)
+    return None
+
+
 def main() -> None:
     """Serve requests until nobody can make any."""
-    requests = socket.socket(fileno=int(sys.argv[1]))
     gc.collect()
     gc.freeze()  # or each process would copy all of this memory as it ends and collects garbage for the last time
-    while True:
-        message, files, _, _ = socket.recv_fds(requests, _REQUEST, _FILES)
-        if not message:
-            return
-        between = os.fork()
-        if not between:
-            break
-        os.waitpid(between, 0)
-        for file in files:
-            os.close(file)
-    requests.close()
+    with socket.socket(fileno=int(sys.argv[1])) as listening:
+        asked = _asked(listening)
+    if asked is None:
+        return
+    message, files = asked
     if os.fork():
         os._exit(0)  # so that keepers are nobody's children, and nothing has to wait for them
     request = json.loads(message)
