@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +13,7 @@ from hypothesis import settings
 
 from incckpt.backends.base import Backend
 from incckpt.backends.retry import RetryBackend
+from tests import programs
 from tests.effort import tries
 from tests.servers.installed import NotInstalled, azurite, rclone
 from tests.servers.processes import free_port, program_server, python_server
@@ -91,9 +91,7 @@ def rclone_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str
 @pytest.fixture
 def forked_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the processes of `assert_exact_resume` be forked from one that has imported torch, seconds cheaper each."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "incckpt.manager"])
-    monkeypatch.setattr("incckpt.testing.exact_resume.multiprocessing.get_context", lambda _: context)
+    monkeypatch.setattr("incckpt.testing.exact_resume.multiprocessing.get_context", lambda _: programs)
 
 
 @pytest.fixture

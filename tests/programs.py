@@ -11,11 +11,14 @@ import fcntl
 import functools
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from textwrap import dedent
 from types import TracebackType
@@ -139,6 +142,31 @@ class Program:
                 self.send_signal(signal.SIGKILL)
             self.send_signal(signal.SIGCONT)
             self.wait()
+
+
+class Process:
+    """What assert_exact_resume needs of `multiprocessing.Process`."""
+
+    exitcode: int | None = None
+
+    def __init__(self, target: Callable[..., object], args: tuple[object, ...]) -> None:
+        self._call = pickle.dumps((target, args))
+        self._program: Program
+
+    def start(self) -> None:
+        """Call the function in a program; what it prints is dropped."""
+        begin = f"import pickle, sys\nsys.path[:] = {sys.path}\ncall, args = pickle.loads({self._call!r})\ncall(*args)"
+        with open(os.devnull, "w") as nothing:
+            self._program = Program("-c", begin, output=nothing, error=nothing)
+
+    def join(self, patience: float = PATIENCE) -> None:
+        """Wait for its end, or `patience` seconds."""
+        with suppress(TimeoutError):
+            self.exitcode = self._program.wait(patience)
+
+    def kill(self) -> None:
+        """Kill it."""
+        self._program.send_signal(signal.SIGKILL)
 
 
 def run(
