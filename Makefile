@@ -82,7 +82,7 @@ fuzz-coder: ## Random input to the Huffman coder, against libzstd, for SECONDS (
 soak: $(VENV)/built ## Processes killed at random on one store, for ten minutes and 2,000 kills
 	$(BIN)/python -m tests.soak
 
-interrupt: $(VENV)/built ## Every call interrupted at every instant, on a local disk and on S3 (an hour)
+interrupt: $(VENV)/built ## Every call interrupted at every instant, on a local disk and on S3 (hours)
 	INCCKPT_INTERRUPTION=1 $(BIN)/python -m pytest tests/run/test_interruption.py -s
 
 peers: $(PEERS)/installed $(VENV)/built ## Other people's optimizers, modules, metrics and weight files, restored as by hand

@@ -1,9 +1,9 @@
 """Interrupt calls at chosen instants, and check after each that nothing hangs, nothing is lost and the next save works.
 
-Usage: python -m tests.children.interrupted CALLS HOW FIRST STRIDE URL [S3-ENDPOINT]
+Usage: python -m tests.children.interrupted CALLS HOWS FIRST STRIDE URL [S3-ENDPOINT]
 
-CALLS are keys of `CALLS`, with commas; all if empty. HOW is ``exception`` (KeyboardInterrupt), or ``handler``: a signal
-whose handler saves to the manager in the middle of a call, and to another run of the store.
+CALLS are keys of `CALLS`, with commas; all if empty. HOWS are, with commas, ``exception`` (KeyboardInterrupt) and
+``handler``: a signal whose handler saves to the manager in the middle of a call, and to another run of the store.
 
 An instant is a call or return of a Python function, or the return of one written in C, in the main thread: the
 interpreter looks for signals there. Left out are those inside functions that have nothing to do with the state of this
@@ -84,7 +84,7 @@ class Series:
 
     def begin_run(self, number: int) -> None:
         """Go on in a new run."""
-        self.run = f"{self.name}{number}"
+        self.run = f"{self.how}-{self.name}{number}"
         with self.new_manager() as self.manager:
             for _ in range(3):
                 self.announced = self.save().result(SECONDS).step
@@ -248,13 +248,14 @@ CALLS: dict[str, Callable[[Series], object]] = {
 def main() -> None:
     """Try the instants."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
-    names, how, first, stride, url, *endpoint = sys.argv[1:]
+    names, hows, first, stride, url, *endpoint = sys.argv[1:]
     options = None
     if endpoint:
         session = aiobotocore.session.AioSession()
         options = {"key": "test", "secret": "testtest", "endpoint_url": endpoint[0], "session": session}
     chosen = names.split(",") if names else list(CALLS)
-    series = [Series(name, how, int(first), int(stride), url, options) for name in chosen]
+    each = [(name, how) for how in hows.split(",") for name in chosen]
+    series = [Series(name, how, int(first), int(stride), url, options) for name, how in each]
     for one in series:
         signal.signal(signal.SIGUSR1, one.handle)
         run_series(one)
@@ -277,7 +278,7 @@ def run_series(series: Series) -> None:
             series.begin_run(count)
     series.check_process(files)
     faulthandler.cancel_dump_traceback_later()
-    outcomes = {"call": series.name, "places": len(series.seen), "instants": count, **series.outcomes}
+    outcomes = {"call": series.name, "by": series.how, "places": len(series.seen), "instants": count, **series.outcomes}
     print("done", json.dumps(outcomes), flush=True)
 
 

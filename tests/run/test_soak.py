@@ -11,7 +11,7 @@ from tests import programs
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 5
+SECONDS = 4
 
 
 def soak(*arguments: str) -> dict[str, Any]:

@@ -373,6 +373,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"switches": 2, "seed": 1},
     ),
     "a writer looks for a higher attempt after it has put its pin": Rule(
         "a writer and its replacement",
@@ -549,6 +550,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"switches": 2, "seed": 1},
     ),
     "own refs are not deleted as long as copies of the commit may come": Rule(
         "a lone writer that prunes, its requests late",
@@ -881,6 +883,7 @@ RULES: dict[str, Rule] = {
                 """,
             )
         ],
+        {"switches": 2, "seed": 1},
     ),
     "who takes a run over lists its pins twice": Rule(
         "a writer and its replacement, and one wrong answer",
