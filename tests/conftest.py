@@ -28,10 +28,11 @@ SERVERS = frozenset({"azure_server", "gcs_server", "s3_server", "rclone_server",
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses a server."""
+    """Mark what uses a server; let the slow go first, so that at the end no process waits for another's long test."""
     for item in items:
         if SERVERS.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.server)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)
