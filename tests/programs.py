@@ -36,7 +36,7 @@ def _server() -> socket.socket:
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"alone-{os.getpid()}")
     address = f"\0incckpt-tests-{run}"  # Linux's abstract names: no file is left behind
     ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with open(Path(tempfile.gettempdir()) / "incckpt-tests.lock", "w") as lock:
+    with open(Path(tempfile.gettempdir()) / f"incckpt-tests-{os.getuid()}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             ours.connect(address)
