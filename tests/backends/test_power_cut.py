@@ -70,7 +70,7 @@ def test_a_sync_left_out_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFix
     disk = UnsyncedDisk(root)
     save_until_the_cut(root, disk, 0)
     lost = 0
-    for skipped in range(1, disk.fsyncs + 1, every()):
+    for skipped in range(1, disk.fsyncs + 1):
         root = tmp_path / str(skipped)
         root.mkdir()
         mutant = UnsyncedDisk(root, skip_fsync=skipped)
@@ -81,7 +81,7 @@ def test_a_sync_left_out_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFix
             lost += not equals(incckpt.load(root / "store"), STEPS)
         except incckpt.IncckptError:
             lost += 1
-    assert lost >= 4 / every(), "the marker's, the last objects', the manifest's and the ref's syncs at least"
+    assert lost >= 4, "the marker's, the last objects', the manifest's and the ref's syncs at least"
 
 
 def test_objects_of_another_process_that_were_just_put(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

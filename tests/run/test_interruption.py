@@ -25,16 +25,8 @@ HANGS = 1200 if STRIDE > 30 else 12 * 3600  # seconds; a single instant that han
 def interrupt(stride: int, *where: str) -> None:
     """Interrupt every `stride`-th instant of every call, from a random one."""
     first = random.randrange(stride)
-    command = [
-        sys.executable,
-        "-m",
-        "tests.children.interrupted",
-        "",
-        "exception,handler",
-        str(first),
-        str(stride),
-        *where,
-    ]
+    command = [sys.executable, "-m", "tests.children.interrupted", "", "exception,handler"]
+    command += [str(first), str(stride), *where]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANGS)
     except subprocess.TimeoutExpired as error:

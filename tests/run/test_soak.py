@@ -15,7 +15,7 @@ SECONDS = 4
 
 
 def soak(*arguments: str) -> dict[str, Any]:
-    done = programs.run("-m", "tests.soak", "--seconds", SECONDS, "--kills", 4, "--seed", 1, *arguments)
+    done = programs.run("-m", "tests.soak", "--seconds", SECONDS, "--kills", 6, "--seed", 1, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
@@ -24,6 +24,6 @@ def soak(*arguments: str) -> dict[str, Any]:
 @pytest.mark.timeout(600)
 def test_nothing_is_lost_on_a_local_disk() -> None:
     figures = soak("--pause", "0.4")
-    assert figures["kills"] >= 4
+    assert figures["kills"] >= 6
     assert figures["announced"] > 0
     assert figures["restored"] > 0
