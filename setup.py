@@ -72,6 +72,7 @@ def extension(name: str, *headers: str) -> Extension:
 EXTENSIONS = [
     extension("staging/_detect", "_detect.h", "_sums.h"),
     extension("codec/_planes", "_frames.h", "_planes.h", "huffman/_huffman.h", "huffman/_unhuffman.h"),
+    extension("codec/_sha256", "_sha256.h"),
     extension("backends/_files"),
     extension("state/_packing"),
 ]

@@ -110,8 +110,6 @@ cdef extern from "_frames.h" nogil:
     ) noexcept
 
 
-ctypedef uint8_t *(*hash_function)(const uint8_t *, size_t, uint8_t *) noexcept nogil
-
 FRAME_BYTES = FRAME_NBYTES
 PLANE_GAP = PLANE_SPACING
 VARIANTS = tuple(planes_variants[i].name.decode() for i in range(planes_usable()))
@@ -604,45 +602,6 @@ def copy(const uint8_t[::1] source not None, uint8_t[::1] target not None):
     else:
         with nogil:
             memcpy(end, start, n)
-
-
-def digests(size_t sha256, chunks):
-    """Return, for each of `chunks` (``uint8[n]``), the concatenated SHA-256 digests of its frames.
-
-    Parameters
-    ----------
-    sha256
-        Address of a function ``unsigned char *(const unsigned char *data, size_t nbytes, unsigned char *digest)`` that
-        needs no lock, such as OpenSSL's ``SHA256``.
-    """
-    cdef hash_function function = <hash_function> <void *> sha256
-    cdef size_t many = <size_t> len(chunks), i
-    cdef Held sources = Held(many)
-    cdef Held targets = Held(many)
-    cdef bint failed = False
-    found = []
-    for chunk in chunks:
-        target = bytearray(32 * frames_count(<size_t> sources.hold(chunk, PyBUF_SIMPLE).len))
-        targets.hold(target, PyBUF_SIMPLE | PyBUF_WRITABLE)
-        found.append(target)
-    with nogil:
-        for i in range(many):
-            if not hash_frames(function, &sources.buffers[i], <uint8_t *> targets.buffers[i].buf):
-                failed = True
-                break
-    if failed:
-        raise MemoryError("OpenSSL's SHA256 failed")
-    return [bytes(item) for item in found]
-
-
-cdef bint hash_frames(hash_function function, const Py_buffer *source, uint8_t *target) noexcept nogil:
-    """Write the digests of the frames of `source` to `target`; return whether that succeeded."""
-    cdef const uint8_t *data = <const uint8_t *> source.buf
-    cdef size_t nbytes = <size_t> source.len, i
-    for i in range(frames_count(nbytes)):
-        if function(data + i * FRAME_NBYTES, min(FRAME_NBYTES, nbytes - i * FRAME_NBYTES), target + 32 * i) == NULL:
-            return False
-    return True
 
 
 def huffman(const uint8_t[::1] data not None, uint8_t[::1] out not None, int variant):

@@ -340,9 +340,8 @@ def decode_in_place(head: Buffer, out: Buffer, *, identity: bytes, verify: bool 
         raise CodecError(f"the object holds {header.identity.hex()}, not {identity.hex()}")
     if header.nbytes != len(view) or header.base is not None or any(way != RAW for way in header.ways):
         decode(bytes(head) + bytes(view), out, identity=identity, verify=verify)
-    elif verify and (digests := frame_digests([view])[0]) != header.digests:
-        frame = next(i for i in range(len(header.ways)) if digests[32 * i :][:32] != header.digests[32 * i :][:32])
-        raise CodecError(f"frame {frame} ({WAYS[RAW]}) is damaged: its digest is wrong")
+    elif verify:
+        _check(header, range(len(header.ways)), view)
 
 
 def decode_frames(
@@ -397,8 +396,17 @@ def decode_frames(
             decode_frame(header.ways[i], header.itemsize, piece, its_base, raw, by_zstd=by_zstd)
         except CodecError as error:
             raise CodecError(f"frame {i} ({WAYS[header.ways[i]]}) is damaged: {error}") from error
-        if verify and hashlib.sha256(raw).digest() != header.digests[32 * i : 32 * i + 32]:
-            raise CodecError(f"frame {i} ({WAYS[header.ways[i]]}) is damaged: its digest is wrong")
+    if verify:
+        _check(header, frames, target)
+
+
+def _check(header: Header, frames: range, raw: memoryview) -> None:
+    """Raise `CodecError` unless consecutive frames have the digests that `header` says."""
+    found = frame_digests([raw])[0]
+    right = header.digests[32 * frames.start : 32 * frames.stop]
+    if found != right:
+        i = next(i for i, at in enumerate(range(0, len(right), 32), frames.start) if found[at:][:32] != right[at:][:32])
+        raise CodecError(f"frame {i} ({WAYS[header.ways[i]]}) is damaged: its digest is wrong")
 
 
 def _base_of(header: Header, base: Base | None, nbytes: int) -> memoryview | None:

@@ -13,14 +13,15 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-KERNEL_TESTS = ["tests/staging/test_detect.py", "tests/codec/test_planes.py"]
+KERNEL_TESTS = ["tests/staging/test_detect.py", "tests/codec/test_planes.py", "tests/codec/test_digests.py"]
 PROGRAM = """
 from incckpt.staging import _detect
-from incckpt.codec import _planes
+from incckpt.codec import _planes, _sha256
 from incckpt.staging import detect
 assert _detect.__file__.startswith({root!r}), _detect.__file__
 assert _planes.__file__.startswith({root!r}), _planes.__file__
 assert not _detect.OPENMP
+assert not _sha256.PAIRED
 assert detect.KERNELS == ("generic",), detect.KERNELS
 """
 
@@ -43,7 +44,7 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 @pytest.mark.skipif("INCCKPT_BUILD" not in os.environ, reason="a minute and more: make thorough")
 def test_a_build_for_any_processor_without_openmp_passes_the_kernels_tests(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "incckpt", tmp_path / "incckpt", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", *KERNEL_TESTS):
+    for name in ("setup.py", "pyproject.toml", "tests/effort.py", *KERNEL_TESTS):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     output = run(
