@@ -12,7 +12,6 @@ Everything that takes time lets go of the interpreter's lock. Scratch memory is 
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -145,8 +144,8 @@ def encode_text_frame(raw: memoryview, out: memoryview) -> CodedFrame:
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
-class _Decoder(threading.local):
-    """A decompressor and scratch memory, one per thread.
+class _Decoder:
+    """A decompressor and scratch memory, for one call at a time.
 
     Parameters
     ----------
@@ -157,10 +156,11 @@ class _Decoder(threading.local):
     def __init__(self, *, own: bool) -> None:
         self._own = own
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=FRAME_BYTES)
-        self._planes = memoryview(bytearray(FRAME_BYTES + 8 * _planes.PLANE_GAP))
-        self._others = memoryview(bytearray(FRAME_BYTES))
-        self._bitmap = memoryview(bytearray(FRAME_BYTES // 8))
-        self._gaps = memoryview(bytearray(FRAME_BYTES))
+        # Not zeroed: what is not used is never touched.
+        self._planes = np.empty(FRAME_BYTES + 8 * _planes.PLANE_GAP, np.uint8).data
+        self._others = np.empty(FRAME_BYTES, np.uint8).data
+        self._bitmap = np.empty(FRAME_BYTES // 8, np.uint8).data
+        self._gaps = np.empty(FRAME_BYTES, np.uint8).data
 
     def planes(self, coded: memoryview, n: int, count: int) -> tuple[list[bytes | memoryview], int]:
         """Return `count` planes of `n` bytes, which may be scratch memory, and where their blocks end."""
@@ -241,8 +241,7 @@ class _Decoder(threading.local):
             raise CodecError(str(error)) from error
 
 
-_zstd_decoder = _Decoder(own=False)
-_decoder = _Decoder(own=True) if CODER == "huffman" else _zstd_decoder
+_idle_decoders: dict[bool, list[_Decoder]] = {False: [], True: []}  # stacks, as above
 
 
 def decode_frame(
@@ -270,12 +269,27 @@ def decode_frame(
     CodecError
         If these are not the coded bytes of a frame of that size.
     """
-    decoder = _zstd_decoder if by_zstd else _decoder
     if way == RAW:
         if len(coded) != len(raw):
             raise CodecError(f"{len(coded)} bytes are stored for {len(raw)}")
         _planes.copy(coded, raw)
-    elif way == ZSTD:
+        return
+    own = CODER == "huffman" and not by_zstd
+    idle = _idle_decoders[own]
+    try:
+        decoder = idle.pop()
+    except IndexError:
+        decoder = _Decoder(own=own)
+    try:
+        _decode(decoder, way, itemsize, coded, base, raw)
+    finally:
+        idle.append(decoder)
+
+
+def _decode(
+    decoder: _Decoder, way: int, itemsize: int, coded: memoryview, base: memoryview | None, raw: memoryview
+) -> None:
+    if way == ZSTD:
         _planes.copy(decoder.inflate(coded, len(raw)), raw)
     else:
         n = len(raw) // itemsize
