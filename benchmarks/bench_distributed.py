@@ -150,6 +150,10 @@ class Target:
         self.root, self.options = told
         self.remote = rate is not None
 
+    def incckpt(self, name: str) -> IncrementalWriter:
+        """Return our writer, to a new store."""
+        return IncrementalWriter(f"{self.root}/{name}", threads=1, storage_options=self.options)
+
     def file_system(self, name: str) -> StorageWriter:
         """Return DCP's own writer of a new checkpoint."""
         if self.remote:
@@ -196,7 +200,9 @@ def slowest(seconds: float) -> float:
 
 
 def saves(megabytes: int, rounds: int, changed: float, rate: float | None, equal: bool = False) -> None:
-    """Print what saves in the background and loads take beside DCP's own, alternating.
+    """Print what saves in the background and loads take beside DCP's own, alternating; medians.
+
+    First saves are of a new writer to a new place, later ones of the same.
 
     Parameters
     ----------
@@ -217,22 +223,35 @@ def saves(megabytes: int, rounds: int, changed: float, rate: float | None, equal
     locals_ = [torch.randn(elements, 1024, generator=generator) for _ in range(count)]
     state = {f"w{i}": DTensor.from_local(one, mesh, [Shard(0)], run_check=False) for i, one in enumerate(locals_)}
     place = Target(rate)
-    ours = IncrementalWriter(f"{place.root}/incckpt", threads=1, storage_options=place.options)
-
-    writers: dict[str, Callable[[str], StorageWriter]] = {"incckpt": lambda name: ours, "FsspecWriter": place.fsspec}
+    writers: dict[str, Callable[[str], StorageWriter]] = {"incckpt": place.incckpt, "FsspecWriter": place.fsspec}
     if not place.remote:
         writers["FileSystemWriter"] = place.file_system
-    blocked: dict[str, list[float]] = {name: [] for name in writers}
-    whole: dict[str, list[float]] = {name: [] for name in writers}
+
+    def save(storage: StorageWriter) -> tuple[float, float]:
+        """Return how long the slowest rank was blocked by a save, and the whole save took."""
+        if dist.get_rank() == 0:
+            os.sync()  # or a save that syncs would pay for what one that does not has left
+        dist.barrier()
+        started = time.perf_counter()
+        future = async_save(state, storage_writer=storage, process_group=group)
+        blocked = slowest(time.perf_counter() - started)
+        future.result()  # type: ignore[union-attr]
+        return blocked, slowest(time.perf_counter() - started)
+
+    firsts: dict[str, list[tuple[float, float]]] = {name: [] for name in writers}
+    laters: dict[str, list[tuple[float, float]]] = {name: [] for name in writers}
     for number in range(rounds):
         for name, writer in sorted(writers.items(), reverse=bool(number % 2)):
-            storage = writer(f"{name}-{number}")
-            dist.barrier()
-            started = time.perf_counter()
-            future = async_save(state, storage_writer=storage, process_group=group)
-            blocked[name].append(slowest(time.perf_counter() - started))
-            future.result()  # type: ignore[union-attr]
-            whole[name].append(slowest(time.perf_counter() - started))
+            storage = writer(f"first-{name}-{number}")
+            firsts[name].append(save(storage))
+            if isinstance(storage, IncrementalWriter):
+                storage.close()
+    ours = place.incckpt("incckpt")
+    for number in range(rounds):
+        for name, writer in sorted(writers.items(), reverse=bool(number % 2)):
+            took = save(ours if name == "incckpt" else writer(f"{name}-{number}"))
+            if number:
+                laters[name].append(took)
         for one in locals_[: round(count * changed)]:
             one += 1e-3 * torch.randn(one.shape, generator=generator)
     unverified = "incckpt, verify=False"
@@ -263,13 +282,16 @@ def saves(megabytes: int, rounds: int, changed: float, rate: float | None, equal
         with first, RunView(first, "default", threads=1) as view:
             written = view.checkpoints()[0].written
         for name in writers:
-            pairs = [(one[name][0], statistics.median(one[name][1:])) for one in (blocked, whole)]
-            times = " | ".join(f"{one:.2f} s, {later:.2f} s" for one, later in pairs)
+            blocked, whole = (
+                f"{statistics.median(one[i] for one in firsts[name]):.2f} s, "
+                f"{statistics.median(one[i] for one in laters[name]):.2f} s"
+                for i in (0, 1)
+            )
             names = [name] if name == "incckpt" else [f"{name}-{number}" for number in range(rounds)]
             sizes = [place.nbytes(one) for one in names]
             early = written if name == "incckpt" else sizes[0]
             stored = f"{early / 1e6:.0f} MB, {sum(sizes) / 1e6:.0f} MB"
-            print(f"| {name} | {times} | {statistics.median(loads[name]):.2f} s | {stored} |")
+            print(f"| {name} | {blocked} | {whole} | {statistics.median(loads[name]):.2f} s | {stored} |")
         print(f"Loads with verify=False take incckpt {statistics.median(loads[unverified]):.2f} s.")
         if not place.remote:
             print("Loads from the disk, nothing in the page cache:", end=" ")

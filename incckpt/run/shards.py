@@ -177,15 +177,20 @@ class ShardWriter:
         self._scrubber = Scrubber(store.objects)
         self._last: tuple[int, frozenset[str]] = 0, frozenset()
 
-    def stage(self, values: Mapping[str, Any]) -> Snapshot:
+    def stage(self, values: Mapping[str, Any], *, given: frozenset[int] = frozenset()) -> Snapshot:
         """Copy what changed of `values` since the last save; after this returns, they may change.
+
+        Parameters
+        ----------
+        given
+            Addresses of storages that are given away: they may be kept, not copied, and must never be written to.
 
         Raises
         ------
         StateError
             If one cannot be saved.
         """
-        return stage(0, dict(values), {}, SaveReport(), base=self.base, allow_pickle=False)()
+        return stage(0, dict(values), {}, SaveReport(), base=self.base, allow_pickle=False, given=given)()
 
     def adopt(self, values: Mapping[str, Any], sources: Mapping[str, Source], manifest: Manifest) -> None:
         """Take tensors that were restored as what the next save is compared with, and its deltas are against.

@@ -97,13 +97,26 @@ class Snapshot:
 
 
 def stage(
-    step: int, app: Any, metrics: Mapping[str, float], report: SaveReport, *, base: Baseline, allow_pickle: bool
+    step: int,
+    app: Any,
+    metrics: Mapping[str, float],
+    report: SaveReport,
+    *,
+    base: Baseline,
+    allow_pickle: bool,
+    given: frozenset[int] = frozenset(),
 ) -> Callable[[], Snapshot]:
-    """Flatten a state and copy what changed; return a function that makes the snapshot, to be called later."""
+    """Flatten a state and copy what changed; return a function that makes the snapshot, to be called later.
+
+    Parameters
+    ----------
+    given
+        Addresses of storages that are given away: they may be kept, not copied, and must never be written to.
+    """
     started = time.perf_counter()
     flat = flatten(app, allow_pickle=allow_pickle)
     flattened = time.perf_counter()
-    layout, contents = base.stage(flat, report)
+    layout, contents = base.stage(flat, report, given=given)
     packed = base.stage_packed(flat, report)
     report.spent("flatten", flattened - started)
     report.spent("stage", time.perf_counter() - flattened)

@@ -13,7 +13,7 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -174,13 +174,18 @@ class Baseline:
             if self.keep and layout is self._current[0]:
                 self._current = layout, [Slot(full=content) for content in contents]
 
-    def stage(self, flat: FlatState, report: StageReport) -> tuple[Layout, list[Content]]:
+    def stage(
+        self, flat: FlatState, report: StageReport, *, given: frozenset[int] = frozenset()
+    ) -> tuple[Layout, list[Content]]:
         """Compare the state with the base and copy what changed. After this returns, the state may change.
 
         Parameters
         ----------
         report
             Filled in.
+        given
+            Addresses of storages that are given away, so that nobody ever writes to them again: one that would be
+            copied as a whole is kept instead.
 
         Returns
         -------
@@ -205,7 +210,8 @@ class Baseline:
                 _warn_exact_on_device()
         contents: list[Content | None] = list(held)
         source = layout.addresses(flat.ranges)
-        staged = self._stage_host(table, source, held, host, limits, report)
+        own = _kept(table, flat.ranges, given) if given else {}
+        staged = self._stage_host(table, source, held, host, limits, report, own)
         staged.update(self._stage_device(table, source, held, device_chunks.tolist(), flat.ranges))
         for index, content in staged.items():
             contents[index] = content
@@ -268,8 +274,9 @@ class Baseline:
         chunks: npt.NDArray[np.bool_],
         limits: RangeThresholds | None,
         report: StageReport,
+        own: Mapping[int, Bytes],
     ) -> dict[int, Content]:
-        """Stage those of `chunks` whose memory is on the host."""
+        """Stage those of `chunks` whose memory is on the host; those in `own` need not be copied."""
         known = np.fromiter((content is not None for content in held), np.bool_, len(held))
         changed = chunks & ~known
         compared = (chunks & known)[table.seg_chunk]
@@ -291,8 +298,11 @@ class Baseline:
                 threads=self.threads,
             )
         indexes = np.flatnonzero(changed).tolist()
-        buffers = {index: self.pool.take(int(table.chunk_nbytes[index])) for index in indexes}
-        if indexes:
+        buffers = {
+            index: own[index] if index in own else self.pool.take(int(table.chunk_nbytes[index])) for index in indexes
+        }
+        changed[list(own)] = False
+        if changed.any():
             starts = np.zeros(len(held), np.uintp)
             starts[indexes] = [buffer.ctypes.data for buffer in buffers.values()]
             copied = changed[table.seg_chunk]
@@ -370,6 +380,20 @@ class Baseline:
                     continue
             staged[index] = Content(buffer, int(table.chunk_itemsize[index]))
         return staged
+
+
+def _kept(table: ChunkTable, ranges: Sequence[ByteRange], given: frozenset[int]) -> dict[int, Bytes]:
+    """Return the memory of each chunk that is all of a given storage; of no less, since all of it stays alive."""
+    found: dict[int, Bytes] = {}
+    alone = table.seg_nbytes == table.chunk_nbytes[table.seg_chunk]
+    for index, number in zip(table.seg_chunk[alone].tolist(), table.seg_range[alone].tolist(), strict=True):
+        item = ranges[number]
+        storage = item.owner
+        if not isinstance(storage, torch.UntypedStorage) or storage.data_ptr() not in given or item.tensor is not None:
+            continue
+        if storage.nbytes() == item.nbytes == int(table.chunk_nbytes[index]):
+            found[index] = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+    return found
 
 
 def _slots_of(layout: Layout) -> list[Slot]:

@@ -58,7 +58,7 @@ def test_contents_are_the_state_and_only_what_changed_is_new(
     sizes = data.draw(st.lists(st.sampled_from([1, 7, 1000, 300_000, 700_000]), min_size=1, max_size=5))
     dtypes = data.draw(st.lists(st.sampled_from([torch.float32, torch.int8]), min_size=len(sizes), max_size=len(sizes)))
     state = [torch.zeros(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
-    base, fresh = Baseline(MIB, threads=2), Baseline(MIB, threads=1)
+    base, fresh, giving = Baseline(MIB, threads=2), Baseline(MIB, threads=1), Baseline(MIB, threads=1)
     before: list[Content] = []
     for _ in range(3):
         report = StageReport()
@@ -66,6 +66,14 @@ def test_contents_are_the_state_and_only_what_changed_is_new(
         fresh.forget()
         _, expected = fresh.stage(flatten(state), StageReport())
         assert chunks_of(contents) == chunks_of(expected)
+        copies = [tensor.clone() for tensor in state]
+        gifts = data.draw(st.sets(st.sampled_from(copies).map(lambda copy: copy.untyped_storage().data_ptr())))
+        _, found = giving.stage(where(flatten(copies)), StageReport(), given=frozenset(gifts))
+        assert chunks_of(found) == chunks_of(expected)
+        for copy in copies:
+            if copy.untyped_storage().data_ptr() not in gifts:
+                copy.fill_(77)
+        assert chunks_of(found) == chunks_of(expected), "what was not given was copied"
         kept = sum(one is other for one, other in zip(before, contents, strict=False))
         same = sum(
             np.array_equal(one.raw, other.raw)  # type: ignore[arg-type]
@@ -76,6 +84,23 @@ def test_contents_are_the_state_and_only_what_changed_is_new(
         before = contents
         for index in data.draw(st.sets(st.integers(0, len(sizes) - 1))):
             state[index][data.draw(st.integers(0, sizes[index] - 1))] += 1
+
+
+def test_memory_that_is_given_is_kept_where_a_chunk_is_all_of_a_storage() -> None:
+    whole, half = torch.rand(MIB // 4), torch.rand(MIB // 2)
+    small, tiny, other, large = torch.rand(10), torch.rand(2), torch.rand(MIB // 4), torch.rand(MIB // 2)
+    state = [whole, half[: MIB // 4], small, tiny, other, large]
+    given = frozenset(tensor.untyped_storage().data_ptr() for tensor in (whole, half, small, tiny, large))
+    base = Baseline(MIB)
+    _, contents = base.stage(flatten(state), StageReport(), given=given)
+    raws = [content.raw for content in contents if content.raw is not None]
+    assert sum(raw.nbytes for raw in raws) == 5 * MIB + 48
+    kept = [tensor for tensor in state if any(np.shares_memory(tensor.numpy(), raw) for raw in raws)]
+    assert len(kept) == 1
+    assert kept[0] is whole, "a part of a storage, or one cut into chunks, would keep alive what is not needed"
+    assert base.pool.used_bytes == 4 * MIB + 48
+    _, again = base.stage(flatten([tensor.clone() for tensor in state]), StageReport(), given=given)
+    assert all(one is other for one, other in zip(contents, again, strict=True))
 
 
 @pytest.mark.slow

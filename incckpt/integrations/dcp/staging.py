@@ -28,7 +28,7 @@ from incckpt.run.shards import ShardWriter
 from incckpt.run.snapshot import Snapshot
 from incckpt.staging.content import Bytes
 
-__all__ = ["Staged", "copied", "is_plain", "keys_of", "places_of", "staged", "stored_form"]
+__all__ = ["Copy", "Staged", "copied", "is_plain", "keys_of", "places_of", "plans_with", "staged", "stored_form"]
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,6 @@ class Staged:
     snapshot: Snapshot
     items: Sequence[WriteItem]
     objects: Mapping[str, Any]
-
-    def is_of(self, planner: SavePlanner) -> bool:
-        """Return whether the state of `planner` is the one that was staged."""
-        state = getattr(planner, "state_dict", {})
-        return is_plain(planner) and all(state.get(name) is one for name, one in self.objects.items())
 
     def value(self, item: WriteItem) -> Any:
         """Return a copy of what was staged for an item.
@@ -94,6 +89,12 @@ def is_plain(planner: SavePlanner) -> bool:
         getattr(kind, name) is getattr(DefaultSavePlanner, name)
         for name in ("set_up_planner", "lookup_object", "transform_object", "resolve_data")
     )
+
+
+def plans_with(planner: SavePlanner, objects: Mapping[str, Any]) -> bool:
+    """Return whether these objects, by name, are what `planner` plans with and hands over."""
+    state = getattr(planner, "state_dict", {})
+    return is_plain(planner) and all(state.get(name) is one for name, one in objects.items())
 
 
 def keys_of(items: Sequence[WriteItem]) -> list[str]:
@@ -138,6 +139,36 @@ def stored_form(item: WriteItem, tensor: torch.Tensor) -> torch.Tensor:
 def copied(state: Mapping[str, Any]) -> Any:
     """Return a copy of a state in host memory."""
     return BlockingAsyncStager().stage(dict(state))
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy of a whole state.
+
+    Attributes
+    ----------
+    objects
+        What is in it, by name.
+    storages
+        Addresses of the memory of its tensors, which the state does not have.
+    """
+
+    objects: Mapping[str, Any]
+    storages: frozenset[int]
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], copy: Mapping[str, Any]) -> Copy:
+        """Describe the `copy` of a state."""
+        before, _ = flatten_state_dict(dict(state))
+        objects, _ = flatten_state_dict(dict(copy))
+        return cls(objects, _storages(objects) - _storages(before))
+
+
+def _storages(objects: Mapping[str, Any]) -> frozenset[int]:
+    """Return the addresses of the memory of those that are plain tensors, or whose shards are."""
+    tensors = [one.to_local() if isinstance(one, DTensor) else one for one in objects.values()]
+    plain = [one for one in tensors if type(one) in (torch.Tensor, torch.nn.Parameter) and one.device.type == "cpu"]
+    return frozenset(one.untyped_storage().data_ptr() for one in plain)
 
 
 def staged(state: Mapping[str, Any], items: Sequence[WriteItem], shards: ShardWriter) -> tuple[Any, Staged] | None:

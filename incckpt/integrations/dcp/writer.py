@@ -21,7 +21,17 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from incckpt.errors import IncckptError, OptionError, SaveError, StateError
 from incckpt.integrations.dcp.gathering import Failed, gathered
 from incckpt.integrations.dcp.places import step_of
-from incckpt.integrations.dcp.staging import Staged, copied, is_plain, keys_of, places_of, staged, stored_form
+from incckpt.integrations.dcp.staging import (
+    Copy,
+    Staged,
+    copied,
+    is_plain,
+    keys_of,
+    places_of,
+    plans_with,
+    staged,
+    stored_form,
+)
 from incckpt.options import checked_flag
 from incckpt.retention import Mode, Policy, policy_of
 from incckpt.run.attempt import Attempt, IfExists, Origin, check_if_exists
@@ -130,6 +140,7 @@ class IncrementalWriter(StorageWriter, AsyncStager):
         self._count = 0
         self._planned: Sequence[WriteItem] | None = None  # of the last save, for the next one to stage
         self._staged: Staged | None = None
+        self._copy: Copy | None = None  # of a state that was copied whole
 
     # -- what DCP calls on every rank
 
@@ -192,14 +203,15 @@ class IncrementalWriter(StorageWriter, AsyncStager):
         shards = self.shards
         if not plan.items:
             return []
-        staged, self._staged, self._planned = self._staged, None, None
-        of_state = staged is not None and staged.is_of(planner)
+        staged, copy, self._staged, self._copy, self._planned = self._staged, self._copy, None, None, None
+        of_state = staged is not None and plans_with(planner, staged.objects)
         if staged is not None and of_state and list(staged.items) == plan.items:
             snapshot = staged.snapshot
         else:
             before = staged if of_state else None
             snapshot = shards.stage(
-                {key: _value(item, planner, before) for key, item in zip(keys_of(plan.items), plan.items, strict=True)}
+                {key: _value(item, planner, before) for key, item in zip(keys_of(plan.items), plan.items, strict=True)},
+                given=copy.storages if copy is not None and plans_with(planner, copy.objects) else frozenset(),
             )
         shard = shards.put(snapshot, brief, self._count, places_of(plan.items))
         shards.rest()
@@ -286,15 +298,17 @@ class IncrementalWriter(StorageWriter, AsyncStager):
         """Return a state that DCP can plan with, and that does not change any more, for ``dcp.async_save``.
 
         From the second save on, what this rank is to write is compared with what is stored, and copied only if it has
-        changed.
+        changed. What is returned belongs to the writer, which may keep it for comparing: never write to it.
         """
-        self._staged = None
+        self._staged = self._copy = None
         if self._planned is not None and self._shards is not None:
             found = staged(state_dict, self._planned, self._shards)
             if found is not None:
                 state, self._staged = found
                 return state
-        return copied(state_dict)
+        state = copied(state_dict)
+        self._copy = Copy.of(state_dict, state)
+        return state
 
     def synchronize_staging(self) -> None:
         """Return at once: `stage` has made the copy."""
