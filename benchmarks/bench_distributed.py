@@ -161,9 +161,12 @@ class Target:
         return FileSystemWriter(f"{self.root}/{name}")
 
     def fsspec(self, name: str) -> StorageWriter:
-        """Return DCP's writer over fsspec."""
+        """Return DCP's writer over fsspec; for a first save with a new session, as ours has."""
         prefix = "" if self.remote else "file://"
-        return FsspecWriter(f"{prefix}{self.root}/{name}", **(self.options or {}))
+        options = dict(self.options or {})
+        if self.remote and name.startswith("first-"):
+            options["skip_instance_cache"] = True
+        return FsspecWriter(f"{prefix}{self.root}/{name}", **options)
 
     def reader(self, name: str) -> StorageReader:
         """Return DCP's reader of a checkpoint; with a new session, as after a restart, and as ours has."""

@@ -8,13 +8,14 @@ first, and so determines its address and credentials.
 
 from __future__ import annotations
 
+import functools
 import http.client
 import select
 import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -128,13 +129,15 @@ class Connections:
     connecting
         Seconds that making a connection may take.
     tls
-        For ``https``.
+        Returns the context for ``https``; called when it is needed first, as reading certificates takes a while.
     """
 
-    def __init__(self, *, limit: int, connecting: float, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, *, limit: int, connecting: float, tls: Callable[[], ssl.SSLContext] = ssl.create_default_context
+    ) -> None:
         self._slots = threading.BoundedSemaphore(limit)
         self._connecting = connecting
-        self._tls = tls
+        self._tls = functools.cache(tls)
         self._lock = threading.Lock()
         self._idle: dict[tuple[str, str], deque[http.client.HTTPConnection]] = {}
         self._closed = False
@@ -214,7 +217,7 @@ class Connections:
                 return connection
             connection.close()  # the server closed it, or it is out of step
         if scheme == "https":
-            return http.client.HTTPSConnection(netloc, context=self._tls)
+            return http.client.HTTPSConnection(netloc, context=self._tls())
         return http.client.HTTPConnection(netloc)
 
     def _give_back(self, url: str, connection: http.client.HTTPConnection) -> None:

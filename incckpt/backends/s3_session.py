@@ -105,7 +105,9 @@ class Session:
                 if verify is None:
                     found = self._fs.session.get_config_variable("ca_bundle")
                     verify = found or os.environ.get("REQUESTS_CA_BUNDLE") or True
-                self._connections = Connections(limit=REMOTE_REQUESTS, connecting=CONNECTING, tls=_tls(verify))
+                self._connections = Connections(
+                    limit=REMOTE_REQUESTS, connecting=CONNECTING, tls=functools.partial(_tls, verify)
+                )
             return self._connections
 
     async def _call(self, client: Any, operation: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
