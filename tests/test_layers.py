@@ -46,7 +46,8 @@ def importers(name: str) -> set[str]:
     ("kernel", "only"),
     [
         ("staging._detect", {"staging/detect.py"}),
-        ("codec._planes", {"codec/frames.py", "codec/digests.py"}),
+        ("codec._planes", {"codec/frames.py"}),
+        ("codec._sha256", {"codec/digests.py"}),
         ("backends._files", {"backends/system.py"}),
     ],
 )

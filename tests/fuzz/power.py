@@ -74,7 +74,7 @@ CHECKS = [
         "header.identity != identity",
         "of_bytes",
     ),
-    Check("a frame's digest", "codec.objects:decode_frames", "verify and hashlib", "of_bytes"),
+    Check("a frame's digest", "codec.objects:_check", "found != right", "of_bytes"),
     Check(
         "the header's checksum",
         "codec.header:read_header",
