@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import tempfile
 from collections import OrderedDict
@@ -323,6 +324,7 @@ def test_the_first_save_in_the_background_copies_once(tmp_path: Path) -> None:
         assert writer.shards.base.pool.used_bytes >= 1 << 22, "without staging it is the caller's memory that is saved"
     with IncrementalWriter(store) as writer:
         staged = writer.stage(state)
+        assert len(pickle.dumps(writer)) < 10_000, "the process executor sends the state already"
         mixed = Copy.of(state, {"large": large, "view": staged["view"]})
         assert mixed.storages == {staged["view"].untyped_storage().data_ptr()}
         staged["large"] = large  # not a copy: another planner, or a hook, may put in what it likes

@@ -310,6 +310,10 @@ class IncrementalWriter(StorageWriter, AsyncStager):
         self._copy = Copy.of(state_dict, state)
         return state
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what DCP's process executor sends to the other process: not the copy, which goes with the state."""
+        return {**self.__dict__, "_copy": None}
+
     def synchronize_staging(self) -> None:
         """Return at once: `stage` has made the copy."""
         return
